@@ -1,0 +1,67 @@
+"""Argument checks shared by the public functions: one clear sentence per mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_image(image: torch.Tensor, name: str = "image", channels: int | None = None) -> None:
+    """Raise unless `image` is a finite-typed tensor of shape (B, C, D, H, W).
+
+    Args:
+        image: the tensor to look at.
+        name: how the caller names it, for the message.
+        channels: the number of channels C that is required, any if None.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating-point dtype.
+        ValueError: wrong number of dimensions, channels, or a side below 2 voxels.
+    """
+    if not isinstance(image, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(image).__name__}")
+    wanted = "C" if channels is None else str(channels)
+    if image.ndim != 5 or (channels is not None and image.shape[1] != channels):
+        raise ValueError(f"{name} must be (B, {wanted}, D, H, W), got {tuple(image.shape)}")
+    if not image.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {image.dtype}")
+    if min(image.shape[2:]) < 2:
+        raise ValueError(f"{name} must have at least 2 voxels along each axis, got {tuple(image.shape[2:])}")
+
+
+def check_displacement(displacement: torch.Tensor, name: str = "displacement") -> None:
+    """Raise unless `displacement` is a floating-point tensor of shape (B, 3, D, H, W)."""
+    check_image(displacement, name, channels=3)
+
+
+def check_labels(labels: torch.Tensor, name: str = "labels") -> None:
+    """Raise unless `labels` is an integer tensor of shape (B, 1, D, H, W)."""
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.ndim != 5 or labels.shape[1] != 1:
+        raise ValueError(f"{name} must be (B, 1, D, H, W), got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {labels.dtype}")
+
+
+def check_same_grid(first: torch.Tensor, second: torch.Tensor, first_name: str, second_name: str) -> None:
+    """Raise unless both tensors have the same batch size and the same spatial shape."""
+    if first.shape[0] != second.shape[0] or first.shape[2:] != second.shape[2:]:
+        raise ValueError(
+            f"{first_name} and {second_name} must share batch size and spatial shape, "
+            f"got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raise ValueError if `tensor` holds NaN or infinite values, saying how many."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise ValueError(f"{name} must hold finite values only, got {bad} NaN or infinite of {tensor.numel()}")
+
+
+def check_choice(value: str, choices: Sequence[str], name: str) -> None:
+    """Raise ValueError listing `choices` unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

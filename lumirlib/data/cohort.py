@@ -1,0 +1,441 @@
+"""Cohorts: Learn2Reg dataset JSONs, read through one interface whatever dialect they are written in.
+
+Three cohorts, one format: the embedded (simulated) one, real brains, and the challenge's own LUMIR download.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lumirlib.data import embedded
+from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume
+from lumirlib.labels import LUMIR_LABELS
+
+LUMIR_JSON = "LUMIR_dataset.json"
+BRAINS_VARIABLE = "LUMIR_BRAINS"
+NAMED_COHORTS = ("embedded", "lumir", "brains")
+LABEL_KEYS = ("seg", "label", "labels", "segmentation")
+LANDMARK_KEYS = ("landmarks", "landmark", "keypoints")
+VALIDATION_KEYS = ("validation", "registration_val")
+#: Voxels that a label needs to be scored on a grid coarser than 1 mm.
+SMALLEST_LABEL = 8
+#: Downsampled volumes kept in memory by one cohort, in bytes.
+MEMORY_BUDGET = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One scan of a cohort and what is known about it; the files are read on demand.
+
+    Attributes:
+        name: the file name of the image without `.nii.gz` and without Learn2Reg's modality suffix `_0000`.
+        image: path of the image.
+        labels: path of the label volume, or None.
+        landmarks: path of the landmarks (label volume, or JSON of points), or None.
+        velocity: path of the simulated person's velocity, or None.
+    """
+
+    name: str
+    image: Path
+    labels: Path | None = None
+    landmarks: Path | None = None
+    velocity: Path | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A fixed and a moving subject."""
+
+    fixed: Subject
+    moving: Subject
+
+    @property
+    def name(self) -> str:
+        """`<fixed>_<moving>`, as in Learn2Reg's displacement files."""
+        return f"{self.fixed.name}_{self.moving.name}"
+
+
+@dataclass
+class Cohort:
+    """Training scans, validation pairs and labels of one dataset JSON, at one resolution.
+
+    Attributes:
+        name: the JSON's own name.
+        path: the JSON.
+        resolution_mm: edge of a voxel of everything that is loaded, in mm.
+        simulated: True for the embedded cohort; every table made from it says so.
+        train: subjects to train on; never one of a validation pair.
+        validation_pairs: the pairs to evaluate.
+        credit: who is to be named beside figures made from it.
+        downsampling: voxels of the files per voxel of the cohort, along each axis.
+        affine: voxel-to-world matrix of the cohort's grid, in mm.
+        shape: sides (D, H, W) of the cohort's grid.
+    """
+
+    name: str
+    path: Path
+    resolution_mm: float
+    simulated: bool
+    train: tuple[Subject, ...]
+    validation_pairs: tuple[Pair, ...]
+    credit: str
+    downsampling: int
+    affine: np.ndarray
+    shape: tuple[int, int, int]
+    _memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
+
+    @property
+    def short_name(self) -> str:
+        """Name for files and tables: "embedded", "lumir", or the folder of the JSON."""
+        if self.simulated:
+            return "embedded"
+        if self.path.name == LUMIR_JSON:
+            return "lumir"
+        folder = self.path.resolve().parent.name
+        return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in folder)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether every validation pair carries labels on both sides."""
+        return bool(self.validation_pairs) and all(
+            pair.fixed.labels and pair.moving.labels for pair in self.validation_pairs
+        )
+
+    @cached_property
+    def labels(self) -> tuple[int, ...]:
+        """The label numbers that are scored: LUMIR's 133, background included.
+
+        On voxels coarser than 1 mm those are left out that have fewer than :data:`SMALLEST_LABEL` voxels in any
+        validation person that has them: a warped label of one or two voxels vanishes by the grid's doing, and its
+        HD95 is infinite.
+        """
+        if self.resolution_mm <= 1 or not self.has_labels:
+            return LUMIR_LABELS
+        people = {subject.image: subject for pair in self.validation_pairs for subject in (pair.fixed, pair.moving)}
+        too_small: set[int] = set()
+        for subject in people.values():
+            numbers, voxels = self.label_volume(subject).unique(return_counts=True)
+            too_small.update(numbers[voxels < SMALLEST_LABEL].tolist())
+        return tuple(label for label in LUMIR_LABELS if label not in too_small)
+
+    def image(self, subject: Subject) -> torch.Tensor:
+        """Image of a subject, ``(1, 1, D, H, W)`` float32 in [0, 1], block-averaged to the cohort's resolution.
+
+        Raises:
+            ValueError: a file that is corrupt, not 3-D, not finite, not on the cohort's grid, or whose intensities
+                are not in 0 ... 255, as LUMIR's are.
+        """
+        return self._remember(subject.image, lambda: self._read_image(subject.image))
+
+    def label_volume(self, subject: Subject) -> torch.Tensor:
+        """Labels of a subject, ``(1, 1, D, H, W)`` int16, the most frequent label of each block."""
+        if subject.labels is None:
+            raise ValueError(f"{self.path}: no labels are named for {subject.name}")
+        path = subject.labels
+        return self._remember(path, lambda: embedded.majority_label(self._read_labels(path), self.downsampling))
+
+    def landmark_points(self, subject: Subject) -> dict[str, tuple[float, float, float]] | None:
+        """Landmarks of a subject in voxels of the cohort's grid, by name; None where it has none.
+
+        A label volume gives the centroid of each of its labels.
+        """
+        if subject.landmarks is None:
+            return None
+        points = read_landmarks(subject.landmarks)
+        shift = (self.downsampling - 1) / 2
+        return {name: tuple((x - shift) / self.downsampling for x in place) for name, place in points.items()}
+
+    def true_displacement(self, pair: Pair) -> torch.Tensor | None:
+        """The exact displacement ``(1, 3, D, H, W)`` of a simulated pair in voxels; None for real scans."""
+        if pair.fixed.velocity is None or pair.moving.velocity is None:
+            return None
+        to_template, _ = self._person_transforms(pair.fixed)
+        _, from_template = self._person_transforms(pair.moving)
+        return embedded.true_displacement(to_template, from_template, int(self.resolution_mm))
+
+    def _person_transforms(self, subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
+        def compute() -> torch.Tensor:
+            array, _ = read_nifti(subject.velocity)
+            velocity = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)).movedim(-1, 0)
+            return torch.stack(embedded.person_transforms(velocity))
+
+        to_template, from_template = self._remember(subject.velocity, compute)
+        return to_template, from_template
+
+    def _remember(self, path: Path, read) -> torch.Tensor:
+        if path in self._memory:
+            self._memory.move_to_end(path)
+            return self._memory[path]
+        volume = self._memory[path] = read()
+        used = sum(kept.nbytes for kept in self._memory.values())
+        while used > MEMORY_BUDGET and len(self._memory) > 1:
+            used -= self._memory.popitem(last=False)[1].nbytes
+        return volume
+
+    def _check_grid(self, path: Path, shape: tuple[int, ...]) -> None:
+        expected = tuple(side * self.downsampling for side in self.shape)
+        if tuple(shape) != expected:
+            raise ValueError(f"{path}: expected shape {expected}, like the cohort's other images, got {tuple(shape)}")
+
+    def _read_image(self, path: Path) -> torch.Tensor:
+        array, _ = read_volume(path)
+        self._check_grid(path, array.shape)
+        low, high = float(array.min()), float(array.max())
+        if high > 255 or low < 0:
+            raise ValueError(f"{path}: expected intensities from 0 to 255 (or 0 to 1), got {low:g} to {high:g}")
+        if high == low:
+            raise ValueError(f"{path}: expected an image, got the constant {low:g}")
+        image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
+        image = image / 255 if high > 1 else image
+        return F.avg_pool3d(image, self.downsampling) if self.downsampling > 1 else image
+
+    def _read_labels(self, path: Path) -> torch.Tensor:
+        array, _ = read_label_volume(path)
+        self._check_grid(path, array.shape)
+        return torch.from_numpy(np.ascontiguousarray(array))[None, None]
+
+
+def read_landmarks(path: str | Path) -> dict[str, tuple[float, float, float]]:
+    """Landmarks by name, in voxels of the image they belong to.
+
+    Args:
+        path: a JSON with "names" and "points" (voxel indices i, j, k), or a NIfTI label volume with one small label
+            per landmark, which gives centroids.
+
+    Returns:
+        name -> (i, j, k).
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        volume, _ = read_label_volume(path)
+        numbers = [int(number) for number in np.unique(volume) if number]
+        return {str(n): tuple(float(x) for x in np.argwhere(volume == n).mean(0)) for n in numbers}
+    content = _read_json(path)
+    names, points = content.get("names"), content.get("points")
+    if not isinstance(names, list) or not isinstance(points, list) or len(names) != len(points) or not points:
+        raise ValueError(f"{path}: expected lists 'names' and 'points' of one length")
+    array = np.asarray(points, dtype=np.float64)
+    if array.shape != (len(points), 3) or not np.isfinite(array).all():
+        raise ValueError(f"{path}: expected three finite voxel coordinates for each point, got shape {array.shape}")
+    return {str(name): tuple(map(float, point)) for name, point in zip(names, array, strict=True)}
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such JSON file: {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+class _Reader:
+    """Turns the entries of one dataset JSON into subjects."""
+
+    def __init__(self, path: Path, root: Path, content: dict) -> None:
+        self.path, self.root, self.content = path, root, content
+        self.subjects: dict[Path, Subject] = {}
+
+    def resolve(self, text: object, what: str) -> Path:
+        """A path of the JSON ("./x", "/x" and "x" all mean the data root's x) as a file that exists."""
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{self.path}: expected a path for {what}, got {text!r}")
+        relative = text.replace("\\", "/").lstrip("/")
+        file = Path(os.path.normpath(self.root / relative))
+        if not file.is_relative_to(os.path.normpath(self.root)):
+            raise ValueError(f"{self.path}: {what} names {text!r}, which leaves the data root {self.root}")
+        if not file.is_file():
+            raise FileNotFoundError(f"{self.path} names {text!r} for {what}, but {file} does not exist")
+        return file
+
+    def subject(self, entry: object, what: str) -> Subject:
+        """Subject of an entry: a path, or an object with "image" and perhaps labels and landmarks."""
+        fields = entry if isinstance(entry, dict) else {"image": entry}
+        if "image" not in fields:
+            raise ValueError(f"{self.path}: {what} has no 'image', only {sorted(fields)}")
+        image = self.resolve(fields["image"], what)
+        known = self.subjects.get(image)
+        subject = Subject(
+            name=image.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000"),
+            image=image,
+            labels=self._beside(fields, LABEL_KEYS, what, image, "labels", (".nii.gz",)),
+            landmarks=self._beside(fields, LANDMARK_KEYS, what, image, "landmarks", (".json", ".nii.gz")),
+            velocity=self.resolve(fields["velocity"], f"velocity of {what}") if "velocity" in fields else None,
+        )
+        if known is not None:  # an image may be listed twice, once with its labels and once without
+            subject = Subject(
+                subject.name,
+                image,
+                known.labels or subject.labels,
+                known.landmarks or subject.landmarks,
+                known.velocity or subject.velocity,
+            )
+        self.subjects[image] = subject
+        return subject
+
+    def _beside(
+        self, fields: dict, keys: tuple[str, ...], what: str, image: Path, folder: str, endings: tuple[str, ...]
+    ) -> Path | None:
+        for key in keys:
+            if fields.get(key):
+                return self.resolve(fields[key], f"{key} of {what}")
+        # Learn2Reg's layout: imagesTr/NAME.nii.gz has its labels in labelsTr/NAME.nii.gz
+        if image.parent.name.startswith("images"):
+            sibling = image.parent.with_name(folder + image.parent.name.removeprefix("images"))
+            for ending in endings:
+                candidate = sibling / (image.name.removesuffix(".gz").removesuffix(".nii") + ending)
+                if candidate.is_file():
+                    return candidate
+        return None
+
+    def entries(self, key: str) -> Iterator[tuple[str, object]]:
+        listed = self.content.get(key, [])
+        if not isinstance(listed, list):
+            raise ValueError(f"{self.path}: expected a list under {key!r}, got {type(listed).__name__}")
+        for position, entry in enumerate(listed):
+            yield f"{key}[{position}]", entry
+
+
+def cohort_json(name_or_json: str | Path, resolution_mm: float | None, data_root: str | Path | None) -> Path:
+    """The dataset JSON that a cohort's name stands for.
+
+    Args:
+        name_or_json: "embedded", "lumir" (`data_root`/LUMIR_dataset.json), "brains" (the folder named by the
+            environment variable LUMIR_BRAINS), or the path of a JSON.
+        resolution_mm: for "embedded", which is made for one resolution.
+        data_root: for "lumir", and for a JSON name relative to it.
+    """
+    name = str(name_or_json)
+    if name == "embedded":
+        resolution = 4 if resolution_mm is None else resolution_mm
+        if resolution not in embedded.RESOLUTIONS_MM:
+            raise ValueError(
+                f"resolution_mm must be one of {embedded.RESOLUTIONS_MM} for the embedded cohort, got {resolution}"
+            )
+        return embedded.embedded_json(int(resolution))
+    if name == "lumir":
+        if not data_root:
+            raise ValueError(f"cohort 'lumir' needs data_root, the folder with {LUMIR_JSON}")
+        return Path(data_root) / LUMIR_JSON
+    if name == "brains":
+        folder = os.environ.get(BRAINS_VARIABLE)
+        if not folder:
+            raise ValueError(f"cohort 'brains' needs the environment variable {BRAINS_VARIABLE}, a folder")
+        return Path(folder) / "dataset.json"
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ValueError(f"cohort must be one of {', '.join(NAMED_COHORTS)} or the path of a .json; got {name!r}")
+    if not path.is_absolute() and not path.is_file() and data_root and (Path(data_root) / path).is_file():
+        return Path(data_root) / path
+    return path
+
+
+def load_cohort(
+    name_or_json: str | Path = "embedded",
+    resolution_mm: float | None = None,
+    data_root: str | Path | None = None,
+) -> Cohort:
+    """Open a cohort; images are read later, on demand.
+
+    Where the JSON's validation pairs carry labels they are the validation pairs. Where they do not (the official
+    LUMIR list) but at least two training scans do (the challenge's sanity-check scans 3364 ... 3373), these are held
+    out of training and all their ordered pairs are the validation pairs: the paper's "Val Dice" protocol.
+
+    Args:
+        name_or_json: "embedded", "lumir", "brains", or the path of a Learn2Reg dataset JSON.
+        resolution_mm: voxel size to work at, a whole multiple of the files' own; None takes the files' own, and
+            4 mm for the embedded cohort.
+        data_root: folder that the JSON's paths are relative to; None takes the JSON's own folder.
+
+    Returns:
+        A :class:`Cohort`.
+
+    Raises:
+        FileNotFoundError: the JSON, or a file that it names, does not exist.
+        ValueError: an unknown name, a malformed JSON, a path that leaves the data root, or a resolution that does
+            not fit.
+    """
+    path = cohort_json(name_or_json, resolution_mm, data_root)
+    content = _read_json(path)
+    reader = _Reader(path, Path(data_root) if data_root else path.parent, content)
+    labelled = [reader.subject(entry, what) for what, entry in reader.entries("labelled")]
+    training = [reader.subject(entry, what) for what, entry in reader.entries("training")]
+    pairs: list[Pair] = []
+    for key in VALIDATION_KEYS:
+        for what, entry in reader.entries(key):
+            if not isinstance(entry, dict) or not {"fixed", "moving"} <= entry.keys():
+                raise ValueError(f"{path}: {what} must have 'fixed' and 'moving', got {entry!r}")
+            sides = []
+            for side in ("fixed", "moving"):
+                named = {k.removeprefix(f"{side}_"): v for k, v in entry.items() if k.startswith(f"{side}_")}
+                given = entry[side] if isinstance(entry[side], dict) else {"image": entry[side], **named}
+                sides.append(reader.subject(given, f"{side} of {what}"))
+            pairs.append(Pair(*sides))
+    if not training and not pairs and not labelled:
+        raise ValueError(f"{path}: names no 'training' scans and no {' or '.join(map(repr, VALIDATION_KEYS))} pairs")
+    # every mention of an image may have added to what is known about it
+    labelled, training = ([reader.subjects[s.image] for s in listed] for listed in (labelled, training))
+    pairs = [Pair(reader.subjects[pair.fixed.image], reader.subjects[pair.moving.image]) for pair in pairs]
+    with_labels = [pair for pair in pairs if pair.fixed.labels and pair.moving.labels]
+    simulated = bool(content.get("simulated", False))
+    if with_labels:
+        pairs = with_labels
+    else:
+        candidates = [s for s in (labelled or training) if s.labels]
+        if len(candidates) >= 2:
+            pairs = [Pair(fixed, moving) for fixed in candidates for moving in candidates if fixed != moving]
+    held_out = {subject.image for pair in pairs for subject in (pair.fixed, pair.moving)}
+    train = tuple(subject for subject in dict.fromkeys(training) if subject.image not in held_out)
+    first = (train or tuple(subject for pair in pairs for subject in (pair.fixed, pair.moving)))[0]
+    shape, affine = _grid_of(first.image)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.allclose(spacing, spacing[0], rtol=1e-3):
+        raise ValueError(f"{first.image}: expected cubic voxels, got spacing {tuple(spacing.round(4))} mm")
+    own = float(spacing.mean())
+    wanted = own if resolution_mm is None else float(resolution_mm)
+    factor = round(wanted / own)
+    if factor < 1 or abs(factor * own - wanted) > 1e-3 * wanted or any(side % factor for side in shape):
+        raise ValueError(
+            f"resolution_mm must be a whole multiple of the files' {own:g} mm that divides their shape {shape}, "
+            f"got {wanted:g}"
+        )
+    block = np.diag([factor, factor, factor, 1.0])
+    block[:3, 3] = (factor - 1) / 2
+    return Cohort(
+        name=str(content.get("name", path.stem)),
+        path=path,
+        resolution_mm=wanted,
+        simulated=simulated,
+        train=train,
+        validation_pairs=tuple(pairs),
+        credit=str(content.get("licence", content.get("license", ""))),
+        downsampling=factor,
+        affine=affine @ block,
+        shape=tuple(side // factor for side in shape),
+    )
+
+
+def _grid_of(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Shape and affine from a NIfTI header alone."""
+    try:
+        image = nib.load(path)
+    except Exception as error:  # nibabel raises several types for a broken header
+        raise ValueError(f"cannot read {path} as NIfTI (truncated or corrupt?): {error}") from error
+    shape = tuple(int(side) for side in image.shape[:3])
+    if len(shape) != 3 or min(shape) < 2:
+        raise ValueError(f"{path}: expected a 3-D volume of at least 2 voxels a side, got shape {image.shape}")
+    return shape, np.asarray(image.affine, dtype=np.float64)

@@ -1,0 +1,431 @@
+"""The embedded cohort: simulated people made from a real template and atlas, no download needed.
+
+Each person is the template of the package `deepmriprep` (a sharp skull-stripped average T1 at 0.5 mm) and its
+Neuromorphometrics atlas, seen through a random diffeomorphism and with random tissue contrast, bias field and noise.
+Because the diffeomorphisms are known, so are the true displacement between any two people and the places of the
+landmarks. The cohort is written once, in the LUMIR frame and as a Learn2Reg JSON folder, into the user's cache
+folder, and read from there like any other.
+
+Every figure computed on it is a figure on simulated data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import torch
+import torch.nn.functional as F
+from scipy.interpolate import CubicSpline
+from tqdm.auto import tqdm
+
+from lumirlib import spatial
+from lumirlib.data.nifti import read_nifti, write_nifti
+from lumirlib.files import write_json
+from lumirlib.labels import LUMIR_LABELS
+
+RESOLUTIONS_MM = (1, 2, 4)
+FRAME_SHAPE = (160, 224, 192)
+FRAME_ORIGIN_MM = (-79.5, -129.0, -80.0)
+CONTROL_SPACING_MM = 8
+FIELD_SPACING_MM = 2
+
+#: Landmarks are the centroids of these atlas labels in template space: deep grey matter, ventricles, cerebellum,
+#: and poles and gyri of the cortex on both sides.
+LANDMARK_LABELS = (
+    4, 11, 23, 30, 31, 32, 35, 36, 37, 47, 48, 55, 56, 59, 60, 71, 72, 73, 120, 121, 160, 161, 202, 203,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmbeddedPopulation:
+    """How the simulated people differ; one value of this names one cohort.
+
+    Attributes:
+        seed: of everything random; person n uses the seed (seed, n).
+        training: number of training people.
+        validation: number of validation people; every ordered pair of them is a validation pair.
+        grid_mm: spacings of the grids of Gaussian noise that are summed into the velocity field.
+        sigma_mm: standard deviation of the noise on each of these grids, in mm per unit time.
+        strength_sigma: spread of the logarithm of a factor on each person's whole velocity.
+        tissue_sigma: spread of the intensity of each tissue class between people, as a share of the white.
+        label_sigma: spread of the intensity of each atlas region around its tissue.
+        gamma_sigma: spread of the logarithm of the gamma exponent.
+        bias_sigma: strength of the multiplicative bias field (standard deviation of its logarithm).
+        noise_sigma: additive noise, as a share of the white.
+    """
+
+    seed: int = 2024
+    training: int = 24
+    validation: int = 6
+    grid_mm: tuple[int, ...] = (32, 16, 8)
+    sigma_mm: tuple[float, ...] = (2.0, 1.3, 0.57)
+    strength_sigma: float = 0.12
+    tissue_sigma: float = 0.04
+    label_sigma: float = 0.015
+    gamma_sigma: float = 0.10
+    bias_sigma: float = 0.06
+    noise_sigma: float = 0.02
+
+    def name(self) -> str:
+        """A short name that changes when anything of the recipe changes."""
+        recipe = json.dumps([GENERATOR_VERSION, asdict(self)], sort_keys=True)
+        return f"embedded-{hashlib.sha256(recipe.encode()).hexdigest()[:10]}"
+
+
+#: Raised whenever the code below would make other people from the same population.
+GENERATOR_VERSION = 1
+
+
+def template_folder() -> Path:
+    """Folder of the template and atlas inside the installed package `deepmriprep` (which is not imported)."""
+    spec = importlib.util.find_spec("deepmriprep")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the embedded cohort needs the package 'deepmriprep' for its template: pip install deepmriprep"
+        )
+    return Path(spec.submodule_search_locations[0]) / "data" / "templates"
+
+
+def frame_affine(resolution_mm: int) -> np.ndarray:
+    """Voxel-to-world matrix (mm, RAS) of the LUMIR frame at 1, 2 or 4 mm: blocks of 1 mm voxels share their centre."""
+    affine = np.diag([resolution_mm, resolution_mm, resolution_mm, 1.0]).astype(np.float64)
+    affine[:3, 3] = np.asarray(FRAME_ORIGIN_MM) + (resolution_mm - 1) / 2
+    return affine
+
+
+@lru_cache(maxsize=1)
+def _template() -> tuple[torch.Tensor, np.ndarray]:
+    array, affine = read_nifti(template_folder() / "Template_05mm_bet.nii.gz")
+    return torch.from_numpy(array.astype(np.float32))[None, None].clamp_(0, 1), affine
+
+
+@lru_cache(maxsize=1)
+def _template_1mm() -> tuple[torch.Tensor, np.ndarray]:
+    """The template averaged over blocks of 2 x 2 x 2 voxels, and its affine."""
+    fine, affine = _template()
+    coarse_affine = affine @ np.array([[2, 0, 0, 0.5], [0, 2, 0, 0.5], [0, 0, 2, 0.5], [0, 0, 0, 1.0]])
+    return F.avg_pool3d(fine, 2), coarse_affine
+
+
+@lru_cache(maxsize=1)
+def _atlas() -> tuple[torch.Tensor, np.ndarray]:
+    array, affine = read_nifti(template_folder() / "neuromorphometrics.nii.gz")
+    array = np.where(np.isin(array, LUMIR_LABELS), array, 0).astype(np.int16)
+    return torch.from_numpy(array)[None, None], affine
+
+
+@lru_cache(maxsize=1)
+def landmark_points() -> dict[int, tuple[float, float, float]]:
+    """Landmarks of the template: atlas label -> place in 1 mm voxels of the LUMIR frame."""
+    atlas, affine = _atlas()
+    to_frame = np.linalg.inv(frame_affine(1)) @ affine
+    points = {}
+    for label in LANDMARK_LABELS:
+        voxels = torch.nonzero(atlas[0, 0] == label).double().mean(0).numpy()
+        points[label] = tuple(float(x) for x in (to_frame @ np.append(voxels, 1.0))[:3])
+    return points
+
+
+def _spline_matrix(nodes: int, points: np.ndarray, spacing: float) -> torch.Tensor:
+    """Matrix that turns values on `nodes` knots at 0, spacing, 2 spacing ... into cubic spline values at `points`."""
+    spline = CubicSpline(np.arange(nodes) * spacing, np.eye(nodes), axis=0)
+    return torch.from_numpy(spline(points).astype(np.float32))
+
+
+def _upsample_spline(values: torch.Tensor, points: list[np.ndarray], spacing: float) -> torch.Tensor:
+    matrices = [_spline_matrix(side, at, spacing) for side, at in zip(values.shape[1:], points, strict=True)]
+    return torch.einsum("cxyz,ix,jy,kz->cijk", values, *matrices)
+
+
+def _nodes(spacing: int) -> list[int]:
+    return [side // spacing + 1 for side in FRAME_SHAPE]
+
+
+def control_velocity(population: EmbeddedPopulation, person: int) -> torch.Tensor:
+    """Velocity of one person on the 8 mm control grid: ``(3, 21, 29, 25)``, mm per unit time."""
+    generator = np.random.default_rng([population.seed, person, 0])
+    total = torch.zeros(3, *_nodes(CONTROL_SPACING_MM))
+    for spacing, sigma in zip(population.grid_mm, population.sigma_mm, strict=True):
+        noise = torch.from_numpy(generator.standard_normal((3, *_nodes(spacing))).astype(np.float32)) * sigma
+        control = [np.arange(nodes) * float(CONTROL_SPACING_MM) for nodes in _nodes(CONTROL_SPACING_MM)]
+        total += noise if spacing == CONTROL_SPACING_MM else _upsample_spline(noise, control, spacing)
+    return total * float(np.exp(generator.normal(0, population.strength_sigma)))
+
+
+def person_transform(velocity: torch.Tensor) -> torch.Tensor:
+    """Displacement from a person's image to the template.
+
+    Args:
+        velocity: on the control grid, as :func:`control_velocity` gives it. Its negative gives the inverse.
+
+    Returns:
+        ``(1, 3, 80, 112, 96)`` on the 2 mm grid of the frame, in voxels of that grid:
+        ``person(p) = template(p + u(p))``.
+    """
+    points = [np.arange(side // FIELD_SPACING_MM) * FIELD_SPACING_MM + 0.5 for side in FRAME_SHAPE]
+    dense = _upsample_spline(velocity, points, CONTROL_SPACING_MM) / FIELD_SPACING_MM
+    return spatial.integrate(dense[None], steps=6)
+
+
+def person_transforms(velocity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Displacements from a person's image to the template and from the template to the person's image.
+
+    Args:
+        velocity: as for :func:`person_transform`.
+
+    Returns:
+        Two fields ``(1, 3, 80, 112, 96)`` in voxels of 2 mm, inverse to each other within 0.01 mm.
+    """
+    to_template = person_transform(velocity)
+    return to_template, spatial.invert(to_template, initial=person_transform(-velocity), iterations=5)
+
+
+def _to_spacing(field: torch.Tensor, spacing_mm: int) -> torch.Tensor:
+    """A 2 mm field on the frame's grid of another spacing, block-aligned, in voxels of that grid."""
+    factor = FIELD_SPACING_MM / spacing_mm
+    if factor == 1:
+        return field
+    if factor < 1:
+        return F.avg_pool3d(field, int(1 / factor)) * factor
+    return F.interpolate(field, scale_factor=factor, mode="trilinear", align_corners=False) * factor
+
+
+def true_displacement(to_template: torch.Tensor, from_template: torch.Tensor, resolution_mm: int) -> torch.Tensor:
+    """The displacement that carries a moving person onto a fixed one exactly.
+
+    Args:
+        to_template: the first of :func:`person_transforms` of the fixed person.
+        from_template: the second of the moving person.
+        resolution_mm: voxel size of the result, 1, 2 or 4.
+
+    Returns:
+        ``(1, 3, D, H, W)`` in voxels of that resolution. Computed on the 2 mm grid.
+    """
+    return _to_spacing(spatial.compose(from_template, to_template), resolution_mm)
+
+
+def _sample_in_frame(image: torch.Tensor, affine: np.ndarray, field: torch.Tensor, spacing_mm: int, mode: str):
+    """Values of a template-space volume at the frame's voxels moved by `field` (voxels of the frame)."""
+    points = spatial.identity_grid(field.shape[2:]) + field  # (1, 3, D, H, W)
+    to_image = np.linalg.inv(affine) @ frame_affine(spacing_mm)
+    matrix = torch.from_numpy(to_image[:3, :3].astype(np.float32))
+    offset = torch.from_numpy(to_image[:3, 3].astype(np.float32)).view(1, 3, 1, 1, 1)
+    points = torch.einsum("ab,nbdhw->nadhw", matrix, points) + offset
+    return spatial.sample(image, points) if mode == "bilinear" else spatial.sample_nearest(image, points)
+
+
+def majority_label(labels: torch.Tensor, factor: int) -> torch.Tensor:
+    """The most frequent label of each block of factor^3 voxels; ties go to the smallest number.
+
+    Args:
+        labels: ``(B, 1, D, H, W)``, integers, sides divisible by `factor`.
+        factor: side of a block in voxels.
+
+    Returns:
+        ``(B, 1, D/factor, H/factor, W/factor)``, same dtype.
+    """
+    if factor == 1:
+        return labels
+    batch, _, *sides = labels.shape
+    if any(side % factor for side in sides):
+        raise ValueError(f"sides {tuple(sides)} are not divisible by the factor {factor}")
+    depth, height, width = (side // factor for side in sides)
+    blocks = labels.reshape(batch, depth, factor, height, factor, width, factor)
+    blocks = blocks.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, depth, height, width, factor**3)
+    return blocks.mode(dim=-1).values[:, None]
+
+
+def _appearance(
+    template_values: torch.Tensor, labels: torch.Tensor, population: EmbeddedPopulation, person: int
+) -> torch.Tensor:
+    """Give the sampled template this person's contrast, bias field and regional differences. ``(1, 1, D, H, W)``."""
+    generator = np.random.default_rng([population.seed, person, 1])
+    # tissue contrast: a monotone map of the template's typical CSF, grey and white intensities to those of one
+    # scan, which is sharper than the average that the template is
+    knots = np.array([0.0, 0.35, 0.72, 0.95, 1.05])
+    typical = np.array([0.0, 0.18, 0.56, 0.95, 1.05])
+    values = typical + np.append(0.0, generator.normal(0, population.tissue_sigma, 4))
+    values = np.maximum.accumulate(np.clip(values, 0.0, None))
+    source = template_values.numpy().ravel()
+    image = np.interp(source, knots, values).astype(np.float32)
+    image = np.clip(image, 0, None) ** np.float32(np.exp(generator.normal(0, population.gamma_sigma)))
+    regional = np.exp(generator.normal(0, population.label_sigma, 256)).astype(np.float32)
+    image *= regional[np.clip(labels.numpy().ravel(), 0, 255)]
+    control = torch.from_numpy(generator.standard_normal((1, 4, 5, 4)).astype(np.float32)) * population.bias_sigma
+    shape = template_values.shape[2:]
+    points = [np.linspace(0, nodes - 1, side) for nodes, side in zip(control.shape[1:], shape, strict=True)]
+    bias = _upsample_spline(control, points, 1.0).exp()
+    image = torch.from_numpy(image).reshape(1, 1, *shape) * bias[None]
+    return torch.where(template_values > 0.02, image, image.new_zeros(()))  # outside the brain stays exactly zero
+
+
+def make_person(
+    population: EmbeddedPopulation, person: int, resolution_mm: int
+) -> tuple[np.ndarray, np.ndarray, dict[int, list[float]], torch.Tensor]:
+    """Image, labels, landmarks and control velocity of one simulated person.
+
+    Args:
+        population: the recipe.
+        person: 0, 1, 2 ...; training people come first.
+        resolution_mm: voxel size, 1, 2 or 4.
+
+    Returns:
+        uint8 image with the 99.9th percentile of the brain at 255; uint8 labels (LUMIR's 133 numbers); landmark
+        label -> voxel coordinates at this resolution; the velocity ``(3, 21, 29, 25)`` in mm.
+    """
+    if resolution_mm not in RESOLUTIONS_MM:
+        raise ValueError(f"resolution_mm must be one of {RESOLUTIONS_MM} for the embedded cohort, got {resolution_mm}")
+    velocity = control_velocity(population, person)
+    transform = person_transform(velocity)
+    sampling_mm = max(1, resolution_mm // 2)
+    factor = resolution_mm // sampling_mm
+    field = _to_spacing(transform, sampling_mm)
+    template, template_affine = _template() if sampling_mm == 1 else _template_1mm()
+    atlas, atlas_affine = _atlas()
+    values = _sample_in_frame(template, template_affine, field, sampling_mm, "bilinear")
+    labels = _sample_in_frame(atlas, atlas_affine, field, sampling_mm, "nearest")
+    image = _appearance(values, labels, population, person)
+    image = F.avg_pool3d(image, factor) if factor > 1 else image
+    labels = majority_label(labels, factor)[0, 0].numpy().astype(np.uint8)
+    brain = image[0, 0].numpy()
+    noise = np.random.default_rng([population.seed, person, 2]).normal(0, population.noise_sigma, brain.shape)
+    white = np.percentile(brain[brain > 0], 99.9)
+    noisy = np.where(brain > 0, np.clip(brain / white + noise, 1 / 255, 1), 0)
+    landmarks = _person_landmarks(velocity, transform, resolution_mm)
+    return np.rint(noisy * 255).astype(np.uint8), labels, landmarks, velocity
+
+
+def _person_landmarks(velocity: torch.Tensor, transform: torch.Tensor, resolution_mm: int) -> dict[int, list[float]]:
+    """Where each template landmark lies in the person: the p with ``p + u(p) = x``."""
+    template_points = landmark_points()
+    target = torch.tensor(list(template_points.values()), dtype=torch.float64).T.reshape(1, 3, -1, 1, 1)
+    target = (target - 0.5) / FIELD_SPACING_MM  # 1 mm voxels -> voxels of the 2 mm grid
+    field, guess = transform.double(), person_transform(-velocity).double()
+    start = target
+    for _ in range(30):  # T(S(y)) is nearly y for the approximate inverse S, so correcting y contracts
+        points = start + spatial.sample(guess, start)
+        error = points + spatial.sample(field, points) - target
+        start = start - error
+    residual = error.norm(dim=1).max() * FIELD_SPACING_MM
+    if residual > 0.05:
+        raise RuntimeError(f"a landmark could not be placed: residual {residual:.3f} mm, expected at most 0.05 mm")
+    in_frame = points * FIELD_SPACING_MM + 0.5
+    in_grid = (in_frame - (resolution_mm - 1) / 2) / resolution_mm
+    places = in_grid.reshape(3, -1).T.tolist()
+    return {label: [round(x, 4) for x in place] for label, place in zip(template_points, places, strict=True)}
+
+
+def cache_folder() -> Path:
+    """Where generated cohorts are kept: the user's cache folder, or `LUMIRLIB_CACHE` if that is set."""
+    chosen = os.environ.get("LUMIRLIB_CACHE")
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("lumirlib"))
+
+
+def embedded_json(
+    resolution_mm: int = 4,
+    population: EmbeddedPopulation | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """Path of the embedded cohort's dataset JSON; the cohort is made first where it is missing.
+
+    Making it takes about half a minute at 4 mm, and several minutes at 1 mm, once. Each file is written atomically
+    and the JSON last, so an interrupted call goes on where it stopped and two at once do no harm.
+
+    Args:
+        resolution_mm: voxel size, 1, 2 or 4.
+        population: the recipe; None takes the project's own.
+        folder: where cohorts are kept; None takes :func:`cache_folder`.
+        progress: show a progress bar while making.
+
+    Returns:
+        Path of `dataset.json`, beside imagesTr, imagesVal, labelsVal, landmarksVal and velocitiesVal.
+    """
+    if resolution_mm not in RESOLUTIONS_MM:
+        raise ValueError(f"resolution_mm must be one of {RESOLUTIONS_MM} for the embedded cohort, got {resolution_mm}")
+    population = population or EmbeddedPopulation()
+    root = Path(folder or cache_folder()) / population.name() / f"{resolution_mm}mm"
+    dataset = root / "dataset.json"
+    if dataset.is_file():
+        return dataset
+    people = population.training + population.validation
+    missing = [person for person in range(people) if not _person_files(root, population, person)["done"].is_file()]
+    with (
+        ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool,
+        tqdm(total=people, initial=people - len(missing), desc=f"embedded cohort, {resolution_mm} mm",
+             unit="person", disable=not progress) as bar,
+    ):  # fmt: skip
+        for _ in pool.map(lambda person: _write_person(root, population, person, resolution_mm), missing):
+            bar.update()
+    write_json(dataset, _dataset(population, resolution_mm))
+    return dataset
+
+
+def _person_files(root: Path, population: EmbeddedPopulation, person: int) -> dict[str, Path]:
+    part = "Tr" if person < population.training else "Val"
+    name = f"SIM_{person:04d}_0000"
+    files = {
+        "image": root / f"images{part}" / f"{name}.nii.gz",
+        "seg": root / f"labels{part}" / f"{name}.nii.gz",
+        "landmarks": root / f"landmarks{part}" / f"{name}.json",
+        "velocity": root / f"velocities{part}" / f"{name}.nii.gz",
+    }
+    files["done"] = files["velocity"]  # written last
+    return files
+
+
+def _write_person(root: Path, population: EmbeddedPopulation, person: int, resolution_mm: int) -> None:
+    image, labels, landmarks, velocity = make_person(population, person, resolution_mm)
+    files = _person_files(root, population, person)
+    affine = frame_affine(resolution_mm)
+    write_nifti(files["image"], image, affine)
+    write_nifti(files["seg"], labels, affine)
+    write_json(
+        files["landmarks"],
+        {
+            "space": "voxel index i,j,k of the image",
+            "names": [f"centroid of label {label}" for label in landmarks],
+            "points": list(landmarks.values()),
+        },
+    )
+    control_affine = np.diag([CONTROL_SPACING_MM] * 3 + [1]).astype(np.float64)
+    control_affine[:3, 3] = FRAME_ORIGIN_MM
+    write_nifti(files["velocity"], velocity.movedim(0, -1).numpy(), control_affine)
+
+
+def _dataset(population: EmbeddedPopulation, resolution_mm: int) -> dict:
+    def entry(person: int) -> dict[str, object]:
+        root = Path(".")
+        files = _person_files(root, population, person)
+        keys = ("image", "seg", "landmarks", "velocity")
+        return {**{key: f"./{files[key].as_posix()}" for key in keys}, "person": person}
+
+    training = [entry(person) for person in range(population.training)]
+    labelled = [entry(person) for person in range(population.training, population.training + population.validation)]
+    pairs = [(fixed, moving) for fixed in labelled for moving in labelled if fixed is not moving]
+    return {
+        "name": "Embedded cohort (simulated)",
+        "release": str(GENERATOR_VERSION),
+        "description": f"simulated people at {resolution_mm} mm: warped template and atlas of deepmriprep 0.3",
+        "licence": "template and atlas as distributed with deepmriprep (MIT)",
+        "simulated": True,
+        "population": asdict(population),
+        "pairing": "unpaired",
+        "modality": {"0": "MR"},
+        "tensorImageSize": {"0": "3D"},
+        "tensorImageShape": {"0": [side // resolution_mm for side in FRAME_SHAPE]},
+        "numTraining": len(training),
+        "training": training,
+        "numValidation": len(pairs),
+        "validation": [{"fixed": fixed["image"], "moving": moving["image"]} for fixed, moving in pairs],
+        "labelled": labelled,
+    }

@@ -1,0 +1,19 @@
+"""The challenge's metrics: pure functions of tensors, which know neither models nor files."""
+
+from lumirlib.metrics.jacobian import ndv_percent, ndv_volume
+from lumirlib.metrics.landmarks import landmark_volume, tre_mm, tre_per_landmark_mm, tre_points_mm
+from lumirlib.metrics.overlap import dice, dice_per_label
+from lumirlib.metrics.surface import hd95_mm, hd95_per_label_mm
+
+__all__ = [
+    "dice",
+    "dice_per_label",
+    "hd95_mm",
+    "hd95_per_label_mm",
+    "landmark_volume",
+    "ndv_percent",
+    "ndv_volume",
+    "tre_mm",
+    "tre_per_landmark_mm",
+    "tre_points_mm",
+]

@@ -1,0 +1,188 @@
+"""The paper's backbone: a weight-shared encoder at full resolution, a feature pyramid and a cascade of small
+flow estimators.
+
+After Fig. 1 of the paper and the authors' later description of the same network (EOIR, "Encoder-Only Image
+Registration", arXiv 2509.00451); DEVIATIONS.md says what was inferred.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lumirlib import spatial
+from lumirlib._checks import check_choice, check_finite, check_image
+
+CASCADES = ("additive", "compositional")
+
+
+class Fields(NamedTuple):
+    """What a registration network predicts, one entry per level, finest first.
+
+    Attributes:
+        displacements: ``(B, 3, D_l, H_l, W_l)`` in voxels of level l; entry 0 is the result.
+        velocities: the stationary velocities before integration, same shapes.
+    """
+
+    displacements: list[torch.Tensor]
+    velocities: list[torch.Tensor]
+
+
+class ConvBlock(nn.Module):
+    """Convolution 3^3 with bias, instance normalization without parameters, PReLU with one parameter."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm = nn.InstanceNorm3d(out_channels)
+        self.activation = nn.PReLU()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.norm(self.conv(features)))
+
+
+class Encoder(nn.Module):
+    """Three blocks 1 -> N -> 2N -> N at full resolution.
+
+    Args:
+        channels: N, the paper's 'sc'.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block1 = ConvBlock(1, channels)
+        self.block2 = ConvBlock(channels, 2 * channels)
+        self.block3 = ConvBlock(2 * channels, channels)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """``(B, 1, D, H, W)`` -> ``(B, N, D, H, W)``."""
+        return self.block3(self.block2(self.block1(image)))
+
+
+class FlowEstimator(nn.Module):
+    """Velocity of one level from the sum and the difference of fixed and warped moving features.
+
+    Args:
+        feature_channels: N.
+        head_channels: K, the width of the second convolution.
+    """
+
+    def __init__(self, feature_channels: int, head_channels: int) -> None:
+        super().__init__()
+        width = 2 * feature_channels
+        self.conv1 = nn.Conv3d(width, width, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv3d(width, head_channels, kernel_size=3, padding=1)
+        self.conv3 = nn.Conv3d(head_channels, 3, kernel_size=3, padding=1)
+
+    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Features ``(B, N, D_l, H_l, W_l)`` of both -> velocity ``(B, 3, D_l, H_l, W_l)``."""
+        features = torch.cat([fixed + moving, fixed - moving], dim=1)
+        return self.conv3(F.relu(self.conv2(F.relu(self.conv1(features)))))
+
+
+class RegistrationNetwork(nn.Module):
+    """Backbone of the paper, from a pair of images to a displacement.
+
+    Images of any size: level l has ``ceil(side / 2**l)`` voxels along each axis (at least 2), reached by trilinear
+    interpolation with aligned corners; nothing is padded or cropped.
+
+    Args:
+        start_channels: N, width of the encoder (the paper's 'sc').
+        head_channels: K, width of the flow estimators.
+        cascade: how a level's own field w and the upsampled coarser one U are joined: "additive", ``w + U``, or
+            "compositional", ``w(p) + U(p + w(p))``.
+        levels: number of pyramid levels; 5 in the paper.
+        squarings: squarings of the integration at every level.
+    """
+
+    def __init__(
+        self,
+        start_channels: int = 32,
+        head_channels: int = 27,
+        cascade: str = "additive",
+        levels: int = 5,
+        squarings: int = 7,
+    ) -> None:
+        super().__init__()
+        check_choice(cascade, CASCADES, "cascade")
+        for name, value in (
+            ("start_channels", start_channels), ("head_channels", head_channels), ("levels", levels),
+        ):  # fmt: skip
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        self.cascade = cascade
+        self.squarings = squarings
+        self.encoder = Encoder(start_channels)
+        self.estimators = nn.ModuleList(FlowEstimator(start_channels, head_channels) for _ in range(levels))
+
+    def level_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Sides of each level for images of sides `shape`, finest first."""
+        return [
+            tuple(max(2, -(-side // 2**level)) for side in shape) for level in range(len(self.estimators))
+        ]  # fmt: skip
+
+    def encode(self, fixed: torch.Tensor, moving: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of both images, ``(B, N, D, H, W)`` each, from one pass over the stacked pair."""
+        fixed_features, moving_features = self.encoder(torch.cat([fixed, moving])).chunk(2)
+        return fixed_features, moving_features
+
+    def fields(self, fixed: torch.Tensor, moving: torch.Tensor) -> Fields:
+        """Displacement and velocity of every level, as the loss with deep supervision needs them.
+
+        Args:
+            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
+            moving: ``(B, 1, D, H, W)``, same shape.
+
+        Returns:
+            :class:`Fields`, float32.
+
+        Raises:
+            ValueError: shapes that differ or are not (B, 1, D, H, W), or a side below 2 voxels.
+        """
+        check_image(fixed, "fixed", channels=1)
+        check_image(moving, "moving", channels=1)
+        if fixed.shape != moving.shape:
+            raise ValueError(
+                f"fixed and moving must have one shape, got {tuple(fixed.shape)} and {tuple(moving.shape)}"
+            )
+        shapes = self.level_shapes(tuple(fixed.shape[2:]))
+        fixed_features, moving_features = self.encode(fixed, moving)
+        pyramid = [(fixed_features, moving_features)]
+        for shape in shapes[1:]:
+            finer_fixed, finer_moving = pyramid[-1]
+            pyramid.append((spatial.resize(finer_fixed, shape), spatial.resize(finer_moving, shape)))
+
+        displacements: list[torch.Tensor] = []
+        velocities: list[torch.Tensor] = []
+        for level in reversed(range(len(shapes))):
+            level_fixed, level_moving = pyramid[level]
+            coarser = None
+            if displacements:
+                factors = [fine / coarse for fine, coarse in zip(shapes[level], shapes[level + 1], strict=True)]
+                coarser = spatial.resize_displacement(displacements[0], shapes[level], factors)
+                level_moving = spatial.warp(level_moving, coarser)
+            velocity = self.estimators[level](level_fixed, level_moving).float()
+            own = spatial.integrate(velocity, self.squarings)
+            if coarser is None:
+                displacement = own
+            elif self.cascade == "additive":
+                displacement = own + coarser
+            else:
+                displacement = spatial.compose(coarser, own)
+            displacements.insert(0, displacement)
+            velocities.insert(0, velocity)
+        return Fields(displacements, velocities)
+
+    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Displacement ``(B, 3, D, H, W)`` in voxels that carries `moving` onto `fixed`; arguments as `fields`.
+
+        Raises:
+            ValueError: as :meth:`fields`; outside training also for non-finite voxels.
+        """
+        if not self.training:
+            check_finite(fixed, "fixed")
+            check_finite(moving, "moving")
+        return self.fields(fixed, moving).displacements[0]

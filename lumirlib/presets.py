@@ -1,0 +1,114 @@
+"""Presets: resolution, width and length of a run, as data. The paper's own values stand in `PAPER`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lumirlib._checks import check_choice
+from lumirlib.variants import Variant
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a variant is trained and evaluated.
+
+    Attributes:
+        name: of the preset.
+        resolution_mm: voxel size that is worked at.
+        epochs: passes in which each training scan is the moving image once, a random other one the fixed image.
+        steps_per_epoch: stop each pass after so many pairs; None takes all scans.
+        channel_divisor: the variant's start channels are divided by this (32, 36, 64 become 8, 9, 16 for 4).
+        levels: pyramid levels.
+        learning_rate: initial one of Adam; falls as ``(1 - epoch / epochs) ** decay_power``.
+        decay_power: of that fall.
+        amsgrad: of Adam.
+        similarity_weight: lambda0.
+        smoothness_weight: lambda1, on velocities in voxels of the working resolution.
+        window: NCC window in voxels, odd.
+        similarity: "ncc" or "mse".
+        validation_pairs: how many pairs, spread evenly over the list, measure each epoch's Dice; None takes all.
+        evaluation_pairs: how many pairs the final evaluation takes, likewise; None takes all.
+        about: one line for the reader: what it is for.
+    """
+
+    name: str
+    resolution_mm: float
+    epochs: int
+    steps_per_epoch: int | None = None
+    channel_divisor: int = 1
+    levels: int = 5
+    learning_rate: float = 4e-4
+    decay_power: float = 0.9
+    amsgrad: bool = True
+    similarity_weight: float = 1.0
+    smoothness_weight: float = 6.0
+    window: int = 9
+    similarity: str = "ncc"
+    validation_pairs: int | None = None
+    evaluation_pairs: int | None = None
+    about: str = ""
+
+    def apply(self, variant: Variant) -> Variant:
+        """The variant at this preset's width and depth."""
+        channels = max(1, round(variant.start_channels / self.channel_divisor))
+        return replace(variant, start_channels=channels, levels=self.levels)
+
+    def differences_from_paper(self) -> list[str]:
+        """What this preset changes about the paper's training, in words; empty for the paper's own."""
+        words = {
+            "resolution_mm": "voxels of {0:g} mm instead of 1 mm",
+            "epochs": "{0} epochs instead of {1}",
+            "steps_per_epoch": "at most {0} pairs an epoch",
+            "channel_divisor": "start channels divided by {0}",
+            "levels": "{0} pyramid levels instead of {1}",
+            "learning_rate": "learning rate {0:g} instead of {1:g}",
+            "smoothness_weight": "lambda1 = {0:g} instead of {1:g}",
+            "window": "NCC window {0} instead of {1} voxels",
+            "validation_pairs": "{0} pairs for each epoch's Dice",
+            "evaluation_pairs": "{0} pairs in the final evaluation",
+        }
+        return [
+            text.format(getattr(self, option), getattr(PAPER, option))
+            for option, text in words.items()
+            if getattr(self, option) != getattr(PAPER, option)
+        ]
+
+
+#: The paper: 200 epochs, Adam 4e-4, lambda 1 and 6, batch 1, at 1 mm (amsgrad, decay and window: see DEVIATIONS.md).
+PAPER = Preset(name="paper", resolution_mm=1, epochs=200, about="LUMIR as in the paper; days on one GPU")
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        replace(
+            PAPER, name="smoke", resolution_mm=4, epochs=2, steps_per_epoch=4, channel_divisor=8, levels=4,
+            learning_rate=2e-3, smoothness_weight=1.0, window=5, validation_pairs=2, evaluation_pairs=3,
+            about="does everything run? seconds, the figures mean nothing",
+        ),
+        replace(
+            PAPER, name="demo", resolution_mm=4, epochs=8, channel_divisor=4, levels=4, learning_rate=1e-3,
+            smoothness_weight=1.0, window=5, validation_pairs=10,
+            about="the default: minutes on a 2-core laptop, narrow network, coarse voxels",
+        ),
+        replace(
+            PAPER, name="real-cpu", resolution_mm=4, epochs=12, channel_divisor=4, levels=4, learning_rate=1e-3,
+            smoothness_weight=1.0, window=5, validation_pairs=10,
+            about="real brains at 4 mm on a CPU; about a quarter of an hour",
+        ),
+        replace(
+            PAPER, name="half", resolution_mm=2, epochs=100, smoothness_weight=3.0,
+            about="2 mm, the paper's width; for a GPU",
+        ),
+        replace(PAPER, name="full", resolution_mm=1, epochs=100, about="1 mm, the paper's width; for a GPU"),
+        PAPER,
+    )
+}  # fmt: skip
+
+
+def get_preset(name: str, **overrides: object) -> Preset:
+    """The preset of a name, with options replaced where given; an unknown name fails with the choices listed."""
+    check_choice(name, tuple(PRESETS), "preset")
+    try:
+        return replace(PRESETS[name], **overrides)
+    except TypeError as error:
+        raise ValueError(f"unknown option of preset {name!r}: {error}") from error

@@ -1,0 +1,75 @@
+"""Where a number comes from: commit, command, seed, cohort, preset, device, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("lumirlib", "torch", "numpy", "scipy", "nibabel", "pandas", "matplotlib", "surface-distance", "deepmriprep")
+
+
+def project_root() -> Path | None:
+    """The checkout that this package runs from, or None for a copy installed elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def results_folder(out: str | Path = "") -> Path:
+    """Where results go: `out`; else the folder in LUMIRLIB_RESULTS; else the checkout's `results/`; else ./results."""
+    chosen = str(out) or os.environ.get("LUMIRLIB_RESULTS", "")
+    if chosen:
+        return Path(chosen).expanduser()
+    return (project_root() or Path.cwd()) / "results"
+
+
+def commit() -> str:
+    """Commit of the checkout, with "+changes" where tracked files differ from it; "unknown" outside a checkout."""
+    root = project_root()
+    if root is None:
+        return "unknown"
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        # results and executed notebooks are what a run makes, not what it is made from
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!*.ipynb")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words: a GPU's name, or the number of CPU threads and the processor's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, the first 16 hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def now() -> str:
+    """The present time, UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

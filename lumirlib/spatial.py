@@ -1,0 +1,240 @@
+"""Grids, warps and displacement fields: the one place where the conventions live.
+
+Conventions, used by every module of lumirlib:
+
+* An image is ``(B, C, D, H, W)``. D, H, W are the array axes i, j, k of the NIfTI file
+  (160, 224, 192 for LUMIR).
+* A displacement ``u`` is ``(B, 3, D, H, W)``, float32, in **voxels**; channel 0 moves along i,
+  channel 1 along j, channel 2 along k. It lives on the fixed grid and points into the moving
+  image: ``warped(p) = moving(p + u(p))``. The identity is zero.
+* Sampling is trilinear between voxel centres (``align_corners=True``) and zero outside the image.
+* Composition of an inner displacement ``w`` after an outer one ``U``:
+  ``(U o w)(p) = w(p) + U(p + w(p))``.
+* Normalized coordinates, as ``torch.nn.functional.grid_sample`` wants them, run from -1 at the
+  centre of the first voxel to +1 at the centre of the last one, in the order k, j, i.
+
+This module is the only caller of ``grid_sample``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from lumirlib._checks import check_choice, check_displacement, check_image, check_same_grid
+
+WARP_MODES = ("bilinear", "nearest")
+
+
+@lru_cache(maxsize=16)
+def _cached_identity(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    axes = [torch.arange(side, device=device, dtype=dtype) for side in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+
+
+def identity_grid(
+    shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Voxel coordinates of every voxel centre.
+
+    Args:
+        shape: the three sides (D, H, W) in voxels.
+        device: where the grid is made.
+        dtype: a floating-point dtype.
+
+    Returns:
+        ``(1, 3, D, H, W)`` in voxels, channel 0 along i; a fresh tensor.
+
+    Raises:
+        ValueError: `shape` does not have three sides of at least 2 voxels.
+    """
+    shape = tuple(int(side) for side in shape)
+    if len(shape) != 3 or min(shape) < 2:
+        raise ValueError(f"shape must be three sides of at least 2 voxels, got {shape}")
+    return _cached_identity(shape, torch.device(device), dtype).clone()
+
+
+def voxel_to_normalized(points: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Convert voxel coordinates (last axis i, j, k) to normalized ones (last axis k, j, i).
+
+    Args:
+        points: ``(..., 3)`` in voxels.
+        shape: the sides (D, H, W) of the image that the points lie in.
+
+    Returns:
+        ``(..., 3)``, -1 at the first and +1 at the last voxel centre, axes reversed.
+    """
+    sides = torch.tensor([side - 1 for side in shape], dtype=points.dtype, device=points.device)
+    return (points * (2.0 / sides) - 1.0).flip(-1)
+
+
+def normalized_to_voxel(points: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Convert normalized coordinates (last axis k, j, i) to voxels (last axis i, j, k): the inverse of
+    :func:`voxel_to_normalized`."""
+    sides = torch.tensor([side - 1 for side in shape], dtype=points.dtype, device=points.device)
+    return (points.flip(-1) + 1.0) * (sides / 2.0)
+
+
+def sample(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Trilinear values of an image at arbitrary voxel coordinates, zero outside.
+
+    Args:
+        image: ``(B, C, D, H, W)``, floating point. float16 and bfloat16 images are interpolated in float32.
+        points: ``(B, 3, d, h, w)`` in voxels of `image`, channel 0 along i.
+
+    Returns:
+        ``(B, C, d, h, w)`` in the dtype of `image`.
+    """
+    working = torch.promote_types(image.dtype, torch.float32)
+    # autocast must not touch coordinates: bfloat16 resolves whole voxels only beyond 128
+    with torch.autocast(image.device.type, enabled=False):
+        grid = voxel_to_normalized(points.to(working).movedim(1, -1), image.shape[2:])  # (B, d, h, w, 3)
+        return F.grid_sample(image.to(working), grid, mode="bilinear", padding_mode="zeros", align_corners=True).to(
+            image.dtype
+        )
+
+
+def sample_nearest(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Values of `image` (B, C, D, H, W) at the voxel nearest to each point (B, 3, d, h, w).
+
+    The rule is SciPy's ``map_coordinates(order=0, mode="constant")``: index ``floor(p + 0.5)``, and zero for
+    any point outside ``[0, side - 1]``. ``grid_sample`` rounds ties to even and loses them in the
+    normalization, so the voxels are gathered directly.
+    """
+    inside = torch.ones_like(points[:, 0], dtype=torch.bool)
+    index = torch.zeros_like(points[:, 0], dtype=torch.int64)
+    for axis, side in enumerate(image.shape[2:]):
+        along = points[:, axis]
+        inside &= (along >= 0) & (along <= side - 1)
+        index = index * side + (along + 0.5).floor().clamp(0, side - 1).to(torch.int64)
+    channels = image.shape[1]
+    flat = image.reshape(*image.shape[:2], -1)  # (B, C, D*H*W)
+    taken = flat.gather(2, index.flatten(1)[:, None].expand(-1, channels, -1))
+    taken = taken.reshape(image.shape[0], channels, *points.shape[2:])
+    return torch.where(inside[:, None], taken, taken.new_zeros(()))
+
+
+def warp(image: torch.Tensor, displacement: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
+    """Warp a moving image by a displacement: ``warped(p) = image(p + displacement(p))``.
+
+    Args:
+        image: the moving image, ``(B, C, D, H, W)``; any dtype for "nearest", floating point for "bilinear".
+        displacement: ``(B, 3, D, H, W)`` in voxels, on the fixed grid.
+        mode: "bilinear" (trilinear in 3-D, zero outside, for images) or "nearest" (for labels, as SciPy's
+            ``map_coordinates(order=0)`` does it).
+
+    Returns:
+        The warped image, shape and dtype of `image`.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown mode.
+        TypeError: an image of integers with mode "bilinear".
+    """
+    check_choice(mode, WARP_MODES, "mode")
+    check_displacement(displacement)
+    if mode == "bilinear":
+        check_image(image)
+    elif not isinstance(image, torch.Tensor) or image.ndim != 5:
+        got = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+        raise ValueError(f"image must be (B, C, D, H, W), got {got}")
+    check_same_grid(image, displacement, "image", "displacement")
+    displacement = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
+    points = _cached_identity(tuple(displacement.shape[2:]), displacement.device, displacement.dtype) + displacement
+    return sample(image, points) if mode == "bilinear" else sample_nearest(image, points)
+
+
+def compose(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    """Composition of two displacements, `inner` applied first: ``inner(p) + outer(p + inner(p))``.
+
+    Args:
+        outer: ``(B, 3, D, H, W)`` in voxels.
+        inner: ``(B, 3, D, H, W)`` in voxels, on the same grid.
+
+    Returns:
+        ``(B, 3, D, H, W)`` in voxels.
+    """
+    check_displacement(outer, "outer")
+    check_displacement(inner, "inner")
+    return inner + warp(outer, inner)
+
+
+def integrate(velocity: torch.Tensor, steps: int = 7) -> torch.Tensor:
+    """Displacement of a stationary velocity field after unit time, by scaling and squaring.
+
+    ``w <- velocity / 2**steps``, then `steps` times ``w <- w o w`` (Arsigny et al., MICCAI 2006). Always in
+    float32 or better.
+
+    Args:
+        velocity: ``(B, 3, D, H, W)`` in voxels per unit time.
+        steps: the number of squarings, 0 returns the velocity itself.
+
+    Returns:
+        ``(B, 3, D, H, W)`` in voxels.
+    """
+    check_displacement(velocity, "velocity")
+    if steps < 0:
+        raise ValueError(f"steps must be 0 or more, got {steps}")
+    displacement = velocity.to(torch.promote_types(velocity.dtype, torch.float32)) / 2**steps
+    for _ in range(steps):
+        displacement = compose(displacement, displacement)
+    return displacement
+
+
+def invert(displacement: torch.Tensor, initial: torch.Tensor | None = None, iterations: int = 10) -> torch.Tensor:
+    """Inverse of a displacement, by compositional corrections of a first guess.
+
+    With ``r = u o v`` the residual of the guess v, each iteration replaces v by ``v o (-r)``; near the inverse the
+    residual shrinks quadratically. ``compose(displacement, invert(displacement))`` tells how well it went.
+
+    Args:
+        displacement: ``(B, 3, D, H, W)`` in voxels.
+        initial: a first guess of the inverse, for an integrated velocity that of the negative velocity;
+            ``-displacement`` if None.
+        iterations: how often to correct.
+
+    Returns:
+        ``(B, 3, D, H, W)`` in voxels.
+    """
+    check_displacement(displacement)
+    inverse = -displacement if initial is None else initial
+    for _ in range(iterations):
+        inverse = compose(inverse, -compose(displacement, inverse))
+    return inverse
+
+
+def resize(image: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Resample an image to another shape, trilinearly with aligned corner voxels; values keep their units.
+
+    Args:
+        image: ``(B, C, D, H, W)``, floating point.
+        shape: the new sides (D', H', W').
+
+    Returns:
+        ``(B, C, D', H', W')``.
+    """
+    check_image(image)
+    return F.interpolate(image, size=tuple(shape), mode="trilinear", align_corners=True)
+
+
+def resize_displacement(
+    displacement: torch.Tensor, shape: Sequence[int], factors: Sequence[float] | None = None
+) -> torch.Tensor:
+    """Resample a displacement to another grid **and** convert its voxels into voxels of that grid.
+
+    Args:
+        displacement: ``(B, 3, D, H, W)`` in voxels of its own grid.
+        shape: the new sides (D', H', W').
+        factors: new voxels per old voxel along i, j, k. None takes ``(side' - 1) / (side - 1)``, the exact factor
+            for corner-aligned grids. Coarse-to-fine cascades in the literature multiply by 2 instead.
+
+    Returns:
+        ``(B, 3, D', H', W')`` in voxels of the new grid.
+    """
+    check_displacement(displacement)
+    if factors is None:
+        factors = [(new - 1) / (old - 1) for new, old in zip(shape, displacement.shape[2:], strict=True)]
+    scale = torch.tensor(list(factors), dtype=displacement.dtype, device=displacement.device)
+    return resize(displacement, shape) * scale.view(1, 3, 1, 1, 1)

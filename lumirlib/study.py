@@ -1,0 +1,192 @@
+"""One run of the study from its parameters to its files: what the notebooks and the command line call."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from lumirlib import provenance
+from lumirlib.data import Cohort, Pair, load_cohort
+from lumirlib.data.cohort import SMALLEST_LABEL
+from lumirlib.evaluation import cohort_facts, evaluate_method, write_results, zero_displacement
+from lumirlib.files import write_atomically
+from lumirlib.labels import LUMIR_LABELS
+from lumirlib.presets import get_preset
+from lumirlib.training import RunConfig, TrainingResult, make_config, pick_device, spread, train
+from lumirlib.variants import parse_variant
+
+
+def notebook_command(notebook: str, output: str, **parameters: object) -> str:
+    """The papermill line that repeats a notebook; absolute paths are cut down to their last part."""
+    words = ["papermill", f"notebooks/{notebook}", output]
+    for name, value in parameters.items():
+        shown = Path(str(value)).name if Path(str(value)).is_absolute() else str(value)
+        words += ["-p", name, shown]
+    return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class AblationRun:
+    """A variant, to be trained and evaluated on a cohort.
+
+    Attributes:
+        config: what is trained.
+        cohort: on what.
+        out: the results folder.
+        device: where.
+        command: how it can be repeated.
+    """
+
+    config: RunConfig
+    cohort: Cohort
+    out: Path
+    device: torch.device
+    command: str
+
+    @classmethod
+    def prepare(
+        cls,
+        variant: str = "backbone",
+        preset: str = "demo",
+        cohort: str = "embedded",
+        seed: int = 0,
+        data_root: str = "",
+        out: str = "",
+        device: str = "auto",
+        variant_options: dict | None = None,
+        preset_options: dict | None = None,
+    ) -> AblationRun:
+        """Check all parameters and open the cohort; nothing is trained yet.
+
+        Args:
+            variant: a name for :func:`lumirlib.parse_variant`.
+            preset: a name of :data:`lumirlib.presets.PRESETS`.
+            cohort: "embedded", "lumir", "brains", or the path of a dataset JSON.
+            seed: of weights and pairs, 0 or more.
+            data_root: folder the JSON's paths are relative to; empty for its own.
+            out: results folder; empty for :func:`lumirlib.provenance.results_folder`.
+            device: "auto", "cpu", "cuda" ...
+            variant_options: options of :class:`lumirlib.Variant` to set besides.
+            preset_options: options of :class:`lumirlib.presets.Preset` to set besides.
+
+        Raises:
+            ValueError: an unknown variant or preset, with the choices listed; a seed below 0; a cohort that cannot
+                be used.
+        """
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
+        chosen_variant = parse_variant(variant, **(variant_options or {}))
+        chosen_preset = get_preset(preset, **(preset_options or {}))
+        loaded = load_cohort(cohort, chosen_preset.resolution_mm, data_root or None)
+        config = make_config(chosen_variant, chosen_preset, loaded, seed)
+        command = notebook_command(
+            "run_ablation.ipynb", f"results/runs/{config.run}.ipynb",
+            variant=variant, preset=preset, cohort=cohort, seed=seed,
+        )  # fmt: skip
+        return cls(config, loaded, provenance.results_folder(out), pick_device(device), command)
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The pairs of the final evaluation."""
+        return spread(self.cohort.validation_pairs, self.config.preset.evaluation_pairs)
+
+    @property
+    def title(self) -> str:
+        """What a table or figure of this run is headed with; says "simulated" where it is."""
+        data = f"{self.cohort.name}, {self.cohort.resolution_mm:g} mm"
+        if self.cohort.simulated:
+            data = f"simulated people, {self.cohort.resolution_mm:g} mm: not a LUMIR result"
+        elif self.cohort.short_name != "lumir":
+            data += ": not LUMIR"
+        return f"{self.config.variant.name} (sc:{self.config.variant.start_channels}), {data}"
+
+    def describe(self) -> str:
+        """The run in a few lines of Markdown, with all that differs from the paper's training."""
+        variant, preset = self.config.variant, self.config.preset
+        lines = [
+            f"**{self.title}**",
+            "",
+            f"- run `{self.config.run}`, preset *{preset.name}* ({preset.about}), seed {self.config.seed}, "
+            f"on {provenance.describe_device(self.device)}",
+            f"- network: start channels {variant.start_channels}, head channels {variant.head_channels}, "
+            f"{variant.cascade} cascade, {variant.levels} levels",
+            f"- {len(self.cohort.train)} training scans, {len(self.pairs)} pairs to evaluate, "
+            f"{'x'.join(map(str, self.cohort.shape))} voxels",
+        ]
+        differences = preset.differences_from_paper()
+        if differences:
+            lines.append(f"- **not the paper's training**: {'; '.join(differences)}")
+        if self.cohort.has_labels and len(self.cohort.labels) < len(LUMIR_LABELS):
+            lines.append(
+                f"- {len(self.cohort.labels)} of the {len(LUMIR_LABELS)} labels are scored; the others have fewer "
+                f"than {SMALLEST_LABEL} voxels of {self.cohort.resolution_mm:g} mm in one of the people"
+            )
+        if not self.cohort.has_labels:
+            lines.append("- no labels for the validation pairs: the best epoch is chosen by similarity, not Dice")
+        if self.cohort.credit:
+            lines.append(f"- licence of the data: {self.cohort.credit}")
+        return "\n".join(lines)
+
+    def train(self, resume: bool = True, progress: bool = True) -> TrainingResult:
+        """Train, or go on from the last checkpoint; see :func:`lumirlib.training.train`."""
+        return train(self.config, self.cohort, self.out, str(self.device), resume, progress)
+
+    def evaluate(self, result: TrainingResult, progress: bool = True) -> pd.DataFrame:
+        """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table."""
+        name = self.config.variant.name
+        table = evaluate_method(
+            result.model, self.cohort, self.pairs, self.device, progress=progress, description=f"evaluate {name}"
+        )
+        best = result.history.set_index("epoch").loc[result.best_epoch]
+        about = {
+            "run": self.config.run,
+            "method": name,
+            "options": asdict(self.config.variant),
+            "preset": asdict(self.config.preset),
+            "seed": self.config.seed,
+            "command": self.command,
+            "device": provenance.describe_device(self.device),
+            "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+            "best_epoch": result.best_epoch,
+            "val_dice": float(best["val_dice"]),
+            "seconds_per_step": float(result.history["seconds"].mean()),
+            "evaluated_pairs": len(self.pairs),
+        }
+        table.insert(0, "run", self.config.run)
+        write_results(table, self.metrics_path, {**about, **cohort_facts(self.cohort)})
+        return table
+
+    @property
+    def metrics_path(self) -> Path:
+        """Where :meth:`evaluate` writes."""
+        return self.out / "metrics" / f"{self.config.run}.csv"
+
+    def save_figure(self, figure: Figure, kind: str) -> Figure:
+        """Write a figure to `<out>/figures/<run>_<kind>.png`; returns the figure."""
+        write_atomically(
+            self.out / "figures" / f"{self.config.run}_{kind}.png",
+            lambda to: figure.savefig(to, format="png", dpi=120),
+        )
+        return figure
+
+    def before_registration(self, progress: bool = True) -> pd.DataFrame:
+        """Metrics of zero displacement on the same pairs, computed once for a cohort, resolution and set of pairs."""
+        facts = cohort_facts(self.cohort)
+        run = (
+            f"ZeroDisplacement_{self.cohort.short_name}_{self.cohort.resolution_mm:g}mm_{len(self.pairs)}pairs_"
+            f"{facts['cohort_digest'][:8]}"
+        )
+        path = self.out / "metrics" / f"{run}.csv"
+        if not path.is_file():
+            table = evaluate_method(
+                zero_displacement, self.cohort, self.pairs, progress=progress, description="before registration"
+            )
+            table.insert(0, "run", run)
+            about = {"run": run, "method": "Zero Displacement", "command": self.command, "device": "cpu"}
+            write_results(table, path, {**about, "evaluated_pairs": len(self.pairs), **facts})
+        return pd.read_csv(path)

@@ -1,0 +1,48 @@
+"""Command line of one run, `python -m lumirlib.train`: what notebooks/run_ablation.ipynb does, without pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lumirlib.evaluation import summarize
+from lumirlib.presets import PRESETS
+from lumirlib.study import AblationRun
+from lumirlib.variants import variant_choices
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    options = argparse.ArgumentParser(prog="python -m lumirlib.train", description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--variant", default="backbone", help=f"{', '.join(variant_choices())}, joined by '+'")
+    options.add_argument("--preset", default="demo", help=", ".join(PRESETS))
+    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
+    options.add_argument("--seed", type=int, default=0, help="of weights and pairs")
+    options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
+    options.add_argument("--out", default="", help="results folder")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    options.add_argument("--restart", action="store_true", help="start anew where a checkpoint would be resumed")
+    options.add_argument("--quiet", action="store_true", help="no progress bars")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, evaluate and print a summary; 0, or 2 for parameters or data that cannot be used."""
+    given = parser().parse_args(arguments)
+    try:
+        run = AblationRun.prepare(
+            given.variant, given.preset, given.cohort, given.seed, given.data_root, given.out, given.device
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"python -m lumirlib.train: {error}", file=sys.stderr)
+        return 2
+    print(run.describe())
+    result = run.train(resume=not given.restart, progress=not given.quiet)
+    table = run.evaluate(result, progress=not given.quiet)
+    print(f"\nbest epoch {result.best_epoch}; {run.metrics_path}")
+    print(summarize(table).to_string(float_format="%.4f"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
