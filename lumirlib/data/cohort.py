@@ -352,8 +352,9 @@ def load_cohort(
     """Open a cohort; images are read later, on demand.
 
     Where the JSON's validation pairs carry labels they are the validation pairs. Where they do not (the official
-    LUMIR list) but at least two training scans do (the challenge's sanity-check scans 3364 ... 3373), these are held
-    out of training and all their ordered pairs are the validation pairs: the paper's "Val Dice" protocol.
+    LUMIR list) but at least two scans of the "labelled" list, or some of the training scans, do (the challenge's
+    sanity-check scans 3364 ... 3373), these are held out of training and all their ordered pairs are the validation
+    pairs: the paper's "Val Dice" protocol. Where all training scans carry labels, none is held out.
 
     Args:
         name_or_json: "embedded", "lumir", "brains", or the path of a Learn2Reg dataset JSON.
@@ -395,8 +396,9 @@ def load_cohort(
     if with_labels:
         pairs = with_labels
     else:
-        candidates = [s for s in (labelled or training) if s.labels]
-        if len(candidates) >= 2:
+        candidates = [subject for subject in (labelled or training) if subject.labels]
+        left_to_train = sum(subject not in candidates for subject in training)
+        if len(candidates) >= 2 and (left_to_train >= 2 or not pairs):
             pairs = [Pair(fixed, moving) for fixed in candidates for moving in candidates if fixed != moving]
     held_out = {subject.image for pair in pairs for subject in (pair.fixed, pair.moving)}
     train = tuple(subject for subject in dict.fromkeys(training) if subject.image not in held_out)

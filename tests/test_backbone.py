@@ -1,0 +1,173 @@
+"""The backbone: parameter counts, order of modules, cascade, any size, gradients, and the names of variants."""
+
+import pytest
+import torch
+from torch import nn
+
+from lumirlib import build_model, parse_variant, spatial
+from lumirlib.models import RegistrationNetwork
+from lumirlib.variants import Variant
+
+PUBLISHED = [
+    (16, 27, 294_272), (32, 27, 909_232), (36, 27, 1_114_812),
+    (64, 27, 3_134_480), (64, 108, 4_567_370), (64, 216, 6_477_890),
+]  # fmt: skip
+
+
+def pair(shape=(11, 18, 21), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(1, 1, *shape, generator=generator), torch.rand(1, 1, *shape, generator=generator)
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return RegistrationNetwork(**{"start_channels": 4, "head_channels": 5, "levels": 3, **options})
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("channels", "head", "expected"), PUBLISHED)
+def test_parameter_counts_are_the_published_ones(channels, head, expected):
+    assert count(build_model("backbone", start_channels=channels, head_channels=head)) == expected
+
+
+def test_named_variants_have_the_papers_widths_and_cascades():
+    assert parse_variant("backbone") == Variant("backbone", 32, 27, "additive")
+    assert parse_variant("LC-1") == Variant("LC-1", 64, 108, "additive")
+    assert parse_variant("backbone+lc-2") == Variant("LC-2", 64, 108, "compositional")
+    assert count(build_model("LC-2")) == 4_567_370
+
+
+def test_modules_are_registered_encoder_first_then_estimators_from_the_finest():
+    names = [name for name, module in build_model("backbone").named_modules() if isinstance(module, nn.Conv3d)]
+    expected = [f"encoder.block{n}.conv" for n in (1, 2, 3)]
+    expected += [f"estimators.{level}.conv{n}" for level in range(5) for n in (1, 2, 3)]
+    assert names == expected
+
+
+@pytest.mark.parametrize("cascade", ["additive", "compositional"])
+@pytest.mark.parametrize("shape", [(16, 32, 48), (11, 18, 21), (5, 7, 30)])
+def test_any_image_size_gives_a_displacement_of_that_size(shape, cascade):
+    fixed, moving = pair(shape)
+    displacement = small(cascade=cascade, levels=5)(fixed, moving)
+    assert displacement.shape == (1, 3, *shape)
+    assert displacement.dtype == torch.float32
+    assert torch.isfinite(displacement).all()
+
+
+def test_levels_halve_where_sides_divide_by_16():
+    assert RegistrationNetwork().level_shapes((160, 224, 192)) == [
+        (160, 224, 192), (80, 112, 96), (40, 56, 48), (20, 28, 24), (10, 14, 12),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cascade", ["additive", "compositional"])
+def test_every_parameter_gets_a_gradient(cascade):
+    model = small(cascade=cascade)
+    model(*pair()).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        # the norm removes what a bias before it adds
+        if name.startswith("encoder") and name.endswith("conv.bias"):
+            assert parameter.grad is not None
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+class ConstantVelocity(nn.Module):
+    """Stands in for a flow estimator with a velocity that is known."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, fixed, moving):
+        return self.field(fixed.shape[2:])
+
+
+def known_velocity(scale):
+    def field(shape):
+        grid = spatial.identity_grid(shape)
+        centre = (torch.tensor(shape) - 1).view(1, 3, 1, 1, 1) / 2
+        bump = torch.exp(-((grid - centre) / torch.tensor(shape).view(1, 3, 1, 1, 1) * 3).square().sum(1, True))
+        return scale * bump * torch.tensor([1.0, -0.5, 0.25]).view(1, 3, 1, 1, 1)
+
+    return field
+
+
+@pytest.mark.parametrize("cascade", ["additive", "compositional"])
+def test_cascade_joins_the_levels_as_defined(cascade):
+    model = small(cascade=cascade, levels=2)
+    model.estimators = nn.ModuleList([ConstantVelocity(known_velocity(1.5)), ConstantVelocity(known_velocity(1.0))])
+    shape, coarse_shape = (12, 16, 20), (6, 8, 10)
+    fields = model.fields(*pair(shape))
+    own = spatial.integrate(known_velocity(1.5)(shape), 7)
+    coarse = spatial.integrate(known_velocity(1.0)(coarse_shape), 7)
+    upsampled = 2 * nn.functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)
+    expected = own + upsampled if cascade == "additive" else own + spatial.warp(upsampled, own)
+    assert torch.allclose(fields.displacements[1], coarse)
+    assert torch.allclose(fields.displacements[0], expected, atol=1e-6)
+    assert (own + upsampled - own - spatial.warp(upsampled, own)).abs().max() > 0.05  # the two forms differ
+
+
+def test_encoder_is_shared_and_treats_each_image_alone():
+    model = small()
+    fixed, moving = pair()
+    features = model.encode(fixed, moving)
+    assert torch.allclose(features[0], model.encoder(fixed), atol=1e-4)
+    assert torch.allclose(features[1], model.encoder(moving), atol=1e-4)
+
+
+def test_batch_entries_do_not_see_each_other():
+    model = small().eval()
+    first, second = pair(seed=1), pair(seed=2)
+    together = model(torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]))
+    assert torch.allclose(together[:1], model(*first), atol=1e-5)
+    assert torch.allclose(together[1:], model(*second), atol=1e-5)
+
+
+def test_weights_round_trip_through_a_file(tmp_path):
+    model = small()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other = RegistrationNetwork(start_channels=4, head_channels=5, levels=3)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(model(*pair()), other(*pair()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_forward_on_cuda_under_autocast_stays_float32_and_close():
+    model = small().cuda().eval()
+    fixed, moving = (image.cuda() for image in pair())
+    with torch.no_grad():
+        plain = model(fixed, moving)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            mixed = model(fixed, moving)
+    assert mixed.dtype == torch.float32
+    assert (plain - mixed).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: build_model("LG-1"), r"unknown variant 'LG-1': 'LG-1' is not one of backbone, LC-1, LC-2"),
+        (lambda: build_model("LC-1+LC-2"), "contradict each other: cascade would be 'additive' and 'compositional'"),
+        (lambda: build_model("backbone", width=3), "unknown option width .* choose from start_channels, head_ch"),
+        (lambda: build_model("backbone", cascade="sum"), "cascade must be one of additive, compositional; got 'sum'"),
+        (lambda: build_model("backbone", start_channels=0), "start_channels must be 1 or more, got 0"),
+        (lambda: small()(torch.rand(1, 1, 8, 9, 10), torch.rand(1, 1, 8, 9, 11)), "fixed and moving must have one sh"),
+        (lambda: small()(torch.rand(8, 9, 10), torch.rand(8, 9, 10)), r"fixed must be \(B, 1, D, H, W\), got \(8, 9"),
+        (lambda: small().eval()(torch.full((1, 1, 8, 9, 10), torch.nan), torch.rand(1, 1, 8, 9, 10)),
+         "fixed must hold finite values only, got 720 NaN"),
+    ],
+)  # fmt: skip
+def test_wrong_options_and_images_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_images_of_integers_are_refused():
+    whole = torch.ones(1, 1, 8, 9, 10, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"fixed must have a floating-point dtype, got torch\.uint8"):
+        small()(whole, whole)

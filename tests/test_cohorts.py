@@ -1,0 +1,401 @@
+"""Cohorts: every dialect of the JSON, downsampling, the embedded cohort, and files that are broken."""
+
+import gzip
+import json
+import os
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from small_cohorts import SMALL_SHAPE, smooth_blob, write_small_cohort
+
+from lumirlib import load_cohort, metrics, spatial
+from lumirlib.data import embedded
+from lumirlib.data.cohort import read_landmarks
+from lumirlib.data.nifti import read_nifti, read_volume, write_nifti
+from lumirlib.labels import LUMIR_LABELS
+
+
+def rewrite(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+# reading -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_cohort_is_read(small_cohort_json):
+    cohort = load_cohort(small_cohort_json)
+    assert [subject.name for subject in cohort.train] == [f"SMALL_{n:04d}" for n in range(4)]
+    assert len(cohort.validation_pairs) == 6
+    assert cohort.has_labels and not cohort.simulated
+    assert cohort.shape == SMALL_SHAPE and cohort.resolution_mm == 1
+    pair = cohort.validation_pairs[0]
+    assert pair.name == "SMALL_0100_SMALL_0101"
+    image = cohort.image(pair.fixed)
+    assert image.shape == (1, 1, *SMALL_SHAPE) and image.dtype == torch.float32
+    assert torch.equal(image[0, 0], torch.from_numpy(smooth_blob(100)).float() / 255)
+    assert set(cohort.label_volume(pair.fixed).unique().tolist()) == {0, 4, 11, 23}
+    assert cohort.landmark_points(pair.fixed)["second"] == (9, 6, 8)
+    assert cohort.true_displacement(pair) is None
+
+
+def drop_dots(content):
+    for entry in content["training"]:
+        entry["image"] = entry["image"].removeprefix(".")
+    for entry in content["validation"]:
+        entry["fixed"], entry["moving"] = (entry[side].removeprefix(".") for side in ("fixed", "moving"))
+
+
+def bare_paths(content):
+    content["training"] = [entry["image"].removeprefix("./") for entry in content["training"]]
+
+
+def registration_val(content):
+    content["registration_val"] = content.pop("validation")
+
+
+def no_labelled_list(content):
+    del content["labelled"]  # labels are then found beside the images, in labelsVal/
+
+
+def labels_in_pairs(content):
+    people = {entry["image"]: entry for entry in content.pop("labelled")}
+    for entry in content["validation"]:
+        for side in ("fixed", "moving"):
+            entry[side] = {"image": entry[side], "label": people[entry[side]]["seg"]}
+
+
+@pytest.mark.parametrize("dialect", [drop_dots, bare_paths, registration_val, no_labelled_list, labels_in_pairs])
+def test_every_dialect_of_the_json_gives_the_same_cohort(small_cohort_json, dialect):
+    expected = load_cohort(small_cohort_json)
+    found = load_cohort(rewrite(small_cohort_json, dialect))
+    assert found.train == expected.train
+    assert found.validation_pairs == expected.validation_pairs
+
+
+def test_labelled_training_scans_become_the_validation_where_the_official_pairs_have_no_labels(tmp_path):
+    def official(content):
+        people = content.pop("labelled")
+        content["training"] += [{"image": entry["image"], "seg": entry["seg"]} for entry in people]
+        content["validation"] = [{"fixed": content["training"][1]["image"], "moving": content["training"][0]["image"]}]
+
+    path = rewrite(write_small_cohort(tmp_path), official)
+    shutil.rmtree(tmp_path / "labelsTr")
+    cohort = load_cohort(path)
+    assert len(cohort.validation_pairs) == 6 and cohort.has_labels
+    assert {subject.name for subject in cohort.train} == {f"SMALL_{n:04d}" for n in range(4)}
+
+
+def test_training_scans_that_all_carry_labels_are_trained_on(tmp_path):
+    def without_labelled(content):
+        del content["labelled"]
+
+    path = rewrite(write_small_cohort(tmp_path), without_labelled)  # labelsTr/ lies beside imagesTr/
+    shutil.rmtree(tmp_path / "labelsVal")
+    cohort = load_cohort(path)
+    assert len(cohort.train) == 4 and len(cohort.validation_pairs) == 6 and not cohort.has_labels
+
+
+def test_validation_people_are_never_trained_on(small_cohort_json):
+    def list_twice(content):
+        content["training"] += [{"image": entry["image"]} for entry in content["labelled"]]
+
+    cohort = load_cohort(rewrite(small_cohort_json, list_twice))
+    held_out = {subject.image for pair in cohort.validation_pairs for subject in (pair.fixed, pair.moving)}
+    assert len(cohort.train) == 4 and not held_out & {subject.image for subject in cohort.train}
+
+
+def test_lumir_is_found_in_its_data_root(tmp_path):
+    write_small_cohort(tmp_path).rename(tmp_path / "LUMIR_dataset.json")
+    cohort = load_cohort("lumir", data_root=tmp_path)
+    assert cohort.short_name == "lumir" and len(cohort.train) == 4
+
+
+def test_json_elsewhere_is_read_relative_to_the_data_root(small_cohort_json, tmp_path):
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(small_cohort_json.read_text())
+    assert len(load_cohort(elsewhere, data_root=small_cohort_json.parent).train) == 4
+
+
+def test_coarser_resolution_averages_images_takes_majority_labels_and_moves_landmarks(small_cohort_json):
+    fine, coarse = load_cohort(small_cohort_json), load_cohort(small_cohort_json, resolution_mm=2)
+    subject = coarse.validation_pairs[0].fixed
+    image = fine.image(subject)[0, 0]
+    assert coarse.shape == tuple(side // 2 for side in SMALL_SHAPE)
+    assert torch.isclose(coarse.image(subject)[0, 0, 3, 4, 5], image[6:8, 8:10, 10:12].mean())
+    labels = fine.label_volume(subject)[0, 0, 6:8, 8:10, 10:12].flatten().tolist()
+    most = max(set(labels), key=lambda label: (labels.count(label), -label))
+    assert coarse.label_volume(subject)[0, 0, 3, 4, 5] == most
+    # voxel 9 of 1 mm has its centre a quarter of a voxel below that of voxel 4 + 1/2
+    assert coarse.landmark_points(subject)["second"] == (4.25, 2.75, 3.75)
+    world = coarse.affine @ np.array([3, 4, 5, 1.0])
+    assert np.allclose(world[:3], [6.5, 8.5, 10.5])
+
+
+def test_labels_too_small_for_a_coarse_grid_are_not_scored(small_cohort_json):
+    assert load_cohort(small_cohort_json).labels == LUMIR_LABELS
+    coarse = load_cohort(small_cohort_json, resolution_mm=4)
+    people = {subject for pair in coarse.validation_pairs for subject in (pair.fixed, pair.moving)}
+    counts = {}
+    for subject in people:
+        for label, voxels in zip(*coarse.label_volume(subject).unique(return_counts=True), strict=True):
+            counts.setdefault(int(label), []).append(int(voxels))
+    small = {label for label, voxels in counts.items() if min(voxels) < 8}
+    assert small  # the blobs' cores
+    assert set(coarse.labels) == set(LUMIR_LABELS) - small
+
+
+def test_majority_label_breaks_ties_towards_the_smaller_number():
+    labels = torch.tensor([9, 9, 9, 9, 4, 4, 4, 4], dtype=torch.int16).reshape(1, 1, 2, 2, 2)
+    assert embedded.majority_label(labels, 2).tolist() == [[[[[4]]]]]
+
+
+def test_landmarks_come_from_a_label_volume_too(tmp_path):
+    points = {"1": (2.0, 3.0, 4.0), "2": (7.0, 8.0, 9.0)}
+    volume = metrics.landmark_volume(points, (12, 13, 14))[0, 0].numpy()
+    assert read_landmarks(write_nifti(tmp_path / "landmarks.nii.gz", volume, np.eye(4))) == points
+
+
+def test_memory_is_bounded(small_cohort_json, monkeypatch):
+    cohort = load_cohort(small_cohort_json)
+    one = cohort.image(cohort.train[0]).nbytes
+    monkeypatch.setattr("lumirlib.data.cohort.MEMORY_BUDGET", 2 * one)
+    for subject in cohort.train:
+        cohort.image(subject)
+    assert sum(volume.nbytes for volume in cohort._memory.values()) <= 2 * one
+
+
+# broken files --------------------------------------------------------------------------------------------------------
+
+
+def break_truncated(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def break_magic(path):
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[344:348] = b"nope"
+    path.write_bytes(gzip.compress(bytes(raw)))
+
+
+def break_not_gzip(path):
+    path.write_text("this is not an image")
+
+
+def break_nan(path):
+    image = smooth_blob(0).astype(np.float32)
+    image[3, 4, 5] = np.nan
+    write_nifti(path, image, np.eye(4))
+
+
+def break_constant(path):
+    write_nifti(path, np.full(SMALL_SHAPE, 7, np.uint8), np.eye(4))
+
+
+def break_range(path):
+    write_nifti(path, smooth_blob(0).astype(np.int16) * 10, np.eye(4))
+
+
+def break_shape(path):
+    write_nifti(path, smooth_blob(0)[:-2], np.eye(4))
+
+
+def break_dimensions(path):
+    write_nifti(path, np.stack([smooth_blob(0)] * 2, -1), np.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_truncated, "as NIfTI \\(truncated or corrupt"),
+        (break_magic, "as NIfTI \\(truncated or corrupt"),
+        (break_not_gzip, "as NIfTI \\(truncated or corrupt"),
+        (break_nan, "expected finite voxels, got 1 NaN or infinite"),
+        (break_constant, "expected an image, got the constant 7"),
+        (break_range, "expected intensities from 0 to 255"),
+        (break_shape, "expected shape \\(16, 20, 24\\), like the cohort's other images, got \\(14, 20, 24\\)"),
+        (break_dimensions, "expected a 3-D volume, got shape \\(16, 20, 24, 2\\)"),
+    ],
+)
+def test_a_broken_image_is_named_with_what_is_wrong(small_cohort_json, damage, message):
+    cohort = load_cohort(small_cohort_json)
+    subject = cohort.train[2]
+    damage(subject.image)
+    with pytest.raises(ValueError, match=message) as caught:
+        cohort.image(subject)
+    assert subject.image.name in str(caught.value)
+
+
+def test_labels_with_fractions_are_refused(small_cohort_json):
+    cohort = load_cohort(small_cohort_json)
+    subject = cohort.validation_pairs[0].fixed
+    write_nifti(subject.labels, smooth_blob(0).astype(np.float32) / 7, np.eye(4))
+    with pytest.raises(ValueError, match=r"SMALL_0100.* expected whole label numbers"):
+        cohort.label_volume(subject)
+
+
+def test_missing_file_named_in_the_json_is_named(small_cohort_json):
+    (small_cohort_json.parent / "imagesTr" / "SMALL_0001_0000.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json names .*SMALL_0001.* for training\[1\]"):
+        load_cohort(small_cohort_json)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["training"].append({"image": "./../outside.nii.gz"}), "leaves the data root"),
+        (lambda c: c["training"].append({"picture": "x"}), r"training\[4\] has no 'image', only \['picture'\]"),
+        (lambda c: c["training"].append({"image": 3}), r"expected a path for training\[4\], got 3"),
+        (lambda c: c["validation"].append({"fixed": "x"}), r"validation\[6\] must have 'fixed' and 'moving'"),
+        (lambda c: c.update(training={"image": "x"}), "expected a list under 'training', got dict"),
+        (lambda c: c.clear(), "names no 'training' scans and no 'validation' or 'registration_val' pairs"),
+    ],
+)
+def test_a_malformed_json_is_named_with_the_entry(small_cohort_json, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_cohort(rewrite(small_cohort_json, change))
+
+
+def test_what_is_no_cohort_is_said_so(tmp_path, monkeypatch, small_cohort_json):
+    (tmp_path / "bad.json").write_text("{")
+    monkeypatch.delenv("LUMIR_BRAINS", raising=False)
+    for call, error, message in [
+        (lambda: load_cohort("embeded"), ValueError, "cohort must be one of embedded, lumir, brains or the path"),
+        (lambda: load_cohort(tmp_path / "bad.json"), ValueError, r"bad\.json: not valid JSON"),
+        (lambda: load_cohort(tmp_path / "none.json"), FileNotFoundError, r"no such JSON file: .*none\.json"),
+        (lambda: load_cohort("lumir"), ValueError, "needs data_root, the folder with LUMIR_dataset"),
+        (lambda: load_cohort("brains"), ValueError, "needs the environment variable LUMIR_BRAINS"),
+        (lambda: load_cohort("embedded", 3), ValueError, r"resolution_mm must be one of \(1, 2, 4\)"),
+        (lambda: load_cohort(small_cohort_json, 1.5), ValueError, "whole multiple of the files' 1 mm"),
+        (lambda: load_cohort(small_cohort_json, 3), ValueError, "that divides their shape"),
+        (lambda: read_nifti(tmp_path / "none.nii.gz"), FileNotFoundError, "no such NIfTI file"),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_nifti_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = write_nifti(tmp_path / "image.nii.gz", smooth_blob(0), np.eye(4))
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        write_nifti(path, smooth_blob(1), np.eye(4))
+    assert np.array_equal(read_volume(path)[0], smooth_blob(0))
+    assert [file.name for file in tmp_path.iterdir()] == ["image.nii.gz"]
+
+
+# the embedded cohort -------------------------------------------------------------------------------------------------
+
+
+def test_embedded_cohort_says_that_it_is_simulated_and_has_all_it_promises(embedded_cohort):
+    cohort = embedded_cohort
+    assert cohort.simulated and cohort.short_name == "embedded"
+    assert cohort.shape == (40, 56, 48)
+    assert len(cohort.train) == 24 and len(cohort.validation_pairs) == 30
+    numbers = set(cohort.label_volume(cohort.validation_pairs[0].fixed).unique().tolist())
+    assert set(LUMIR_LABELS) - {49, 50} <= numbers <= set(LUMIR_LABELS)  # those two are about a voxel of 4 mm
+    assert len(cohort.landmark_points(cohort.train[0])) >= 12
+    image = cohort.image(cohort.train[0])
+    assert image.min() == 0 and image.max() == 1 and 0.2 < float((image > 0).float().mean()) < 0.4
+
+
+def test_embedded_people_overlap_before_registration_as_in_the_paper(embedded_cohort):
+    dices, errors = [], []
+    zero = torch.zeros(1, 3, *embedded_cohort.shape)
+    for pair in embedded_cohort.validation_pairs:
+        volumes = [embedded_cohort.label_volume(subject) for subject in (pair.fixed, pair.moving)]
+        points = [embedded_cohort.landmark_points(subject) for subject in (pair.fixed, pair.moving)]
+        dices.append(100 * metrics.dice(volumes[1], volumes[0]))
+        errors.append(metrics.tre_points_mm(zero, *points, spacing_mm=4))
+    assert np.mean(dices) == pytest.approx(56.6, abs=2.6)
+    assert np.mean(errors) == pytest.approx(4.4, abs=0.3)
+
+
+def test_true_displacement_carries_the_moving_person_onto_the_fixed_one(embedded_cohort):
+    pair = embedded_cohort.validation_pairs[7]
+    truth = embedded_cohort.true_displacement(pair)
+    points = [embedded_cohort.landmark_points(subject) for subject in (pair.fixed, pair.moving)]
+    # what is left is the 4 mm grid's own interpolation
+    assert metrics.tre_points_mm(truth, *points, spacing_mm=4) < 0.5
+    assert metrics.ndv_percent(truth) < 0.01
+    volumes = [embedded_cohort.label_volume(subject) for subject in (pair.fixed, pair.moving)]
+    before = metrics.dice(volumes[1], volumes[0])
+    assert metrics.dice(spatial.warp(volumes[1], truth, "nearest"), volumes[0], volumes[1]) > before + 0.15
+
+
+def test_a_persons_transforms_are_inverse_to_each_other_and_do_not_fold():
+    population = embedded.EmbeddedPopulation()
+    there, back = embedded.person_transforms(embedded.control_velocity(population, 3))
+    residual = spatial.compose(there, back)[..., 8:-8, 8:-8, 8:-8].norm(dim=1) * embedded.FIELD_SPACING_MM
+    assert residual.max() < 0.05
+    assert metrics.ndv_percent(there) < 1e-3
+
+
+def test_people_depend_on_their_seed_alone():
+    population = embedded.EmbeddedPopulation()
+    first, again = (embedded.make_person(population, 2, 4) for _ in range(2))
+    assert np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1])
+    other = embedded.make_person(population, 3, 4)
+    reseeded = embedded.make_person(replace(population, seed=1), 2, 4)
+    assert not np.array_equal(first[0], other[0]) and not np.array_equal(first[0], reseeded[0])
+    assert population.name() != replace(population, seed=1).name()
+
+
+def test_a_person_is_the_same_at_every_resolution():
+    population = embedded.EmbeddedPopulation()
+    people = {mm: embedded.make_person(population, 5, mm) for mm in embedded.RESOLUTIONS_MM}
+    for fine, coarse in pairwise(embedded.RESOLUTIONS_MM):
+        for label, place in people[fine][2].items():
+            assert np.allclose((np.array(place) - 0.5) / 2, people[coarse][2][label], atol=1e-3)
+        labels = torch.from_numpy(people[fine][1])[None, None]
+        reduced = embedded.majority_label(labels, 2)[0, 0].numpy()
+        assert (reduced == people[coarse][1]).mean() > 0.97
+    assert people[1][0].shape == embedded.FRAME_SHAPE
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    population = embedded.EmbeddedPopulation(training=2, validation=2)
+    make, made = embedded.make_person, []
+
+    def dies_at_the_third(population, person, resolution_mm):
+        if person == 2:
+            raise KeyboardInterrupt
+        made.append(person)
+        return make(population, person, resolution_mm)
+
+    monkeypatch.setattr(embedded, "make_person", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.embedded_json(4, population, tmp_path, progress=False)
+    assert not list(tmp_path.rglob("dataset.json"))
+    done_before = set(made)
+    made.clear()
+    monkeypatch.setattr(embedded, "make_person", lambda *a: made.append(a[1]) or make(*a))
+    path = embedded.embedded_json(4, population, tmp_path, progress=False)
+    assert set(made) == {0, 1, 2, 3} - done_before and 2 in made
+    assert len(load_cohort(path).validation_pairs) == 2
+
+
+# real brains ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not os.environ.get("LUMIR_BRAINS"), reason="needs the folder of real brains in LUMIR_BRAINS")
+def test_real_brains_load_at_4_mm_with_their_90_pairs():
+    cohort = load_cohort("brains", 4)
+    assert len(cohort.validation_pairs) == 90 and cohort.has_labels and not cohort.simulated
+    assert len(cohort.train) > 50
+    dices = [
+        metrics.dice(*(cohort.label_volume(subject) for subject in (pair.moving, pair.fixed)))
+        for pair in cohort.validation_pairs[::9]
+    ]
+    assert 0.40 < np.mean(dices) < 0.50
+    assert sum(bool(pair.fixed.landmarks and pair.moving.landmarks) for pair in cohort.validation_pairs) == 6

@@ -1,0 +1,86 @@
+"""The project as a user meets it: notebook, command line, environment files."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from lumirlib import __version__, train
+from lumirlib.provenance import project_root, results_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "notebooks" / "run_ablation.ipynb"
+
+
+def test_notebook_runs_from_another_folder_with_parameters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    papermill.execute_notebook(
+        str(NOTEBOOK), "LC-2.ipynb", {"variant": "LC-2", "preset": "smoke", "out": "my results"}, progress_bar=False
+    )
+    csv, provenance = (list((tmp_path / "my results" / "metrics").glob(f"LC-2_embedded_smoke_*.{end}"))
+                       for end in ("csv", "json"))  # fmt: skip
+    assert len(csv) == len(provenance) == 1
+    assert json.loads(provenance[0].read_text())["options"]["cascade"] == "compositional"
+    assert len(list((tmp_path / "my results" / "figures").glob("*.png"))) == 3
+    text = "".join(str(cell.get("outputs")) for cell in nbformat.read("LC-2.ipynb", 4).cells)
+    assert "simulated people, 4 mm: not a LUMIR result" in text
+
+
+def test_notebook_with_a_misspelt_variant_fails_with_the_choices(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=r"unknown variant 'LKK'.*backbone, LC-1, LC-2"):
+        papermill.execute_notebook(str(NOTEBOOK), str(tmp_path / "o.ipynb"), {"variant": "LKK"}, progress_bar=False)
+
+
+def test_notebook_parameters_are_typed_and_explained():
+    listed = papermill.inspect_notebook(str(NOTEBOOK))
+    assert {"variant", "preset", "cohort", "seed", "data_root", "out"} <= listed.keys()
+    assert listed["seed"]["inferred_type_name"] == "int"
+    assert all(parameter["help"] for parameter in listed.values())
+
+
+def test_notebooks_are_committed_executed_without_errors_or_paths_of_a_machine():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        outputs = [output for cell in cells for output in cell.outputs]
+        assert outputs, f"{path.name} is committed without outputs, so nbval compares nothing"
+        assert not [output for output in outputs if output.output_type == "error"], path.name
+        assert any("nbval-ignore-output" not in cell.metadata.get("tags", []) and cell.outputs for cell in cells)
+        assert not re.search(r"/(home|root|work|Users)/\w", json.dumps(outputs)), path.name
+
+
+def test_command_line_trains_and_prints_the_metrics(tmp_path, capsys):
+    assert train.main(["--preset", "smoke", "--out", str(tmp_path), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "simulated" in printed and "hd95_mm" in printed
+
+
+def test_command_line_explains_mistakes_without_a_traceback():
+    done = subprocess.run([sys.executable, "-m", "lumirlib.train", "--preset", "dmeo"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "preset must be one of smoke, demo" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_results_go_where_they_are_asked_for(monkeypatch):
+    assert results_folder("somewhere") == Path("somewhere")
+    monkeypatch.setenv("LUMIRLIB_RESULTS", "elsewhere")
+    assert results_folder() == Path("elsewhere")
+    monkeypatch.delenv("LUMIRLIB_RESULTS")
+    assert results_folder() == (project_root() or Path.cwd()) / "results"
+
+
+def test_versions_stand_in_one_place():
+    environment = (ROOT / "environment.yml").read_text()
+    assert "-r requirements.txt" in environment
+    assert not re.search(r"^\s*- (?!python)[\w-]+=", environment, re.M)  # no second list of pins
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-"]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    declared = re.findall(r'^    "([\w-]+)>=', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert declared and set(declared) <= pinned
+    assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text()

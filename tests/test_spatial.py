@@ -1,0 +1,206 @@
+"""The conventions of lumirlib.spatial, on unequal sides and against analytic fields and SciPy."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+
+from lumirlib import spatial
+
+SHAPE = (5, 6, 7)
+
+
+def translation(*voxels: float, shape=SHAPE) -> torch.Tensor:
+    return torch.tensor(voxels, dtype=torch.float32).view(1, 3, 1, 1, 1).expand(1, 3, *shape).clone()
+
+
+def random_image(shape=SHAPE, channels=2, seed=0) -> torch.Tensor:
+    return torch.rand(1, channels, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def smooth_field(shape, size: float, seed=0) -> torch.Tensor:
+    noise = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return spatial.resize(noise, shape) * size
+
+
+def test_identity_grid_holds_each_voxels_own_index():
+    grid = spatial.identity_grid(SHAPE)
+    assert grid.shape == (1, 3, *SHAPE)
+    assert grid[0, :, 4, 2, 6].tolist() == [4, 2, 6]
+
+
+def test_identity_grid_is_a_fresh_tensor_each_time():
+    spatial.identity_grid(SHAPE).zero_()
+    assert spatial.identity_grid(SHAPE)[0, 0, 4, 0, 0] == 4
+
+
+@pytest.mark.parametrize("mode", spatial.WARP_MODES)
+def test_zero_displacement_changes_nothing(mode):
+    image = random_image()
+    assert torch.allclose(spatial.warp(image, translation(0, 0, 0), mode), image, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", spatial.WARP_MODES)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_unit_displacement_reads_next_voxel_along_its_own_axis(axis, mode):
+    image = random_image()
+    displacement = translation(*(1.0 if axis == other else 0.0 for other in range(3)))
+    warped = spatial.warp(image, displacement, mode)
+    expected = torch.zeros_like(image)
+    kept = image.shape[2 + axis] - 1
+    expected.narrow(2 + axis, 0, kept).copy_(image.narrow(2 + axis, 1, kept))  # zero outside the image
+    assert torch.allclose(warped, expected, atol=1e-5)
+
+
+def test_half_voxel_displacement_averages_neighbours_along_its_axis():
+    image = random_image()
+    warped = spatial.warp(image, translation(0, 0.5, 0))
+    expected = (image[:, :, :, :-1] + image[:, :, :, 1:]) / 2
+    assert torch.allclose(warped[:, :, :, :-1], expected, atol=1e-5)
+
+
+def test_warp_samples_a_linear_ramp_exactly():
+    grid = spatial.identity_grid(SHAPE).double()
+    ramp = 2 * grid[:, :1] - 3 * grid[:, 1:2] + 0.5 * grid[:, 2:]
+    displacement = torch.rand(1, 3, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inner = (slice(None), slice(None), slice(0, -1), slice(0, -1), slice(0, -1))
+    expected = ramp + 2 * displacement[:, :1] - 3 * displacement[:, 1:2] + 0.5 * displacement[:, 2:]
+    assert torch.allclose(spatial.warp(ramp, displacement)[inner], expected[inner], atol=1e-10)
+
+
+def test_nearest_warp_equals_scipy_voxel_for_voxel_ties_and_borders_included():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 200, SHAPE).astype(np.int16)
+    # multiples of a half put every other point on a tie; the range leaves the image on all sides
+    displacement = generator.integers(-8, 9, (3, *SHAPE)) / 2
+    points = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")) + displacement
+    expected = map_coordinates(labels, points, order=0, mode="constant", cval=0)
+    warped = spatial.warp(
+        torch.from_numpy(labels)[None, None], torch.from_numpy(displacement.astype(np.float32))[None], "nearest"
+    )
+    assert warped.dtype == torch.int16
+    assert np.array_equal(warped[0, 0].numpy(), expected)
+
+
+def test_bilinear_warp_equals_scipy_inside_the_image():
+    generator = np.random.default_rng(1)
+    image = generator.random(SHAPE)
+    displacement = generator.uniform(-0.9, 0.9, (3, *SHAPE))
+    points = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")) + displacement
+    inside = np.all([(p >= 0) & (p <= s - 1) for p, s in zip(points, SHAPE, strict=True)], axis=0)
+    expected = map_coordinates(image, points, order=1)
+    warped = spatial.warp(torch.from_numpy(image)[None, None], torch.from_numpy(displacement)[None])[0, 0].numpy()
+    assert np.allclose(warped[inside], expected[inside], atol=1e-12)
+
+
+def test_batch_entries_are_warped_by_their_own_displacement():
+    image = random_image().expand(2, -1, -1, -1, -1)
+    displacement = torch.cat([translation(0, 0, 0), translation(1, 0, 0)])
+    for mode in spatial.WARP_MODES:
+        warped = spatial.warp(image, displacement, mode)
+        for entry in range(2):
+            alone = spatial.warp(image[entry : entry + 1], displacement[entry : entry + 1], mode)
+            assert torch.equal(warped[entry : entry + 1], alone)
+
+
+def test_warp_of_bfloat16_keeps_the_dtype_and_samples_in_float32():
+    image = torch.ones(1, 1, 4, 5, 300, dtype=torch.bfloat16)
+    displacement = translation(0, 0, 0.25, shape=(4, 5, 300))
+    warped = spatial.warp(image, displacement)
+    assert warped.dtype == torch.bfloat16
+    assert torch.equal(warped[..., :-1], image[..., :-1])  # a bfloat16 coordinate could not tell 290.25 from 292
+
+
+def test_normalized_coordinates_run_from_minus_one_to_one_with_axes_reversed():
+    corners = torch.tensor([[0.0, 0, 0], [4, 5, 6], [4, 0, 3]])
+    normalized = spatial.voxel_to_normalized(corners, SHAPE)
+    assert torch.allclose(normalized, torch.tensor([[-1.0, -1, -1], [1, 1, 1], [0, -1, 1]]))
+    assert torch.allclose(spatial.normalized_to_voxel(normalized, SHAPE), corners)
+
+
+def test_composition_of_translations_adds_them():
+    composed = spatial.compose(translation(1, 0, -1), translation(0.5, 2, 0))
+    assert torch.allclose(composed[0, :, 0, 0, 2], torch.tensor([1.5, 2, -1]))
+
+
+def test_composition_warps_like_one_warp_after_the_other():
+    shape = (14, 15, 16)
+    grid = spatial.identity_grid(shape).double()
+    image = torch.sin(grid[:, :1] / 5) + torch.cos(grid[:, 1:2] / 4) * grid[:, 2:] / 10
+    outer, inner = smooth_field(shape, 0.4, 1), smooth_field(shape, 0.4, 2)
+    together = spatial.warp(image, spatial.compose(outer, inner))
+    one_after_the_other = spatial.warp(spatial.warp(image, outer), inner)
+    core = (..., slice(3, -3), slice(3, -3), slice(3, -3))
+    assert torch.allclose(together[core], one_after_the_other[core], atol=0.02)
+    swapped = spatial.warp(image, spatial.compose(inner, outer))
+    assert (swapped[core] - one_after_the_other[core]).abs().max() > 0.03  # the order matters
+
+
+def test_integration_of_a_constant_velocity_is_that_translation():
+    integrated = spatial.integrate(translation(0.5, -0.25, 1.0, shape=(12, 13, 14)))
+    assert torch.allclose(integrated[0, :, 6, 6, 6], torch.tensor([0.5, -0.25, 1.0]), atol=1e-5)
+
+
+def test_integration_of_a_linear_velocity_is_the_matrix_exponential():
+    shape = (17, 19, 21)
+    grid = spatial.identity_grid(shape, dtype=torch.float64)
+    centre = torch.tensor([8.0, 9.0, 10.0], dtype=torch.float64).view(1, 3, 1, 1, 1)
+    rates = torch.tensor([[0.1, -0.2, 0.0], [0.2, -0.05, 0.0], [0.0, 0.0, -0.1]], dtype=torch.float64)
+    velocity = torch.einsum("ab,nbdhw->nadhw", rates, grid - centre)
+    expected = torch.einsum("ab,nbdhw->nadhw", torch.matrix_exp(rates) - torch.eye(3), grid - centre)
+    core = (..., slice(5, -5), slice(5, -5), slice(5, -5))
+    # squarings start from a first-order step: the error falls with their number
+    assert torch.allclose(spatial.integrate(velocity, 7)[core], expected[core], atol=2e-3 * 10)
+    fine = (spatial.integrate(velocity, 12) - expected)[core].abs().max()
+    assert fine < 1e-3 < (spatial.integrate(velocity, 3) - expected)[core].abs().max()
+
+
+def test_integration_of_opposite_velocities_gives_inverse_displacements():
+    velocity = smooth_field((16, 18, 20), 0.5)
+    there, back = spatial.integrate(velocity), spatial.integrate(-velocity)
+    residual = spatial.compose(there, back)[..., 4:-4, 4:-4, 4:-4]
+    assert 0.001 < residual.abs().max() < 0.2
+    corrected = spatial.compose(there, spatial.invert(there, initial=back))[..., 4:-4, 4:-4, 4:-4]
+    assert corrected.abs().max() < 1e-3
+
+
+def test_resizing_a_displacement_converts_its_voxels_exactly_on_unequal_sides():
+    small, large = (5, 6, 7), (13, 11, 25)
+
+    # a field that is linear in position is resampled without error: u = a (p - c), a the same on both grids
+    def stretch(shape):
+        grid = spatial.identity_grid(shape, dtype=torch.float64)
+        centre = (torch.tensor(shape, dtype=torch.float64) - 1).view(1, 3, 1, 1, 1) / 2
+        return torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64).view(1, 3, 1, 1, 1) * (grid - centre)
+
+    assert torch.allclose(spatial.resize_displacement(stretch(small), large), stretch(large), atol=1e-10)
+    assert torch.allclose(spatial.resize_displacement(stretch(large), small), stretch(small), atol=1e-10)
+
+
+def test_resizing_with_given_factors_multiplies_by_them():
+    resized = spatial.resize_displacement(translation(1, 1, 1), (10, 12, 14), factors=(2, 3, 4))
+    assert resized[0, :, 3, 3, 3].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: spatial.warp(torch.rand(1, 1, 5, 6, 7), torch.zeros(1, 5, 6, 7, 3)),
+         r"displacement must be \(B, 3, D, H, W\), got \(1, 5, 6, 7, 3\)"),
+        (lambda: spatial.warp(torch.rand(1, 5, 6, 7), torch.zeros(1, 3, 5, 6, 7)), r"image must be \(B, C, D, H, W\)"),
+        (lambda: spatial.warp(torch.rand(1, 1, 5, 6, 8), torch.zeros(1, 3, 5, 6, 7)), "image and displacement must sh"),
+        (lambda: spatial.warp(torch.rand(1, 1, 5, 6, 7), torch.zeros(1, 3, 5, 6, 7), "cubic"),
+         "mode must be one of bilinear, nearest; got 'cubic'"),
+        (lambda: spatial.integrate(torch.zeros(1, 3, 5, 6, 7), steps=-1), "steps must be 0 or more, got -1"),
+        (lambda: spatial.identity_grid((5, 1, 7)), "at least 2 voxels"),
+        (lambda: spatial.compose(torch.zeros(1, 2, 5, 6, 7), torch.zeros(1, 3, 5, 6, 7)), "outer must be"),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_warping_integers_bilinearly_is_refused():
+    with pytest.raises(TypeError, match=r"image must have a floating-point dtype, got torch\.int16"):
+        spatial.warp(torch.ones(1, 1, 5, 6, 7, dtype=torch.int16), torch.zeros(1, 3, 5, 6, 7))

@@ -1,0 +1,274 @@
+"""Training: seeds, resuming, interruption, checkpoints, presets; and the run from parameters to files."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_cohorts import write_small_cohort
+
+from lumirlib import load_cohort, losses, parse_variant, training
+from lumirlib.presets import PAPER, PRESETS, get_preset
+from lumirlib.study import AblationRun
+from lumirlib.training import NonFiniteLossError, Trainer, epoch_pairs, make_config, spread
+
+CPU = torch.device("cpu")
+TINY = replace(
+    PRESETS["smoke"], name="tiny", resolution_mm=1, epochs=2, steps_per_epoch=None, channel_divisor=16, levels=3
+)
+
+
+@pytest.fixture
+def cohort(small_cohort_json):
+    return load_cohort(small_cohort_json)
+
+
+def config_for(cohort, seed=0, **changes):
+    return make_config(parse_variant("backbone", head_channels=4), replace(TINY, **changes), cohort, seed)
+
+
+def weights(path):
+    return training.load_checkpoint(path)["model"]
+
+
+def same_weights(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# presets -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_paper_preset_is_the_papers_training():
+    assert (PAPER.epochs, PAPER.learning_rate, PAPER.similarity_weight, PAPER.smoothness_weight) == (200, 4e-4, 1, 6)
+    assert PAPER.apply(parse_variant("LC-2")) == parse_variant("LC-2")
+    assert PAPER.differences_from_paper() == []
+
+
+def test_demo_says_what_it_reduces():
+    demo = get_preset("demo")
+    assert demo.apply(parse_variant("backbone")).start_channels == 8
+    assert demo.apply(parse_variant("LC-1")).start_channels == 16
+    said = "; ".join(demo.differences_from_paper())
+    assert "start channels divided by 4" in said and "lambda1 = 1 instead of 6" in said and "4 mm" in said
+
+
+def test_a_misspelt_preset_lists_the_choices():
+    with pytest.raises(ValueError, match=r"preset must be one of smoke, demo, .*paper; got 'dmeo'"):
+        get_preset("dmeo")
+    with pytest.raises(ValueError, match="unknown option of preset 'demo'"):
+        get_preset("demo", epoch=3)
+
+
+# pairs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_takes_each_scan_as_moving_once_and_never_itself_as_fixed(cohort):
+    for epoch in range(5):
+        pairs = list(epoch_pairs(cohort.train, 0, epoch))
+        assert sorted(pair.moving.name for pair in pairs) == [subject.name for subject in cohort.train]
+        assert all(pair.fixed != pair.moving for pair in pairs)
+
+
+def test_pairs_depend_on_seed_and_epoch_alone(cohort):
+    assert list(epoch_pairs(cohort.train, 3, 2)) == list(epoch_pairs(cohort.train, 3, 2))
+    names = {tuple(p.name for p in epoch_pairs(cohort.train, s, e)) for s in range(3) for e in range(3)}
+    assert len(names) > 6
+
+
+def test_pairs_to_validate_are_spread_over_the_list():
+    assert spread(tuple(range(30)), 4) == (0, 10, 19, 29)
+    assert spread((1, 2), None) == spread((1, 2), 5) == (1, 2)
+
+
+# training ------------------------------------------------------------------------------------------------------------
+
+
+def test_training_writes_a_log_and_the_best_epochs_weights(cohort, tmp_path):
+    result = training.train(config_for(cohort, epochs=3), cohort, tmp_path, "cpu", progress=False)
+    log = pd.read_csv(result.log)
+    assert log["epoch"].tolist() == [0, 1, 2, 3]
+    assert log["steps"].tolist() == [0, 4, 4, 4]
+    assert np.isfinite(log.loc[1:, ["loss", "similarity", "smoothness", "val_dice", "val_ndv_percent"]]).all(None)
+    assert result.best_epoch == log.loc[1:, "val_dice"].idxmax()
+    rates = log.loc[1:, "learning_rate"].to_numpy()
+    assert rates == pytest.approx(TINY.learning_rate * (1 - np.arange(3) / 3) ** 0.9)
+    fixed, moving = (cohort.image(subject) for subject in cohort.train[:2])
+    reloaded = training.load_model(result.checkpoint, "cpu")
+    assert torch.equal(result.model(fixed, moving), reloaded(fixed, moving))
+
+
+def test_training_lowers_the_loss(cohort, tmp_path):
+    config = config_for(cohort, epochs=10, learning_rate=3e-3)
+    history = training.train(config, cohort, tmp_path, "cpu", progress=False).history
+    assert history["loss"].iloc[-3:].mean() < history["loss"].iloc[1] - 0.02
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(cohort, tmp_path):
+    found = [
+        weights(training.train(config_for(cohort, seed), cohort, tmp_path / name, "cpu", progress=False).checkpoint)
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    ]
+    assert same_weights(found[0], found[1])
+    assert not same_weights(found[0], found[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_goes_on_to_the_same_weights(cohort, tmp_path, monkeypatch, number):
+    config = config_for(cohort)
+    whole = training.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
+    step, taken = Trainer._step, []
+
+    def step_then_signal(self, pair):
+        taken.append(pair)
+        if len(taken) == 6:  # in the middle of the second epoch
+            os.kill(os.getpid(), number)
+        return step(self, pair)
+
+    monkeypatch.setattr(Trainer, "_step", step_then_signal)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+        training.train(config, cohort, tmp_path / "cut", "cpu", progress=False)
+    assert len(taken) == 6
+    resumed = training.train(config, cohort, tmp_path / "cut", "cpu", progress=False)
+    assert len(taken) == 8
+    assert resumed.best_epoch == whole.best_epoch
+    assert same_weights(weights(resumed.checkpoint), weights(whole.checkpoint))
+    last = [weights(result.checkpoint.with_name("last.pt")) for result in (resumed, whole)]
+    assert same_weights(*last)
+    columns = ["epoch", "steps", "loss", "val_dice"]
+    pd.testing.assert_frame_equal(resumed.history[columns], whole.history[columns])
+
+
+def test_a_finished_run_is_not_trained_again_unless_asked(cohort, tmp_path, monkeypatch):
+    config = config_for(cohort)
+    training.train(config, cohort, tmp_path, "cpu", progress=False)
+    step, taken = Trainer._step, []
+    monkeypatch.setattr(Trainer, "_step", lambda self, pair: taken.append(pair) or step(self, pair))
+    training.train(config, cohort, tmp_path, "cpu", progress=False)
+    assert not taken
+    training.train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
+    assert len(taken) == 8
+
+
+def test_a_non_finite_loss_stops_and_names_step_and_pair(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "ncc_loss", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(NonFiniteLossError, match=r"became nan in epoch 1, step 1, fixed .*SMALL_.* moving .*SMALL_"):
+        training.train(config_for(cohort), cohort, tmp_path, "cpu", progress=False)
+
+
+def test_a_cohort_without_labels_is_judged_by_similarity(tmp_path):
+    path = write_small_cohort(tmp_path / "small", labelled=[])
+    for part in ("labelsTr", "labelsVal"):
+        shutil.rmtree(path.parent / part)
+    cohort = load_cohort(path)
+    result = training.train(config_for(cohort), cohort, tmp_path, "cpu", progress=False)
+    assert result.history["val_dice"].isna().all()
+    assert result.best_epoch == result.history.loc[1:, "val_similarity"].idxmax()
+
+
+def test_torn_and_foreign_checkpoints_are_refused_by_name(cohort, tmp_path):
+    config = config_for(cohort)
+    result = training.train(config, cohort, tmp_path, "cpu", progress=False)
+    last = result.checkpoint.with_name("last.pt")
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cannot read .*last\.pt as a checkpoint"):
+        training.train(config, cohort, tmp_path, "cpu", progress=False)
+    torch.save({"weights": torch.zeros(1)}, last)
+    with pytest.raises(ValueError, match=r"last\.pt is not a checkpoint of this package"):
+        training.train(config, cohort, tmp_path, "cpu", progress=False)
+    last.write_bytes(whole)
+    other = Trainer(config_for(cohort, seed=1), cohort, tmp_path, CPU, progress=False)
+    other.folder = last.parent
+    with pytest.raises(ValueError, match=r"last\.pt belongs to another configuration"):
+        other.resume()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(cohort, tmp_path, monkeypatch):
+    trainer = Trainer(config_for(cohort), cohort, tmp_path, CPU, progress=False)
+    trainer.save()
+    before = trainer.last_path.read_bytes()
+
+    def disk_full(content, to):
+        to.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save()
+    assert trainer.last_path.read_bytes() == before
+    assert [file.name for file in trainer.folder.iterdir()] == ["last.pt"]
+
+
+def test_training_needs_scans_validation_pairs_and_the_presets_resolution(tmp_path):
+    lonely = load_cohort(write_small_cohort(tmp_path / "lonely", training=1))
+    with pytest.raises(ValueError, match="training needs at least 2 scans, the cohort has 1"):
+        training.train(config_for(lonely), lonely, tmp_path, "cpu", progress=False)
+    path = write_small_cohort(tmp_path / "blind", validation=0)
+    shutil.rmtree(path.parent / "labelsTr")
+    blind = load_cohort(path)
+    with pytest.raises(ValueError, match="names no validation pairs"):
+        training.train(config_for(blind), blind, tmp_path, "cpu", progress=False)
+    with pytest.raises(ValueError, match="was loaded at 1 mm, preset 'tiny' works at 2 mm"):
+        config_for(lonely, resolution_mm=2)
+
+
+# from parameters to files --------------------------------------------------------------------------------------------
+
+
+def small_run(small_cohort_json, out, **changes):
+    options = {"resolution_mm": 1, "channel_divisor": 16, "levels": 3, **changes}
+    return AblationRun.prepare(
+        preset="smoke", cohort=str(small_cohort_json), out=str(out), device="cpu", preset_options=options
+    )
+
+
+def test_a_run_writes_one_row_per_pair_and_metric_with_provenance(small_cohort_json, tmp_path):
+    run = small_run(small_cohort_json, tmp_path)
+    table = run.evaluate(run.train(progress=False), progress=False)
+    written = pd.read_csv(run.metrics_path)
+    assert len(written) == len(table) == 3 * 6  # three pairs; four metrics, textbook TRE, seconds
+    assert not written.duplicated(["pair", "metric"]).any()
+    facts = json.loads(run.metrics_path.with_suffix(".json").read_text())
+    for key in ("commit", "command", "seed", "cohort", "preset", "device", "versions", "written", "parameters"):
+        assert facts[key] not in (None, ""), key
+    assert facts["command"].startswith("papermill notebooks/run_ablation.ipynb")
+    assert str(tmp_path) not in run.metrics_path.with_suffix(".json").read_text()  # no path of this machine
+
+
+def test_zero_displacement_is_evaluated_once_on_the_same_pairs(small_cohort_json, tmp_path, monkeypatch):
+    run = small_run(small_cohort_json, tmp_path)
+    first = run.before_registration(progress=False)
+    assert first["pair"].nunique() == 3
+    assert (first.loc[first["metric"] == "ndv_percent", "value"] == 0).all()
+    monkeypatch.setattr("lumirlib.study.evaluate_method", lambda *_, **__: pytest.fail("evaluated again"))
+    pd.testing.assert_frame_equal(run.before_registration(progress=False), first)
+
+
+def test_a_run_is_described_with_what_it_is_not(small_cohort_json, tmp_path):
+    run = small_run(small_cohort_json, tmp_path)
+    assert "not LUMIR" in run.title and "not the paper's training" in run.describe()
+    embedded = AblationRun.prepare(preset="demo", out=str(tmp_path))
+    assert "simulated" in embedded.title and "not a LUMIR result" in embedded.title
+    assert "start channels divided by 4" in embedded.describe()
+    assert embedded.config.run != AblationRun.prepare(preset="demo", out=str(tmp_path), seed=1).config.run
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"variant": "backbon"}, "unknown variant 'backbon'.* backbone, LC-1, LC-2"),
+        ({"preset": "dmeo"}, "preset must be one of smoke, demo"),
+        ({"cohort": "embeded"}, "cohort must be one of embedded, lumir, brains"),
+        ({"seed": -1}, "seed must be a whole number from 0, got -1"),
+        ({"seed": "0"}, "seed must be a whole number from 0, got '0'"),
+    ],
+)
+def test_misspelt_parameters_fail_with_the_choices(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        AblationRun.prepare(**parameters)
