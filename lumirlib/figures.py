@@ -38,7 +38,7 @@ def plot_loss(ax: Axes, history: pd.DataFrame) -> Axes:
     """Training loss and its similarity part over the epochs (left panel of the paper's Fig. 2)."""
     history = history.dropna(subset="loss")
     ax.plot(history["epoch"], history["loss"], marker="o", markersize=3, label="total")
-    ax.plot(history["epoch"], history["similarity"], marker="o", markersize=3, label="similarity (1 - NCC)")
+    ax.plot(history["epoch"], history["similarity"], marker="o", markersize=3, label="similarity part")
     ax.set(xlabel="epoch", ylabel="training loss", title="training loss")
     ax.legend()
     return ax
@@ -87,6 +87,8 @@ def plot_metric_before_after(ax: Axes, before: pd.DataFrame, after: pd.DataFrame
                   palette=["C0", "C1"], zorder=2)  # fmt: skip
     ax.plot([0, 1], both.mean(), linestyle="none", marker="D", color="black", markersize=6, zorder=3)
     ax.set(xlabel="", ylabel=label, title=f"{len(both)} pairs", xlim=(-0.3, 1.3))
+    if metric == "ndv_percent":
+        ax.set_ylim(bottom=0)
     return ax
 
 
@@ -202,7 +204,7 @@ def curves_figure(history: pd.DataFrame, title: str) -> Figure:
     """The paper's Fig. 2 for one run: training loss, validation Dice, and the NDV beside them."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for ax, plot in zip(axes, (plot_loss, plot_validation_dice, plot_validation_ndv), strict=True):
-        plot(ax, history)
+        plot(ax, history).xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title)
     return figure
 
@@ -233,6 +235,6 @@ def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
         with torch.no_grad():
             displacement = model(fixed.to(device), moving.to(device)).cpu()
         plot_pair(axes[row], fixed, moving, displacement, cohort.resolution_mm, titles=row == 0)
-        axes[row, 0].set_ylabel(name.replace("_", "\n"), fontsize=7)
+        axes[row, 0].set_ylabel(f"{by_name[name].fixed.name} ← {by_name[name].moving.name}", fontsize=8)
     figure.suptitle(title)
     return figure

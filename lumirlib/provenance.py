@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("lumirlib", "torch", "numpy", "scipy", "nibabel", "pandas", "matplotlib", "surface-distance", "deepmriprep")
+from lumirlib._version import __version__
+
+PACKAGES = ("torch", "numpy", "scipy", "nibabel", "pandas", "matplotlib", "surface-distance", "deepmriprep")
 
 
 def project_root() -> Path | None:
@@ -56,7 +58,7 @@ def describe_device(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "lumirlib": __version__}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
