@@ -179,13 +179,13 @@ def write_results(table: pd.DataFrame, path: str | Path, about: dict) -> Path:
     Args:
         table: as :func:`evaluate_method` gives it.
         path: of the CSV.
-        about: provenance: command, seed, cohort, preset ...; commit, time and versions are added here.
+        about: provenance: commit, command, seed, cohort, preset ...; time and versions are added here.
 
     Returns:
         `path`.
     """
     path = Path(path)
-    full = {**about, "commit": provenance.commit(), "written": provenance.now(), "versions": provenance.versions()}
+    full = {**about, "written": provenance.now(), "versions": provenance.versions()}
     write_json(path.with_suffix(".json"), full)
     return write_atomically(path, lambda to: table.to_csv(to, index=False))
 

@@ -40,6 +40,7 @@ class AblationRun:
         out: the results folder.
         device: where.
         command: how it can be repeated.
+        commit: of the code, as it was when the run was prepared.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class AblationRun:
     out: Path
     device: torch.device
     command: str
+    commit: str
 
     @classmethod
     def prepare(
@@ -88,7 +90,7 @@ class AblationRun:
             "run_ablation.ipynb", f"results/runs/{config.run}.ipynb",
             variant=variant, preset=preset, cohort=cohort, seed=seed,
         )  # fmt: skip
-        return cls(config, loaded, provenance.results_folder(out), pick_device(device), command)
+        return cls(config, loaded, provenance.results_folder(out), pick_device(device), command, provenance.commit())
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -150,6 +152,7 @@ class AblationRun:
             "preset": asdict(self.config.preset),
             "seed": self.config.seed,
             "command": self.command,
+            "commit": self.commit,
             "device": provenance.describe_device(self.device),
             "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
             "best_epoch": result.best_epoch,
@@ -187,6 +190,12 @@ class AblationRun:
                 zero_displacement, self.cohort, self.pairs, progress=progress, description="before registration"
             )
             table.insert(0, "run", run)
-            about = {"run": run, "method": "Zero Displacement", "command": self.command, "device": "cpu"}
+            about = {
+                "run": run,
+                "method": "Zero Displacement",
+                "command": self.command,
+                "commit": self.commit,
+                "device": "cpu",
+            }
             write_results(table, path, {**about, "evaluated_pairs": len(self.pairs), **facts})
         return pd.read_csv(path)

@@ -192,12 +192,12 @@ class Cohort:
         array, _ = read_volume(path)
         self._check_grid(path, array.shape)
         low, high = float(array.min()), float(array.max())
-        if high > 255 or low < 0:
+        if high > 255.5 or low < -0.5:  # resampling may overshoot a little
             raise ValueError(f"{path}: expected intensities from 0 to 255 (or 0 to 1), got {low:g} to {high:g}")
         if high == low:
             raise ValueError(f"{path}: expected an image, got the constant {low:g}")
         image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
-        image = image / 255 if high > 1 else image
+        image = (image / 255 if high > 1.002 else image).clamp_(0, 1)
         return F.avg_pool3d(image, self.downsampling) if self.downsampling > 1 else image
 
     def _read_labels(self, path: Path) -> torch.Tensor:
