@@ -36,13 +36,15 @@ def check_displacement(displacement: torch.Tensor, name: str = "displacement") -
 
 
 def check_labels(labels: torch.Tensor, name: str = "labels") -> None:
-    """Raise unless `labels` is an integer tensor of shape (B, 1, D, H, W)."""
+    """Raise unless `labels` is an integer tensor of shape (B, 1, D, H, W) without negative numbers."""
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
     if labels.ndim != 5 or labels.shape[1] != 1:
         raise ValueError(f"{name} must be (B, 1, D, H, W), got {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {labels.dtype}")
+    if labels.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"{name} must have an integer dtype (uint8 or int8 to int64), got {labels.dtype}")
+    if labels.numel() and int(labels.min()) < 0:
+        raise ValueError(f"{name} must hold label numbers from 0, got {int(labels.min())}")
 
 
 def check_same_grid(first: torch.Tensor, second: torch.Tensor, first_name: str, second_name: str) -> None:

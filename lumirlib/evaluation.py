@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lumirlib import metrics, provenance, spatial
-from lumirlib._checks import check_choice, check_displacement, check_finite
+from lumirlib._checks import check_choice, check_displacement, check_finite, check_labels
 from lumirlib.data import Cohort, Pair
 from lumirlib.files import write_atomically, write_json
 from lumirlib.labels import LUMIR_LABELS
@@ -64,6 +64,8 @@ def evaluate_pair(
     check_finite(displacement, "displacement")
     found = dict.fromkeys(METRICS, math.nan)
     if fixed_labels is not None and moving_labels is not None:
+        check_labels(fixed_labels, "fixed_labels")
+        check_labels(moving_labels, "moving_labels")
         warped = spatial.warp(moving_labels, displacement, mode="nearest")
         found["dice"] = metrics.dice(warped, fixed_labels, moving_labels, labels)
         found["hd95_mm"] = metrics.hd95_mm(warped, fixed_labels, moving_labels, spacing_mm, labels)
@@ -93,10 +95,7 @@ def score_displacement(
     check_choice(ndv_mask, NDV_MASKS, "ndv_mask")
     spacing = cohort.resolution_mm
     both_labelled = pair.fixed.labels is not None and pair.moving.labels is not None
-    points = [cohort.landmark_points(subject) for subject in (pair.fixed, pair.moving)]
-    volumes = [None, None]
-    if all(points):
-        volumes = [metrics.landmark_volume(place, cohort.shape) for place in points]
+    points, volumes = cohort.landmark_pair(pair), cohort.landmark_volumes(pair) or (None, None)
     fixed_image, moving_image = cohort.image(pair.fixed), cohort.image(pair.moving)
     found = evaluate_pair(
         displacement,
@@ -108,7 +107,7 @@ def score_displacement(
         spacing_mm=spacing,
         labels=cohort.labels,
     )
-    found["tre_points_mm"] = metrics.tre_points_mm(displacement, *points, spacing) if all(points) else math.nan
+    found["tre_points_mm"] = metrics.tre_points_mm(displacement, *points, spacing) if points else math.nan
     truth = cohort.true_displacement(pair)
     if truth is not None:
         error = (displacement - truth).norm(dim=1, keepdim=True)[fixed_image > 0]
@@ -195,7 +194,7 @@ def cohort_facts(cohort: Cohort) -> dict[str, object]:
     return {
         "cohort": cohort.short_name,
         "cohort_name": cohort.name,
-        "cohort_digest": provenance.file_digest(cohort.path),
+        "cohort_digest": cohort.digest,
         "simulated": cohort.simulated,
         "resolution_mm": cohort.resolution_mm,
         "training_scans": len(cohort.train),

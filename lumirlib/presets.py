@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from lumirlib._checks import check_choice
 from lumirlib.variants import Variant
@@ -48,6 +48,13 @@ class Preset:
     evaluation_pairs: int | None = None
     about: str = ""
 
+    def __post_init__(self) -> None:
+        for option in ("epochs", "steps_per_epoch", "channel_divisor", "levels", "validation_pairs",
+                       "evaluation_pairs"):  # fmt: skip
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"{option} of preset {self.name!r} must be 1 or more, got {value}")
+
     def apply(self, variant: Variant) -> Variant:
         """The variant at this preset's width and depth."""
         channels = max(1, round(variant.start_channels / self.channel_divisor))
@@ -62,6 +69,10 @@ class Preset:
             "channel_divisor": "start channels divided by {0}",
             "levels": "{0} pyramid levels instead of {1}",
             "learning_rate": "learning rate {0:g} instead of {1:g}",
+            "decay_power": "learning rate falls with the power {0:g} instead of {1:g}",
+            "amsgrad": "amsgrad {0} instead of {1}",
+            "similarity": "{0} instead of {1} as similarity",
+            "similarity_weight": "lambda0 = {0:g} instead of {1:g}",
             "smoothness_weight": "lambda1 = {0:g} instead of {1:g}",
             "window": "NCC window {0} instead of {1} voxels",
             "validation_pairs": "{0} pairs for each epoch's Dice",
@@ -108,7 +119,8 @@ PRESETS: dict[str, Preset] = {
 def get_preset(name: str, **overrides: object) -> Preset:
     """The preset of a name, with options replaced where given; an unknown name fails with the choices listed."""
     check_choice(name, tuple(PRESETS), "preset")
-    try:
-        return replace(PRESETS[name], **overrides)
-    except TypeError as error:
-        raise ValueError(f"unknown option of preset {name!r}: {error}") from error
+    options = tuple(option.name for option in fields(Preset) if option.name not in ("name", "about"))
+    for option in overrides:
+        if option not in options:
+            raise ValueError(f"unknown option of preset {name!r}: {option}; choose from {', '.join(options)}")
+    return replace(PRESETS[name], **overrides)

@@ -51,19 +51,21 @@ def beside_the_paper(variant: str, table: pd.DataFrame, history: pd.DataFrame, b
         before: long table of zero displacement on the same pairs.
 
     Returns:
-        One row each for before registration (paper, ours), the variant (paper, ours, ours - paper), and the gain over
-        zero displacement (paper, ours); columns as headed in the paper. NaN where the paper has no figure.
+        One row each for before registration (paper, ours), the variant (paper, ours, ours - paper, and how many pairs
+        ours has a figure for), and the gain over zero displacement (paper, ours); columns as headed in the paper. NaN
+        where the paper has no figure.
     """
     paper_before = _theirs("Before Reg")
     ours_before = _ours(before, float(history.loc[history["epoch"] == 0, "val_dice"].iloc[0]))
     paper = _theirs(variant if variant == "backbone" else f"backbone+{variant}")
-    ours = _ours(table, float(history["val_dice"].max()))
+    ours = _ours(table, float(history.loc[history["epoch"] > 0, "val_dice"].max()))
     rows = {
         ("before registration", "paper"): paper_before,
         ("before registration", "ours"): ours_before,
         (variant, "paper"): paper,
         (variant, "ours"): ours,
         (variant, "ours - paper"): _minus(ours, paper),
+        (variant, "our pairs"): _pairs(table),
         ("gain by registration", "paper"): _minus(paper, paper_before),
         ("gain by registration", "ours"): _minus(ours, ours_before),
     }
@@ -77,6 +79,12 @@ def _theirs(method: str) -> dict[str, float]:
     if method not in rows.index:  # a combination that the paper never ran
         return dict.fromkeys(COLUMNS, float("nan"))
     return {column: float(rows.loc[method, column]) for column in COLUMNS}
+
+
+def _pairs(table: pd.DataFrame) -> dict[str, float]:
+    counted = {metric: float(pairs) for metric, pairs in summarize(table)["pairs"].items()}
+    # Val Dice is of the training's own choice of pairs
+    return {column: counted.get(metric, float("nan")) for column, (metric, _, _) in COLUMNS.items()}
 
 
 def _minus(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:

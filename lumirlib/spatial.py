@@ -101,15 +101,16 @@ def sample_nearest(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Values of `image` (B, C, D, H, W) at the voxel nearest to each point (B, 3, d, h, w).
 
     The rule is SciPy's ``map_coordinates(order=0, mode="constant")``: index ``floor(p + 0.5)``, and zero for
-    any point outside ``[0, side - 1]``. ``grid_sample`` rounds ties to even and loses them in the
+    any point outside ``[0, side - 1]`` or not finite. ``grid_sample`` rounds ties to even and loses them in the
     normalization, so the voxels are gathered directly.
     """
     inside = torch.ones_like(points[:, 0], dtype=torch.bool)
     index = torch.zeros_like(points[:, 0], dtype=torch.int64)
     for axis, side in enumerate(image.shape[2:]):
         along = points[:, axis]
-        inside &= (along >= 0) & (along <= side - 1)
-        index = index * side + (along + 0.5).floor().clamp(0, side - 1).to(torch.int64)
+        within = (along >= 0) & (along <= side - 1)  # false for NaN too
+        inside &= within
+        index = index * side + torch.where(within, (along + 0.5).floor(), 0).to(torch.int64)
     channels = image.shape[1]
     flat = image.reshape(*image.shape[:2], -1)  # (B, C, D*H*W)
     taken = flat.gather(2, index.flatten(1)[:, None].expand(-1, channels, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +22,19 @@ from lumirlib.training import RunConfig, TrainingResult, make_config, pick_devic
 from lumirlib.variants import parse_variant
 
 
-def notebook_command(notebook: str, output: str, **parameters: object) -> str:
-    """The papermill line that repeats a notebook; absolute paths are cut down to their last part."""
-    words = ["papermill", f"notebooks/{notebook}", output]
-    for name, value in parameters.items():
-        shown = Path(str(value)).name if Path(str(value)).is_absolute() else str(value)
-        words += ["-p", name, shown]
-    return shlex.join(words)
+def without_folders(value: object) -> str:
+    """A parameter as provenance shows it: an absolute path keeps its last part only."""
+    path = Path(str(value))
+    return f"<folder>/{path.name}" if path.is_absolute() else str(value)
+
+
+def _written_by(path: Path) -> str:
+    """The commit that wrote a table of metrics; empty where there is none, or where its code was not committed."""
+    try:
+        commit = str(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("commit", ""))
+    except (OSError, ValueError):
+        return ""
+    return commit if path.is_file() and len(commit) == 40 else ""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class AblationRun:
         out: the results folder.
         device: where.
         command: how it can be repeated.
-        commit: of the code, as it was when the run was prepared.
+        commit: of the code when the run was prepared; that it was trained by stands in the checkpoint.
     """
 
     config: RunConfig
@@ -62,6 +69,7 @@ class AblationRun:
         device: str = "auto",
         variant_options: dict | None = None,
         preset_options: dict | None = None,
+        command: str = "papermill notebooks/run_ablation.ipynb <output>.ipynb",
     ) -> AblationRun:
         """Check all parameters and open the cohort; nothing is trained yet.
 
@@ -73,8 +81,10 @@ class AblationRun:
             data_root: folder the JSON's paths are relative to; empty for its own.
             out: results folder; empty for :func:`lumirlib.provenance.results_folder`.
             device: "auto", "cpu", "cuda" ...
-            variant_options: options of :class:`lumirlib.Variant` to set besides.
+            variant_options: options of :class:`lumirlib.Variant` to set, after the preset's.
             preset_options: options of :class:`lumirlib.presets.Preset` to set besides.
+            command: what was called; the parameters are added to it. The options above are no parameters of the
+                notebook; provenance has them in the run's "options" and "preset".
 
         Raises:
             ValueError: an unknown variant or preset, with the choices listed; a seed below 0; a cohort that cannot
@@ -82,15 +92,25 @@ class AblationRun:
         """
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
-        chosen_variant = parse_variant(variant, **(variant_options or {}))
+        chosen_variant = parse_variant(variant)
         chosen_preset = get_preset(preset, **(preset_options or {}))
+        chosen_device = pick_device(device)
         loaded = load_cohort(cohort, chosen_preset.resolution_mm, data_root or None)
-        config = make_config(chosen_variant, chosen_preset, loaded, seed)
-        command = notebook_command(
-            "run_ablation.ipynb", f"results/runs/{config.run}.ipynb",
-            variant=variant, preset=preset, cohort=cohort, seed=seed,
-        )  # fmt: skip
-        return cls(config, loaded, provenance.results_folder(out), pick_device(device), command, provenance.commit())
+        for pair in loaded.validation_pairs:
+            loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
+        config = make_config(chosen_variant, chosen_preset, loaded, seed, **(variant_options or {}))
+        shown = {"variant": variant, "preset": preset, "cohort": without_folders(cohort), "seed": seed}
+        shown |= {"data_root": without_folders(data_root)} if data_root else {}
+        shown |= {"device": device} if device != "auto" else {}
+        words = [f"-p {name} {shlex.quote(str(value))}" for name, value in shown.items()]
+        return cls(
+            config=config,
+            cohort=loaded,
+            out=provenance.results_folder(out),
+            device=chosen_device,
+            command=" ".join([command, *words]),
+            commit=provenance.commit(),
+        )
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -131,7 +151,7 @@ class AblationRun:
         if not self.cohort.has_labels:
             lines.append("- no labels for the validation pairs: the best epoch is chosen by similarity, not Dice")
         if self.cohort.credit:
-            lines.append(f"- licence of the data: {self.cohort.credit}")
+            lines.append(f"- data: {self.cohort.credit}")
         return "\n".join(lines)
 
     def train(self, resume: bool = True, progress: bool = True) -> TrainingResult:
@@ -155,6 +175,7 @@ class AblationRun:
             "commit": self.commit,
             "device": provenance.describe_device(self.device),
             "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+            "trained_by": result.trained_by,
             "best_epoch": result.best_epoch,
             "val_dice": float(best["val_dice"]),
             "seconds_per_step": float(result.history["seconds"].mean()),
@@ -178,14 +199,14 @@ class AblationRun:
         return figure
 
     def before_registration(self, progress: bool = True) -> pd.DataFrame:
-        """Metrics of zero displacement on the same pairs, computed once for a cohort, resolution and set of pairs."""
+        """Metrics of zero displacement on the same pairs, kept for a cohort, resolution, set of pairs and commit."""
         facts = cohort_facts(self.cohort)
         run = (
             f"ZeroDisplacement_{self.cohort.short_name}_{self.cohort.resolution_mm:g}mm_{len(self.pairs)}pairs_"
             f"{facts['cohort_digest'][:8]}"
         )
         path = self.out / "metrics" / f"{run}.csv"
-        if not path.is_file():
+        if _written_by(path) != self.commit:
             table = evaluate_method(
                 zero_displacement, self.cohort, self.pairs, progress=progress, description="before registration"
             )

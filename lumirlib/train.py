@@ -8,6 +8,7 @@ import sys
 from lumirlib.evaluation import summarize
 from lumirlib.presets import PRESETS
 from lumirlib.study import AblationRun
+from lumirlib.training import NonFiniteLossError
 from lumirlib.variants import variant_choices
 
 
@@ -27,18 +28,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, evaluate and print a summary; 0, or 2 for parameters or data that cannot be used."""
+    """Train, evaluate and print a summary; the exit status is 0, or 2 for parameters or data that cannot be used."""
     given = parser().parse_args(arguments)
     try:
         run = AblationRun.prepare(
-            given.variant, given.preset, given.cohort, given.seed, given.data_root, given.out, given.device
+            given.variant,
+            given.preset,
+            given.cohort,
+            given.seed,
+            given.data_root,
+            given.out,
+            given.device,
+            command="python -m lumirlib.train, as papermill notebooks/run_ablation.ipynb <output>.ipynb",
         )
-    except (ValueError, FileNotFoundError) as error:
+        print(run.describe())
+        result = run.train(resume=not given.restart, progress=not given.quiet)
+        table = run.evaluate(result, progress=not given.quiet)
+    except (ValueError, FileNotFoundError, NonFiniteLossError) as error:
         print(f"python -m lumirlib.train: {error}", file=sys.stderr)
         return 2
-    print(run.describe())
-    result = run.train(resume=not given.restart, progress=not given.quiet)
-    table = run.evaluate(result, progress=not given.quiet)
     print(f"\nbest epoch {result.best_epoch}; {run.metrics_path}")
     print(summarize(table).to_string(float_format="%.4f"))
     return 0

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,8 @@ from lumirlib.data import Cohort, Pair, Subject
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.presets import Preset
-from lumirlib.provenance import file_digest
-from lumirlib.variants import Variant, build_model
+from lumirlib.provenance import commit, describe_device
+from lumirlib.variants import Variant, build_model, check_options
 
 CHECKPOINT_FORMAT = "lumirlib-checkpoint-1"
 #: Besides at the end of each epoch and on interruption, a checkpoint is written when the last one is this old.
@@ -53,7 +53,7 @@ class RunConfig:
         variant: the variant at its final width, as :meth:`Preset.apply` gives it.
         preset: how it is trained.
         cohort: short name of the cohort, for file names.
-        cohort_digest: of the cohort's JSON.
+        cohort_digest: :attr:`lumirlib.data.Cohort.digest`.
         seed: of the weights and of the order of pairs.
     """
 
@@ -64,7 +64,7 @@ class RunConfig:
     seed: int
 
     def digest(self) -> str:
-        """Eight hexadecimal digits that change with anything that changes the result."""
+        """Eight hexadecimal digits of the configuration (not of the code, the device or the versions)."""
         content = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
@@ -75,14 +75,15 @@ class RunConfig:
         return options.replace("+", "-")
 
 
-def make_config(variant: Variant, preset: Preset, cohort: Cohort, seed: int) -> RunConfig:
-    """Configuration of a run; `variant` is given at the paper's width and gets the preset's here."""
+def make_config(variant: Variant, preset: Preset, cohort: Cohort, seed: int, **options: object) -> RunConfig:
+    """Configuration of a run; `variant` is given at the paper's width and gets the preset's here, then `options`."""
     if cohort.resolution_mm != preset.resolution_mm:
         raise ValueError(
             f"cohort {cohort.name!r} was loaded at {cohort.resolution_mm:g} mm, "
             f"preset {preset.name!r} works at {preset.resolution_mm:g} mm"
         )
-    return RunConfig(preset.apply(variant), preset, cohort.short_name, file_digest(cohort.path), seed)
+    check_options(variant.name, options)
+    return RunConfig(replace(preset.apply(variant), **options), preset, cohort.short_name, cohort.digest, seed)
 
 
 @dataclass
@@ -95,6 +96,7 @@ class TrainingState:
         best: best validation figure so far (see :func:`validate`).
         best_epoch: epoch that reached it.
         sums: running sums of the epoch under way.
+        trained_by: "commit, device" of every session that took part.
         history: one row per completed epoch, as in the CSV log; epoch 0 is zero displacement.
     """
 
@@ -103,6 +105,7 @@ class TrainingState:
     best: float = -math.inf
     best_epoch: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    trained_by: list[str] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -115,6 +118,7 @@ class TrainingResult:
         history: one row per epoch, the first being zero displacement: epoch, steps; loss, similarity, smoothness and
             seconds, means over the steps; val_dice, val_similarity, val_ndv_percent, learning_rate.
         best_epoch: whose weights these are.
+        trained_by: "commit, device" of every session that took part.
         log: path of the CSV.
         checkpoint: path of the best weights.
     """
@@ -122,15 +126,21 @@ class TrainingResult:
     model: nn.Module
     history: pd.DataFrame
     best_epoch: int
+    trained_by: list[str]
     log: Path
     checkpoint: Path
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device of a name; "auto" is the GPU where there is one."""
+    """The device of a name; "auto" is the GPU where there is one. ValueError for one that cannot be had."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that it lacks
+        raise ValueError(f"device must be auto, cpu or a device of this machine, got {device!r}: {error}") from error
+    return chosen
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
@@ -167,8 +177,8 @@ def validate(
     """Figures of one epoch, each a mean over `pairs`.
 
     Returns:
-        "val_dice" (NaN without labels) and "val_similarity" (``1 - NCC loss``), higher is better, and
-        "val_ndv_percent", masked by the moving image, lower is better.
+        "val_dice" (over the pairs that have labels in common, NaN if none has) and "val_similarity"
+        (``1 - NCC loss``), higher is better, and "val_ndv_percent", masked by the moving image, lower is better.
     """
     was_training = isinstance(method, nn.Module) and method.training
     if was_training:
@@ -179,7 +189,7 @@ def validate(
         displacement = method(fixed, moving)
         similarities.append(1 - float(losses.ncc_loss(spatial.warp(moving, displacement), fixed, window)))
         folds.append(metrics.ndv_percent(displacement, moving > 0))
-        if cohort.has_labels:
+        if pair.fixed.labels and pair.moving.labels:
             moving_labels = cohort.label_volume(pair.moving).to(device)
             warped = spatial.warp(moving_labels, displacement, mode="nearest")
             fixed_labels = cohort.label_volume(pair.fixed).to(device)
@@ -187,7 +197,7 @@ def validate(
     if was_training:
         method.train()
     return {
-        "val_dice": float(np.mean(dices)) if dices else math.nan,
+        "val_dice": metrics.nan_mean(np.array(dices)),
         "val_similarity": float(np.mean(similarities)),
         "val_ndv_percent": float(np.mean(folds)),
     }
@@ -283,7 +293,7 @@ class Trainer:
             self.model.parameters(), lr=preset.learning_rate, amsgrad=preset.amsgrad
         )  # fmt: skip
         self.state = TrainingState()
-        self.validation = spread(cohort.validation_pairs, preset.validation_pairs)
+        self.validation = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
         self.saved_at = time.monotonic()
 
     @property
@@ -326,7 +336,12 @@ class Trainer:
         done = state.epoch * steps + state.step
         if not state.history:
             before = validate(zero_displacement, self.cohort, self.validation, self.device, preset.window)
+            if self.cohort.has_labels and math.isnan(before["val_dice"]):
+                raise ValueError(f"{self.cohort.path}: no validation pair has a scored label on both sides")
             state.history.append({"epoch": 0, "steps": 0} | before)
+        session = f"{commit()}, {describe_device(self.device)}"
+        if state.epoch < preset.epochs and session not in state.trained_by:
+            state.trained_by.append(session)
         with (
             _StopRequest() as stop,
             tqdm(total=preset.epochs * steps, initial=done, desc=f"train {self.config.variant.name}",
@@ -367,8 +382,9 @@ class Trainer:
             )
         state.history.append(row)
         state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
-        self.save()
+        # the checkpoint last: killed before it, the epoch is done again, and its row written again
         write_atomically(self.log, lambda to: pd.DataFrame(state.history).to_csv(to, index=False))
+        self.save()
         stop.obey()
 
     def _step(self, pair: Pair) -> dict[str, float]:
@@ -427,11 +443,15 @@ def train(
     trainer = Trainer(config, cohort, Path(out), pick_device(device), progress)
     if resume:
         trainer.resume()
+    else:
+        for stale in (trainer.last_path, trainer.best_path):
+            stale.unlink(missing_ok=True)
     trainer.run()
     return TrainingResult(
         model=load_model(trainer.best_path, str(trainer.device)),
         history=pd.DataFrame(trainer.state.history),
         best_epoch=trainer.state.best_epoch,
+        trained_by=trainer.state.trained_by,
         log=trainer.log,
         checkpoint=trainer.best_path,
     )

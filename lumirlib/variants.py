@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from lumirlib.models.backbone import CASCADES, RegistrationNetwork
 
@@ -18,6 +19,9 @@ class Variant:
         cascade: "additive" or "compositional".
         levels: number of pyramid levels.
         squarings: squarings of the integration at every level.
+        large_kernel: LK, kernel side of the encoder's parallel blocks, 0 for plain convolutions.
+        co_attention_levels: CA, number of coarsest levels with co-attention.
+        bilateral_window: BF, window of the joint bilateral filter of the displacement, 0 for none.
     """
 
     name: str = "backbone"
@@ -26,12 +30,18 @@ class Variant:
     cascade: str = "additive"
     levels: int = 5
     squarings: int = 7
+    large_kernel: int = 0
+    co_attention_levels: int = 0
+    bilateral_window: int = 0
 
 
-#: What each scheme changes about the backbone, in the paper's order.
-SCHEMES: dict[str, dict[str, object]] = {
+#: What each scheme changes about the backbone, in the order in which a combination's name lists them.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "LK": {"start_channels": 36, "large_kernel": 5},
     "LC-1": {"start_channels": 64, "head_channels": 108, "cascade": "additive"},
     "LC-2": {"start_channels": 64, "head_channels": 108, "cascade": "compositional"},
+    "CA": {"co_attention_levels": 1},
+    "BF": {"bilateral_window": 5},
 }
 
 OPTIONS = tuple(option.name for option in fields(Variant) if option.name != "name")
@@ -40,6 +50,15 @@ OPTIONS = tuple(option.name for option in fields(Variant) if option.name != "nam
 def variant_choices() -> tuple[str, ...]:
     """Names that :func:`parse_variant` knows."""
     return ("backbone", *SCHEMES)
+
+
+def check_options(name: str, overrides: dict[str, object]) -> None:
+    """Raise ValueError, with the choices, unless all of `overrides` are options of :class:`Variant`."""
+    unknown = sorted(set(overrides) - set(OPTIONS))
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(unknown)} of variant {name!r}: choose from {', '.join(OPTIONS)}")
+    if overrides.get("cascade", "additive") not in CASCADES:
+        raise ValueError(f"cascade must be one of {', '.join(CASCADES)}; got {overrides['cascade']!r}")
 
 
 def parse_variant(name: str, **overrides: object) -> Variant:
@@ -59,7 +78,7 @@ def parse_variant(name: str, **overrides: object) -> Variant:
     known = {scheme.lower(): scheme for scheme in variant_choices()}
     parts = [part.strip() for part in str(name).split("+")]
     chosen: list[str] = []
-    settings: dict[str, object] = {}
+    settings: dict[str, Any] = {}
     for part in parts:
         scheme = known.get(part.lower())
         if scheme is None:
@@ -69,18 +88,17 @@ def parse_variant(name: str, **overrides: object) -> Variant:
         if scheme == "backbone" or scheme in chosen:
             continue
         for option, value in SCHEMES[scheme].items():
-            if settings.get(option, value) != value:
+            present = settings.setdefault(option, value)
+            if option == "start_channels":  # of two widths the larger one
+                settings[option] = max(present, value)
+            elif present != value:
                 raise ValueError(
-                    f"variant {name!r} joins schemes that contradict each other: {option} would be "
-                    f"{settings[option]!r} and {value!r}"
+                    f"variant {name!r} joins schemes that contradict each other: {option} would be {present!r} and "
+                    f"{value!r}"
                 )
-            settings[option] = value
         chosen.append(scheme)
-    unknown = sorted(set(overrides) - set(OPTIONS))
-    if unknown:
-        raise ValueError(f"unknown option {', '.join(unknown)} of variant {name!r}: choose from {', '.join(OPTIONS)}")
-    if overrides.get("cascade", "additive") not in CASCADES:
-        raise ValueError(f"cascade must be one of {', '.join(CASCADES)}; got {overrides['cascade']!r}")
+    chosen.sort(key=list(SCHEMES).index)
+    check_options(name, overrides)
     return replace(Variant(name="+".join(chosen) or "backbone"), **{**settings, **overrides})
 
 
@@ -89,13 +107,17 @@ def build_model(variant: str | Variant = "backbone", **overrides: object) -> Reg
 
     Args:
         variant: a name for :func:`parse_variant`, or a :class:`Variant`.
-        overrides: options to set besides: `start_channels`, `head_channels`, `cascade`, `levels`, `squarings`.
+        overrides: options of :class:`Variant` to set besides, such as `start_channels` or `cascade`.
 
     Returns:
         A module with ``model(fixed, moving) -> displacement``: images ``(B, 1, D, H, W)`` in [0, 1], displacement
         ``(B, 3, D, H, W)`` in voxels.
     """
-    chosen = replace(variant, **overrides) if isinstance(variant, Variant) else parse_variant(variant, **overrides)
+    if isinstance(variant, Variant):
+        check_options(variant.name, overrides)
+        chosen = replace(variant, **overrides)
+    else:
+        chosen = parse_variant(variant, **overrides)
     options = asdict(chosen)
     del options["name"]
     return RegistrationNetwork(**options)

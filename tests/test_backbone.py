@@ -151,20 +151,41 @@ def test_forward_on_cuda_under_autocast_stays_float32_and_close():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: build_model("LG-1"), r"unknown variant 'LG-1': 'LG-1' is not one of backbone, LC-1, LC-2"),
+        (lambda: build_model("LG-1"), r"unknown variant 'LG-1': 'LG-1' is not one of backbone, LK, LC-1, LC-2, CA, BF"),
         (lambda: build_model("LC-1+LC-2"), "contradict each other: cascade would be 'additive' and 'compositional'"),
         (lambda: build_model("backbone", width=3), "unknown option width .* choose from start_channels, head_ch"),
         (lambda: build_model("backbone", cascade="sum"), "cascade must be one of additive, compositional; got 'sum'"),
-        (lambda: build_model("backbone", start_channels=0), "start_channels must be 1 or more, got 0"),
+        (lambda: build_model("backbone", start_channels=0), "start_channels must be a whole number from 1, got 0"),
         (lambda: small()(torch.rand(1, 1, 8, 9, 10), torch.rand(1, 1, 8, 9, 11)), "fixed and moving must have one sh"),
         (lambda: small()(torch.rand(8, 9, 10), torch.rand(8, 9, 10)), r"fixed must be \(B, 1, D, H, W\), got \(8, 9"),
-        (lambda: small().eval()(torch.full((1, 1, 8, 9, 10), torch.nan), torch.rand(1, 1, 8, 9, 10)),
+        (lambda: build_model("backbone", start_channels="32"), "start_channels must be a whole number from 1"),
+        (lambda: build_model("backbone", squarings=-1), "squarings must be a whole number from 0, got -1"),
+        (lambda: build_model(Variant(), width=3), "unknown option width"),
+        (lambda: small()(torch.full((1, 1, 8, 9, 10), torch.nan), torch.rand(1, 1, 8, 9, 10)),
          "fixed must hold finite values only, got 720 NaN"),
     ],
 )  # fmt: skip
 def test_wrong_options_and_images_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_images_of_another_dtype_than_the_weights_are_refused():
+    double = torch.rand(1, 1, 8, 9, 10, dtype=torch.float64)
+    message = r"fixed and moving must have the network's torch\.float32, got torch\.float64 and torch\.float64"
+    with pytest.raises(TypeError, match=message):
+        small()(double, double)
+    assert small().double()(double, double).shape == (1, 3, 8, 9, 10)
+
+
+def test_bfloat16_autocast_on_the_cpu_stays_float32_and_close():
+    model = small().eval()
+    with torch.no_grad():
+        plain = model(*pair())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = model(*pair())
+    assert mixed.dtype == torch.float32
+    assert (plain - mixed).abs().max() < 0.1
 
 
 def test_images_of_integers_are_refused():

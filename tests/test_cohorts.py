@@ -5,18 +5,18 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
 import torch
 from small_cohorts import SMALL_SHAPE, smooth_blob, write_small_cohort
 
-from lumirlib import load_cohort, metrics, spatial
+from lumirlib import evaluation, load_cohort, metrics, spatial
 from lumirlib.data import embedded
-from lumirlib.data.cohort import read_landmarks
 from lumirlib.data.nifti import read_nifti, read_volume, write_nifti
 from lumirlib.labels import LUMIR_LABELS
+from lumirlib.study import AblationRun
 
 
 def rewrite(path, change):
@@ -89,7 +89,8 @@ def test_labelled_training_scans_become_the_validation_where_the_official_pairs_
     shutil.rmtree(tmp_path / "labelsTr")
     cohort = load_cohort(path)
     assert len(cohort.validation_pairs) == 6 and cohort.has_labels
-    assert {subject.name for subject in cohort.train} == {f"SMALL_{n:04d}" for n in range(4)}
+    # the people of the official pairs, here the first two, are not trained on either
+    assert {subject.name for subject in cohort.train} == {"SMALL_0002", "SMALL_0003"}
 
 
 def test_training_scans_that_all_carry_labels_are_trained_on(tmp_path):
@@ -158,8 +159,93 @@ def test_majority_label_breaks_ties_towards_the_smaller_number():
 
 def test_landmarks_come_from_a_label_volume_too(tmp_path):
     points = {"1": (2.0, 3.0, 4.0), "2": (7.0, 8.0, 9.0)}
-    volume = metrics.landmark_volume(points, (12, 13, 14))[0, 0].numpy()
-    assert read_landmarks(write_nifti(tmp_path / "landmarks.nii.gz", volume, np.eye(4))) == points
+    volume = metrics.landmark_volume(points, SMALL_SHAPE)[0, 0].numpy()
+
+    def volumes_for_points(content):
+        for entry in content["labelled"]:
+            entry["landmarks"] = entry["landmarks"].replace(".json", ".nii.gz")
+            write_nifti(tmp_path / entry["landmarks"], volume, np.eye(4))
+
+    path = rewrite(write_small_cohort(tmp_path), volumes_for_points)
+    cohort = load_cohort(path)
+    pair = cohort.validation_pairs[0]
+    assert cohort.landmark_points(pair.fixed) == points
+    assert torch.equal(cohort.landmark_volumes(pair)[1][0, 0], torch.from_numpy(volume))  # as they are on disk
+    write_nifti(pair.fixed.landmarks, volume[:-1], np.eye(4))
+    with pytest.raises(ValueError, match=r"landmarksVal.*expected shape \(16, 20, 24\)"):
+        cohort.landmark_pair(pair)
+
+
+def test_intensities_from_0_to_1_may_overshoot(small_cohort_json):
+    cohort = load_cohort(small_cohort_json)
+    subject = cohort.train[0]
+    image = smooth_blob(0).astype(np.float32)
+    write_nifti(subject.image, image / image.max() * 1.01, np.eye(4))
+    assert cohort.image(subject).max() == 1
+
+
+def test_landmarks_of_a_pair_are_matched_by_name_not_by_order(small_cohort_json):
+    cohort = load_cohort(small_cohort_json)
+    pair = cohort.validation_pairs[0]
+    content = json.loads(pair.moving.landmarks.read_text())
+    zero = torch.zeros(1, 3, *cohort.shape)
+    before = evaluation.score_displacement(cohort, pair, zero)["tre_mm"]
+    pair.moving.landmarks.write_text(json.dumps({key: value[::-1] for key, value in content.items()}))
+    assert evaluation.score_displacement(cohort, pair, zero)["tre_mm"] == before < 2
+
+
+@pytest.mark.parametrize(
+    ("landmarks", "message"),
+    [
+        ({"names": ["first", "other"], "points": [[1, 2, 3], [4, 5, 6]]}, "must name the same landmarks, but only 1"),
+        ({"names": ["first", "first"], "points": [[1, 2, 3], [4, 5, 6]]}, "landmark 'first' is named twice"),
+        (
+            {"names": ["first"], "points": [[1, 2]]},
+            r"three finite voxel coordinates .* got \[1, 2\]",
+        ),
+        ({"names": ["first"], "points": [[1, 2, "x"]]}, "three finite voxel coordinates"),
+        ({"names": ["first"], "points": [[1, 2, 300]]}, "landmark 'first' at .* lies outside"),
+        ({"names": ["first"]}, "expected lists 'names' and 'points' of one length"),
+    ],
+)
+def test_landmarks_that_do_not_fit_are_named_before_anything_is_trained(small_cohort_json, landmarks, message):
+    cohort = load_cohort(small_cohort_json)
+    cohort.validation_pairs[0].moving.landmarks.write_text(json.dumps(landmarks))
+    with pytest.raises(ValueError, match=message) as caught:
+        AblationRun.prepare(preset="smoke", cohort=str(small_cohort_json), preset_options={"resolution_mm": 1})
+    assert "SMALL_0101" in str(caught.value)
+
+
+def test_pairs_that_lack_labels_stay_and_their_people_are_not_trained_on(small_cohort_json):
+    def one_without(content):
+        unlabelled = content["labelled"].pop()
+        content["training"].append({"image": unlabelled["image"]})
+
+    path = rewrite(small_cohort_json, one_without)
+    (path.parent / "labelsVal" / "SMALL_0102_0000.nii.gz").unlink()
+    cohort = load_cohort(path)
+    assert len(cohort.validation_pairs) == 6 and len(cohort.labelled_pairs) == 2
+    assert len(cohort.train) == 4
+    found = evaluation.score_displacement(cohort, cohort.validation_pairs[1], torch.zeros(1, 3, *cohort.shape))
+    assert np.isnan(found["dice"]) and found["ndv_percent"] == 0
+
+
+def test_labels_numbered_otherwise_are_refused(small_cohort_json):
+    cohort = load_cohort(small_cohort_json)
+    for subject in {pair.fixed for pair in cohort.validation_pairs}:
+        labels, affine = read_volume(subject.labels)
+        write_nifti(subject.labels, np.digitize(labels, [4, 11, 23]).astype(np.uint8), affine)
+    with pytest.raises(ValueError, match=r"SMALL_0100.*expected label numbers of LUMIR .* got \[0, 1, 2, 3\]"):
+        _ = cohort.labels
+
+
+def test_digest_changes_with_the_json_and_with_the_files(small_cohort_json):
+    before = load_cohort(small_cohort_json).digest
+    assert load_cohort(small_cohort_json).digest == before
+    write_nifti(load_cohort(small_cohort_json).train[0].image, smooth_blob(50), np.eye(4))
+    after = load_cohort(small_cohort_json).digest
+    assert after != before
+    assert load_cohort(rewrite(small_cohort_json, lambda content: content.update(name="other"))).digest != after
 
 
 def test_memory_is_bounded(small_cohort_json, monkeypatch):
@@ -206,6 +292,14 @@ def break_shape(path):
     write_nifti(path, smooth_blob(0)[:-2], np.eye(4))
 
 
+def break_orientation(path):
+    write_nifti(path, smooth_blob(0)[::-1].copy(), np.diag([-1.0, 1, 1, 1]))
+
+
+def break_spacing(path):
+    write_nifti(path, smooth_blob(0), np.diag([2.0, 2, 2, 1]))
+
+
 def break_dimensions(path):
     write_nifti(path, np.stack([smooth_blob(0)] * 2, -1), np.eye(4))
 
@@ -220,6 +314,8 @@ def break_dimensions(path):
         (break_constant, "expected an image, got the constant 7"),
         (break_range, "expected intensities from 0 to 255"),
         (break_shape, "expected shape \\(16, 20, 24\\), like the cohort's other images, got \\(14, 20, 24\\)"),
+        (break_orientation, "expected voxels of 1 mm in orientation RAS, .* got 1x1x1 mm in LAS"),
+        (break_spacing, "expected voxels of 1 mm in orientation RAS, .* got 2x2x2 mm in RAS"),
         (break_dimensions, "expected a 3-D volume, got shape \\(16, 20, 24, 2\\)"),
     ],
 )
@@ -238,6 +334,14 @@ def test_labels_with_fractions_are_refused(small_cohort_json):
     write_nifti(subject.labels, smooth_blob(0).astype(np.float32) / 7, np.eye(4))
     with pytest.raises(ValueError, match=r"SMALL_0100.* expected whole label numbers"):
         cohort.label_volume(subject)
+
+
+def test_paths_that_leave_the_root_are_refused_for_a_relative_json_too(small_cohort_json, monkeypatch):
+    write_nifti(small_cohort_json.parent.parent / "outside.nii.gz", smooth_blob(0), np.eye(4))
+    rewrite(small_cohort_json, lambda content: content["training"].append({"image": "../outside.nii.gz"}))
+    monkeypatch.chdir(small_cohort_json.parent)
+    with pytest.raises(ValueError, match="leaves the data root"):
+        load_cohort("dataset.json")
 
 
 def test_missing_file_named_in_the_json_is_named(small_cohort_json):
@@ -274,6 +378,7 @@ def test_what_is_no_cohort_is_said_so(tmp_path, monkeypatch, small_cohort_json):
         (lambda: load_cohort("embedded", 3), ValueError, r"resolution_mm must be one of \(1, 2, 4\)"),
         (lambda: load_cohort(small_cohort_json, 1.5), ValueError, "whole multiple of the files' 1 mm"),
         (lambda: load_cohort(small_cohort_json, 3), ValueError, "that divides their shape"),
+        (lambda: load_cohort(small_cohort_json, float("nan")), ValueError, "resolution_mm must be a voxel size in mm"),
         (lambda: read_nifti(tmp_path / "none.nii.gz"), FileNotFoundError, "no such NIfTI file"),
     ]:
         with pytest.raises(error, match=message):
@@ -320,6 +425,20 @@ def test_embedded_people_overlap_before_registration_as_in_the_paper(embedded_co
     assert np.mean(errors) == pytest.approx(4.4, abs=0.3)
 
 
+def test_embedded_people_at_1_mm_overlap_before_registration_as_in_the_paper():
+    population = embedded.EmbeddedPopulation()
+    first = population.training
+    people = [embedded.make_person(population, first + n, 1)[1:3] for n in range(population.validation)]
+    dices, errors = [], []
+    for (fixed, fixed_points), (moving, moving_points) in permutations(people, 2):
+        dices.append(100 * metrics.dice(*(torch.from_numpy(labels)[None, None] for labels in (moving, fixed))))
+        distances = np.array(list(fixed_points.values())) - np.array(list(moving_points.values()))
+        errors.append(np.linalg.norm(distances, axis=1).mean())
+    assert np.mean(dices) == pytest.approx(56.6, abs=2.6)
+    assert 1.3 < np.std(dices) < 2.6
+    assert np.mean(errors) == pytest.approx(4.4, abs=0.2)
+
+
 def test_true_displacement_carries_the_moving_person_onto_the_fixed_one(embedded_cohort):
     pair = embedded_cohort.validation_pairs[7]
     truth = embedded_cohort.true_displacement(pair)
@@ -330,6 +449,17 @@ def test_true_displacement_carries_the_moving_person_onto_the_fixed_one(embedded
     volumes = [embedded_cohort.label_volume(subject) for subject in (pair.fixed, pair.moving)]
     before = metrics.dice(volumes[1], volumes[0])
     assert metrics.dice(spatial.warp(volumes[1], truth, "nearest"), volumes[0], volumes[1]) > before + 0.15
+
+
+def test_true_displacement_solves_its_equation():
+    population = embedded.EmbeddedPopulation()
+    (fixed, _), (moving, back) = (
+        embedded.person_transforms(embedded.control_velocity(population, person)) for person in (1, 2)
+    )
+    truth = embedded.true_displacement(fixed, moving, back, embedded.FIELD_SPACING_MM)
+    there = spatial.identity_grid(truth.shape[2:]) + truth
+    error = truth + spatial.sample(moving, there) - fixed
+    assert error[..., 8:-8, 8:-8, 8:-8].norm(dim=1).max() * embedded.FIELD_SPACING_MM < 0.05
 
 
 def test_a_persons_transforms_are_inverse_to_each_other_and_do_not_fold():

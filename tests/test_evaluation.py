@@ -42,6 +42,9 @@ def test_a_displacement_that_is_not_finite_or_transposed_is_refused():
         broken = torch.zeros(1, 3, *SHAPE)
         broken[0, 0, 0, 0, 0] = math.nan
         lumirlib.evaluate_pair(broken)
+    with pytest.raises(TypeError, match="moving_labels must have an integer dtype"):
+        labels = torch.ones(1, 1, *SHAPE, dtype=torch.int16)
+        lumirlib.evaluate_pair(torch.zeros(1, 3, *SHAPE), labels, labels.float())
     with pytest.raises(ValueError, match=r"displacement must be \(B, 3, D, H, W\), got \(1, 12, 14, 16, 3\)"):
         lumirlib.evaluate_pair(torch.zeros(1, *SHAPE, 3))
 
@@ -111,6 +114,13 @@ def test_table_sets_ours_beside_the_paper_in_the_papers_units():
     assert table.loc[("gain by registration", "ours"), "Dice (%)"] == pytest.approx(20)
     assert table.loc[("gain by registration", "paper"), "Dice (%)"] == pytest.approx(77.31 - 56.57)
     assert table.loc[("before registration", "ours"), "Val Dice (%)"] == pytest.approx(50)
+    assert table.loc[("backbone", "our pairs"), ["Dice (%)", "TRE (mm)"]].tolist() == [2, 2]
+
+
+def test_val_dice_is_that_of_an_epoch_even_if_zero_displacement_is_better():
+    worse = HISTORY.assign(val_dice=[0.5, 0.45, 0.4])
+    table = report.beside_the_paper("backbone", long_table(0.45), worse, long_table(0.5))
+    assert table.loc[("backbone", "ours"), "Val Dice (%)"] == pytest.approx(45)
 
 
 def test_a_combination_that_the_paper_never_ran_has_an_empty_paper_row():

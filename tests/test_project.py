@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -11,6 +12,7 @@ import papermill
 import pytest
 
 from lumirlib import __version__, train
+from lumirlib.presets import PRESETS
 from lumirlib.provenance import project_root, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,9 +22,9 @@ NOTEBOOK = ROOT / "notebooks" / "run_ablation.ipynb"
 def test_notebook_runs_from_another_folder_with_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     papermill.execute_notebook(
-        str(NOTEBOOK), "LC-2.ipynb", {"variant": "LC-2", "preset": "smoke", "out": "my results"}, progress_bar=False
+        str(NOTEBOOK), "LC-2.ipynb", {"variant": "LC-2+CA", "preset": "smoke", "out": "my results"}, progress_bar=False
     )
-    csv, provenance = (list((tmp_path / "my results" / "metrics").glob(f"LC-2_embedded_smoke_*.{end}"))
+    csv, provenance = (list((tmp_path / "my results" / "metrics").glob(f"LC-2-CA_embedded_smoke_*.{end}"))
                        for end in ("csv", "json"))  # fmt: skip
     assert len(csv) == len(provenance) == 1
     assert json.loads(provenance[0].read_text())["options"]["cascade"] == "compositional"
@@ -32,7 +34,9 @@ def test_notebook_runs_from_another_folder_with_parameters(tmp_path, monkeypatch
 
 
 def test_notebook_with_a_misspelt_variant_fails_with_the_choices(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match=r"unknown variant 'LKK'.*backbone, LC-1, LC-2"):
+    with pytest.raises(
+        papermill.PapermillExecutionError, match=r"unknown variant 'LKK'.*backbone, LK, LC-1, LC-2, CA, BF"
+    ):
         papermill.execute_notebook(str(NOTEBOOK), str(tmp_path / "o.ipynb"), {"variant": "LKK"}, progress_bar=False)
 
 
@@ -64,6 +68,15 @@ def test_command_line_explains_mistakes_without_a_traceback():
     done = subprocess.run([sys.executable, "-m", "lumirlib.train", "--preset", "dmeo"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "preset must be one of smoke, demo" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_command_line_names_a_broken_scan_without_a_traceback(small_cohort_json, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], resolution_mm=1))
+    scan = small_cohort_json.parent / "imagesTr" / "SMALL_0002_0000.nii.gz"
+    scan.write_bytes(scan.read_bytes()[:-100])
+    arguments = ["--preset", "smoke", "--cohort", str(small_cohort_json), "--out", str(tmp_path), "--quiet"]
+    assert train.main(arguments) == 2
+    assert "SMALL_0002_0000.nii.gz as NIfTI (truncated or corrupt?)" in capsys.readouterr().err
 
 
 def test_results_go_where_they_are_asked_for(monkeypatch):

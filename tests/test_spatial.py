@@ -82,6 +82,16 @@ def test_nearest_warp_equals_scipy_voxel_for_voxel_ties_and_borders_included():
     assert np.array_equal(warped[0, 0].numpy(), expected)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_nearest_warp_takes_a_point_that_is_not_finite_as_outside(axis, value):
+    displacement = translation(0, 0, 0)
+    displacement[0, axis, 1, 2, 3] = value
+    labels = torch.ones(1, 1, *SHAPE, dtype=torch.int16)
+    warped = spatial.warp(labels, displacement, "nearest")
+    assert warped[0, 0, 1, 2, 3] == 0 and warped.sum() == labels.sum() - 1
+
+
 def test_bilinear_warp_equals_scipy_inside_the_image():
     generator = np.random.default_rng(1)
     image = generator.random(SHAPE)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_cohorts import write_small_cohort
 
-from lumirlib import load_cohort, losses, parse_variant, training
+from lumirlib import load_cohort, losses, parse_variant, study, training
 from lumirlib.presets import PAPER, PRESETS, get_preset
 from lumirlib.study import AblationRun
 from lumirlib.training import NonFiniteLossError, Trainer, epoch_pairs, make_config, spread
@@ -30,7 +30,7 @@ def cohort(small_cohort_json):
 
 
 def config_for(cohort, seed=0, **changes):
-    return make_config(parse_variant("backbone", head_channels=4), replace(TINY, **changes), cohort, seed)
+    return make_config(parse_variant("backbone"), replace(TINY, **changes), cohort, seed, head_channels=4)
 
 
 def weights(path):
@@ -63,6 +63,15 @@ def test_a_misspelt_preset_lists_the_choices():
         get_preset("dmeo")
     with pytest.raises(ValueError, match="unknown option of preset 'demo'"):
         get_preset("demo", epoch=3)
+
+
+def test_every_option_that_differs_from_the_paper_is_said():
+    changed = get_preset("paper", similarity="mse", amsgrad=False, decay_power=0.5, similarity_weight=2.0)
+    said = "; ".join(changed.differences_from_paper())
+    for words in ("mse instead of ncc", "amsgrad False", "power 0.5", "lambda0 = 2"):
+        assert words in said
+    with pytest.raises(ValueError, match="epochs of preset 'demo' must be 1 or more, got 0"):
+        get_preset("demo", epochs=0)
 
 
 # pairs ---------------------------------------------------------------------------------------------------------------
@@ -155,6 +164,52 @@ def test_a_finished_run_is_not_trained_again_unless_asked(cohort, tmp_path, monk
     assert len(taken) == 8
 
 
+def test_a_restart_forgets_the_finished_run_even_if_it_is_killed_at_once(cohort, tmp_path, monkeypatch):
+    config = config_for(cohort)
+    training.train(config, cohort, tmp_path, "cpu", progress=False)
+    step, taken = Trainer._step, []
+
+    def killed(self, pair):
+        raise KeyError("as if the power went")
+
+    monkeypatch.setattr(Trainer, "_step", killed)
+    with pytest.raises(KeyError):
+        training.train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
+    monkeypatch.setattr(Trainer, "_step", lambda self, pair: taken.append(pair) or step(self, pair))
+    training.train(config, cohort, tmp_path, "cpu", progress=False)
+    assert len(taken) == 8
+
+
+def test_killed_between_log_and_checkpoint_nothing_is_lost(cohort, tmp_path, monkeypatch):
+    config = config_for(cohort)
+    whole = training.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
+    save = Trainer.save
+
+    def killed_after_the_last_epoch(self):
+        if self.state.epoch == 2:
+            raise KeyError("as if the power went")
+        save(self)
+
+    monkeypatch.setattr(Trainer, "save", killed_after_the_last_epoch)
+    with pytest.raises(KeyError):
+        training.train(config, cohort, tmp_path / "cut", "cpu", progress=False)
+    monkeypatch.setattr(Trainer, "save", save)
+    resumed = training.train(config, cohort, tmp_path / "cut", "cpu", progress=False)
+    assert pd.read_csv(resumed.log)["epoch"].tolist() == [0, 1, 2]
+    assert same_weights(weights(resumed.checkpoint), weights(whole.checkpoint))
+
+
+def test_pairs_without_common_labels_do_not_stop_the_choice_of_the_best_epoch(tmp_path):
+    path = write_small_cohort(tmp_path / "small")
+    (path.parent / "labelsVal" / "SMALL_0102_0000.nii.gz").unlink()
+    content = json.loads(path.read_text())
+    del content["labelled"]
+    path.write_text(json.dumps(content))
+    cohort = load_cohort(path)
+    result = training.train(config_for(cohort, validation_pairs=None), cohort, tmp_path, "cpu", progress=False)
+    assert result.history["val_dice"].notna().all()
+
+
 def test_a_non_finite_loss_stops_and_names_step_and_pair(cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "ncc_loss", lambda *_: torch.tensor(math.nan))
     with pytest.raises(NonFiniteLossError, match=r"became nan in epoch 1, step 1, fixed .*SMALL_.* moving .*SMALL_"):
@@ -235,6 +290,7 @@ def test_a_run_writes_one_row_per_pair_and_metric_with_provenance(small_cohort_j
     assert len(written) == len(table) == 3 * 6  # three pairs; four metrics, textbook TRE, seconds
     assert not written.duplicated(["pair", "metric"]).any()
     facts = json.loads(run.metrics_path.with_suffix(".json").read_text())
+    assert facts["trained_by"] == [f"{run.commit}, {facts['device']}"]
     for key in ("commit", "command", "seed", "cohort", "preset", "device", "versions", "written", "parameters"):
         assert facts[key] not in (None, ""), key
     assert facts["command"].startswith("papermill notebooks/run_ablation.ipynb")
@@ -243,11 +299,17 @@ def test_a_run_writes_one_row_per_pair_and_metric_with_provenance(small_cohort_j
 
 def test_zero_displacement_is_evaluated_once_on_the_same_pairs(small_cohort_json, tmp_path, monkeypatch):
     run = small_run(small_cohort_json, tmp_path)
+    run = replace(run, commit="a" * 40)
     first = run.before_registration(progress=False)
     assert first["pair"].nunique() == 3
     assert (first.loc[first["metric"] == "ndv_percent", "value"] == 0).all()
-    monkeypatch.setattr("lumirlib.study.evaluate_method", lambda *_, **__: pytest.fail("evaluated again"))
-    pd.testing.assert_frame_equal(run.before_registration(progress=False), first)
+    evaluate, calls = study.evaluate_method, []
+    monkeypatch.setattr(study, "evaluate_method", lambda *a, **k: calls.append(a) or evaluate(*a, **k))
+    columns = ["pair", "metric"]
+    pd.testing.assert_frame_equal(run.before_registration(progress=False)[columns], first[columns])
+    assert not calls
+    replace(run, commit="b" * 40).before_registration(progress=False)  # other code may score otherwise
+    assert len(calls) == 1
 
 
 def test_a_run_is_described_with_what_it_is_not(small_cohort_json, tmp_path):
@@ -259,13 +321,23 @@ def test_a_run_is_described_with_what_it_is_not(small_cohort_json, tmp_path):
     assert embedded.config.run != AblationRun.prepare(preset="demo", out=str(tmp_path), seed=1).config.run
 
 
+def test_options_are_set_after_the_presets(small_cohort_json, tmp_path):
+    run = AblationRun.prepare(
+        preset="smoke", cohort=str(small_cohort_json), out=str(tmp_path), preset_options={"resolution_mm": 1},
+        variant_options={"levels": 2, "start_channels": 6}, data_root=str(small_cohort_json.parent),
+    )  # fmt: skip
+    assert (run.config.variant.levels, run.config.variant.start_channels) == (2, 6)
+    assert "-p data_root '<folder>/small'" in run.command and str(tmp_path) not in run.command
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"variant": "backbon"}, "unknown variant 'backbon'.* backbone, LC-1, LC-2"),
+        ({"variant": "backbon"}, "unknown variant 'backbon'.* backbone, LK, LC-1, LC-2, CA, BF"),
         ({"preset": "dmeo"}, "preset must be one of smoke, demo"),
         ({"cohort": "embeded"}, "cohort must be one of embedded, lumir, brains"),
         ({"seed": -1}, "seed must be a whole number from 0, got -1"),
+        ({"device": "gpu"}, "device must be auto, cpu or a device of this machine, got 'gpu'"),
         ({"seed": "0"}, "seed must be a whole number from 0, got '0'"),
     ],
 )

@@ -5,6 +5,7 @@ Three cohorts, one format: the embedded (simulated) one, real brains, and the ch
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from lumirlib.data import embedded
 from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume
 from lumirlib.labels import LUMIR_LABELS
+from lumirlib.metrics.landmarks import Points, landmark_volume
 
 LUMIR_JSON = "LUMIR_dataset.json"
 BRAINS_VARIABLE = "LUMIR_BRAINS"
@@ -28,6 +30,12 @@ NAMED_COHORTS = ("embedded", "lumir", "brains")
 LABEL_KEYS = ("seg", "label", "labels", "segmentation")
 LANDMARK_KEYS = ("landmarks", "landmark", "keypoints")
 VALIDATION_KEYS = ("validation", "registration_val")
+#: Whom to name beside figures made from a cohort whose JSON points elsewhere for it, by the JSON's name.
+CREDITS = {
+    "Real brains in the LUMIR frame": "training scans: OpenNeuro ds002748 (CC0); validation scans: OASIS; validation "
+    "labels: MICCAI 2012 multi-atlas labelling, provided by Neuromorphometrics, Inc. "
+    "(http://Neuromorphometrics.com/) under academic subscription (CC BY-NC); landmarks: AFIDs-OASIS",
+}
 #: Voxels that a label needs to be scored on a grid coarser than 1 mm.
 SMALLEST_LABEL = 8
 #: Downsampled volumes kept in memory by one cohort, in bytes.
@@ -81,6 +89,7 @@ class Cohort:
         downsampling: voxels of the files per voxel of the cohort, along each axis.
         affine: voxel-to-world matrix of the cohort's grid, in mm.
         shape: sides (D, H, W) of the cohort's grid.
+        digest: 16 hexadecimal digits of the JSON and, for real scans, of the sizes of the files that it names.
     """
 
     name: str
@@ -93,6 +102,7 @@ class Cohort:
     downsampling: int
     affine: np.ndarray
     shape: tuple[int, int, int]
+    digest: str
     _memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -107,10 +117,13 @@ class Cohort:
 
     @property
     def has_labels(self) -> bool:
-        """Whether every validation pair carries labels on both sides."""
-        return bool(self.validation_pairs) and all(
-            pair.fixed.labels and pair.moving.labels for pair in self.validation_pairs
-        )
+        """Whether some validation pairs carry labels on both sides."""
+        return bool(self.labelled_pairs)
+
+    @property
+    def labelled_pairs(self) -> tuple[Pair, ...]:
+        """The validation pairs with labels on both sides."""
+        return tuple(pair for pair in self.validation_pairs if pair.fixed.labels and pair.moving.labels)
 
     @cached_property
     def labels(self) -> tuple[int, ...]:
@@ -119,10 +132,22 @@ class Cohort:
         On voxels coarser than 1 mm those are left out that have fewer than :data:`SMALLEST_LABEL` voxels in any
         validation person that has them: a warped label of one or two voxels vanishes by the grid's doing, and its
         HD95 is infinite.
+
+        Raises:
+            ValueError: the labels are numbered otherwise, so that only the background would be scored.
         """
-        if self.resolution_mm <= 1 or not self.has_labels:
+        if not self.has_labels:
             return LUMIR_LABELS
-        people = {subject.image: subject for pair in self.validation_pairs for subject in (pair.fixed, pair.moving)}
+        people = {subject.image: subject for pair in self.labelled_pairs for subject in (pair.fixed, pair.moving)}
+        first = next(iter(people.values()))
+        numbers = set(self.label_volume(first).unique().tolist())
+        if not numbers & set(LUMIR_LABELS[1:]):
+            raise ValueError(
+                f"{first.labels}: expected label numbers of LUMIR (BrainCOLOR: 4, 11, 23 ... 207), "
+                f"got {sorted(numbers)[:20]}"
+            )
+        if self.resolution_mm <= 1:
+            return LUMIR_LABELS
         too_small: set[int] = set()
         for subject in people.values():
             numbers, voxels = self.label_volume(subject).unique(return_counts=True)
@@ -152,17 +177,55 @@ class Cohort:
         """
         if subject.landmarks is None:
             return None
-        points = read_landmarks(subject.landmarks)
+        if subject.landmarks.suffix == ".json":
+            points = read_landmarks(subject.landmarks)
+            sides = [side * self.downsampling for side in self.shape]
+            for name, place in points.items():
+                if not all(-0.5 <= x <= side - 0.5 for x, side in zip(place, sides, strict=True)):
+                    raise ValueError(f"{subject.landmarks}: landmark {name!r} at {place} lies outside {tuple(sides)}")
+        else:
+            points = landmark_centroids(self._read_labels(subject.landmarks)[0, 0].numpy())
         shift = (self.downsampling - 1) / 2
         return {name: tuple((x - shift) / self.downsampling for x in place) for name, place in points.items()}
+
+    def landmark_pair(self, pair: Pair) -> tuple[Points, Points] | None:
+        """Landmarks of the fixed and the moving subject, in one order; None where one of them has none.
+
+        Raises:
+            ValueError: the two do not name the same landmarks.
+        """
+        fixed, moving = self.landmark_points(pair.fixed), self.landmark_points(pair.moving)
+        if not fixed or not moving:
+            return None
+        if fixed.keys() != moving.keys():
+            raise ValueError(
+                f"{pair.fixed.landmarks} and {pair.moving.landmarks} must name the same landmarks, "
+                f"but only {len(fixed.keys() & moving.keys())} of {len(fixed)} and {len(moving)} are shared"
+            )
+        return fixed, {name: moving[name] for name in fixed}
+
+    def landmark_volumes(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Landmarks of a pair as label volumes ``(1, L, D, H, W)``, for the challenge's form of TRE.
+
+        Label volumes at their own resolution are taken as they are; points, and anything downsampled, are drawn as
+        small balls (:func:`lumirlib.metrics.landmark_volume`).
+        """
+        points = self.landmark_pair(pair)
+        if points is None:
+            return None
+        files = [pair.fixed.landmarks, pair.moving.landmarks]
+        if self.downsampling == 1 and all(file.suffix != ".json" for file in files):
+            return tuple(self._read_labels(file) for file in files)
+        return tuple(landmark_volume(places, self.shape) for places in points)
 
     def true_displacement(self, pair: Pair) -> torch.Tensor | None:
         """The exact displacement ``(1, 3, D, H, W)`` of a simulated pair in voxels; None for real scans."""
         if pair.fixed.velocity is None or pair.moving.velocity is None:
             return None
-        to_template, _ = self._person_transforms(pair.fixed)
-        _, from_template = self._person_transforms(pair.moving)
-        return embedded.true_displacement(to_template, from_template, int(self.resolution_mm))
+        fixed_to_template, _ = self._person_transforms(pair.fixed)
+        return embedded.true_displacement(
+            fixed_to_template, *self._person_transforms(pair.moving), resolution_mm=int(self.resolution_mm)
+        )
 
     def _person_transforms(self, subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
         def compute() -> torch.Tensor:
@@ -183,52 +246,68 @@ class Cohort:
             used -= self._memory.popitem(last=False)[1].nbytes
         return volume
 
-    def _check_grid(self, path: Path, shape: tuple[int, ...]) -> None:
+    def _check_grid(self, path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None:
+        """Raise unless a file has the cohort's shape, voxel size and orientation (its origin may differ)."""
         expected = tuple(side * self.downsampling for side in self.shape)
         if tuple(shape) != expected:
             raise ValueError(f"{path}: expected shape {expected}, like the cohort's other images, got {tuple(shape)}")
+        directions = self.affine[:3, :3] / self.downsampling
+        if not np.allclose(affine[:3, :3], directions, atol=0.02 * self.resolution_mm / self.downsampling):
+            raise ValueError(
+                f"{path}: expected voxels of {self.resolution_mm / self.downsampling:g} mm in orientation "
+                f"{_orientation(directions)}, like the cohort's other images, got "
+                f"{'x'.join(f'{edge:g}' for edge in np.linalg.norm(affine[:3, :3], axis=0).round(3))} mm in "
+                f"{_orientation(affine)} (affine {affine[:3, :3].round(3).tolist()})"
+            )
 
     def _read_image(self, path: Path) -> torch.Tensor:
-        array, _ = read_volume(path)
-        self._check_grid(path, array.shape)
+        array, affine = read_volume(path)
+        self._check_grid(path, array.shape, affine)
         low, high = float(array.min()), float(array.max())
         if high > 255.5 or low < -0.5:  # resampling may overshoot a little
             raise ValueError(f"{path}: expected intensities from 0 to 255 (or 0 to 1), got {low:g} to {high:g}")
         if high == low:
             raise ValueError(f"{path}: expected an image, got the constant {low:g}")
         image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
-        image = (image / 255 if high > 1.002 else image).clamp_(0, 1)
+        image = (image / 255 if high > 1.5 else image).clamp_(0, 1)
         return F.avg_pool3d(image, self.downsampling) if self.downsampling > 1 else image
 
     def _read_labels(self, path: Path) -> torch.Tensor:
-        array, _ = read_label_volume(path)
-        self._check_grid(path, array.shape)
+        array, affine = read_label_volume(path)
+        self._check_grid(path, array.shape, affine)
         return torch.from_numpy(np.ascontiguousarray(array))[None, None]
 
 
+def landmark_centroids(volume: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    """Centroid (i, j, k) of each label of a landmark volume (D, H, W), by its number."""
+    numbers = [int(number) for number in np.unique(volume) if number]
+    return {str(n): tuple(float(x) for x in np.argwhere(volume == n).mean(0)) for n in numbers}
+
+
 def read_landmarks(path: str | Path) -> dict[str, tuple[float, float, float]]:
-    """Landmarks by name, in voxels of the image they belong to.
+    """Landmarks by name, in voxels of the image they belong to, from a JSON with "names" and "points" (i, j, k).
 
-    Args:
-        path: a JSON with "names" and "points" (voxel indices i, j, k), or a NIfTI label volume with one small label
-            per landmark, which gives centroids.
-
-    Returns:
-        name -> (i, j, k).
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a JSON, points that are not three finite numbers, or a name that comes twice.
     """
     path = Path(path)
-    if path.suffix != ".json":
-        volume, _ = read_label_volume(path)
-        numbers = [int(number) for number in np.unique(volume) if number]
-        return {str(n): tuple(float(x) for x in np.argwhere(volume == n).mean(0)) for n in numbers}
     content = _read_json(path)
     names, points = content.get("names"), content.get("points")
     if not isinstance(names, list) or not isinstance(points, list) or len(names) != len(points) or not points:
         raise ValueError(f"{path}: expected lists 'names' and 'points' of one length")
-    array = np.asarray(points, dtype=np.float64)
-    if array.shape != (len(points), 3) or not np.isfinite(array).all():
-        raise ValueError(f"{path}: expected three finite voxel coordinates for each point, got shape {array.shape}")
-    return {str(name): tuple(map(float, point)) for name, point in zip(names, array, strict=True)}
+    found = {}
+    for name, point in zip(names, points, strict=True):
+        if (
+            not isinstance(point, list)
+            or len(point) != 3
+            or not all(isinstance(x, (int, float)) and np.isfinite(x) for x in point)
+        ):
+            raise ValueError(f"{path}: expected three finite voxel coordinates for landmark {name!r}, got {point!r}")
+        if str(name) in found:
+            raise ValueError(f"{path}: landmark {name!r} is named twice")
+        found[str(name)] = tuple(map(float, point))
+    return found
 
 
 def _read_json(path: Path) -> dict:
@@ -247,7 +326,7 @@ class _Reader:
     """Turns the entries of one dataset JSON into subjects."""
 
     def __init__(self, path: Path, root: Path, content: dict) -> None:
-        self.path, self.root, self.content = path, root, content
+        self.path, self.root, self.content = path, root.resolve(), content
         self.subjects: dict[Path, Subject] = {}
 
     def resolve(self, text: object, what: str) -> Path:
@@ -256,7 +335,7 @@ class _Reader:
             raise ValueError(f"{self.path}: expected a path for {what}, got {text!r}")
         relative = text.replace("\\", "/").lstrip("/")
         file = Path(os.path.normpath(self.root / relative))
-        if not file.is_relative_to(os.path.normpath(self.root)):
+        if not file.is_relative_to(self.root):
             raise ValueError(f"{self.path}: {what} names {text!r}, which leaves the data root {self.root}")
         if not file.is_file():
             raise FileNotFoundError(f"{self.path} names {text!r} for {what}, but {file} does not exist")
@@ -274,7 +353,7 @@ class _Reader:
             image=image,
             labels=self._beside(fields, LABEL_KEYS, what, image, "labels", (".nii.gz",)),
             landmarks=self._beside(fields, LANDMARK_KEYS, what, image, "landmarks", (".json", ".nii.gz")),
-            velocity=self.resolve(fields["velocity"], f"velocity of {what}") if "velocity" in fields else None,
+            velocity=self.resolve(fields["velocity"], f"velocity of {what}") if fields.get("velocity") else None,
         )
         if known is not None:  # an image may be listed twice, once with its labels and once without
             subject = Subject(
@@ -351,10 +430,11 @@ def load_cohort(
 ) -> Cohort:
     """Open a cohort; images are read later, on demand.
 
-    Where the JSON's validation pairs carry labels they are the validation pairs. Where they do not (the official
-    LUMIR list) but at least two scans of the "labelled" list, or some of the training scans, do (the challenge's
-    sanity-check scans 3364 ... 3373), these are held out of training and all their ordered pairs are the validation
-    pairs: the paper's "Val Dice" protocol. Where all training scans carry labels, none is held out.
+    Where some of the JSON's validation pairs carry labels, that list is taken, and what a pair lacks is not scored.
+    Where none does (the official LUMIR list) but at least two scans of the "labelled" list, or some of the training
+    scans, do (the challenge's sanity-check scans 3364 ... 3373), these are held out of training and all their ordered
+    pairs are the validation pairs: the paper's "Val Dice" protocol. Where fewer than two unlabelled training scans
+    would be left, none is held out.
 
     Args:
         name_or_json: "embedded", "lumir", "brains", or the path of a Learn2Reg dataset JSON.
@@ -391,24 +471,23 @@ def load_cohort(
     # every mention of an image may have added to what is known about it
     labelled, training = ([reader.subjects[s.image] for s in listed] for listed in (labelled, training))
     pairs = [Pair(reader.subjects[pair.fixed.image], reader.subjects[pair.moving.image]) for pair in pairs]
-    with_labels = [pair for pair in pairs if pair.fixed.labels and pair.moving.labels]
-    simulated = bool(content.get("simulated", False))
-    if with_labels:
-        pairs = with_labels
-    else:
+    held_out = {subject.image for pair in pairs for subject in (pair.fixed, pair.moving)}
+    if not any(pair.fixed.labels and pair.moving.labels for pair in pairs):
         candidates = [subject for subject in (labelled or training) if subject.labels]
         left_to_train = sum(subject not in candidates for subject in training)
-        if len(candidates) >= 2 and (left_to_train >= 2 or not pairs):
+        if len(candidates) >= 2 and (labelled or left_to_train >= 2):
             pairs = [Pair(fixed, moving) for fixed in candidates for moving in candidates if fixed != moving]
-    held_out = {subject.image for pair in pairs for subject in (pair.fixed, pair.moving)}
+    held_out |= {subject.image for pair in pairs for subject in (pair.fixed, pair.moving)}
     train = tuple(subject for subject in dict.fromkeys(training) if subject.image not in held_out)
-    first = (train or tuple(subject for pair in pairs for subject in (pair.fixed, pair.moving)))[0]
+    first = next(iter([*train, *(pair.fixed for pair in pairs), *training, *labelled]))
     shape, affine = _grid_of(first.image)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.allclose(spacing, spacing[0], rtol=1e-3):
         raise ValueError(f"{first.image}: expected cubic voxels, got spacing {tuple(spacing.round(4))} mm")
     own = float(spacing.mean())
     wanted = own if resolution_mm is None else float(resolution_mm)
+    if not 0 < wanted < 1000:
+        raise ValueError(f"resolution_mm must be a voxel size in mm, got {resolution_mm}")
     factor = round(wanted / own)
     if factor < 1 or abs(factor * own - wanted) > 1e-3 * wanted or any(side % factor for side in shape):
         raise ValueError(
@@ -417,18 +496,37 @@ def load_cohort(
         )
     block = np.diag([factor, factor, factor, 1.0])
     block[:3, 3] = (factor - 1) / 2
+    name = str(content.get("name", path.stem))
     return Cohort(
-        name=str(content.get("name", path.stem)),
+        name=name,
         path=path,
         resolution_mm=wanted,
-        simulated=simulated,
+        simulated=bool(content.get("simulated", False)),
         train=train,
         validation_pairs=tuple(pairs),
-        credit=str(content.get("licence", content.get("license", ""))),
+        credit=CREDITS.get(name, str(content.get("licence", content.get("license", "")))),
+        digest=_digest(path, reader, simulated=bool(content.get("simulated", False))),
         downsampling=factor,
         affine=affine @ block,
         shape=tuple(side // factor for side in shape),
     )
+
+
+def _digest(path: Path, reader: _Reader, simulated: bool) -> str:
+    """Of the JSON's text and the sizes of its files; simulated files follow from the JSON alone."""
+    content = hashlib.sha256(path.read_bytes())
+    if not simulated:
+        for subject in sorted(reader.subjects.values(), key=lambda subject: subject.image):
+            for file in (subject.image, subject.labels, subject.landmarks):
+                content.update(f"{file.name} {file.stat().st_size}\n".encode() if file else b"-\n")
+    return content.hexdigest()[:16]
+
+
+def _orientation(affine: np.ndarray) -> str:
+    """Axis codes of an affine (its 3 x 3 part suffices), such as RAS."""
+    full = np.eye(4)
+    full[:3, :3] = affine[:3, :3]
+    return "".join(code or "?" for code in nib.aff2axcodes(full))
 
 
 def _grid_of(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:

@@ -2,7 +2,7 @@
 
 from lumirlib.metrics.jacobian import ndv_percent, ndv_volume
 from lumirlib.metrics.landmarks import landmark_volume, tre_mm, tre_per_landmark_mm, tre_points_mm
-from lumirlib.metrics.overlap import dice, dice_per_label
+from lumirlib.metrics.overlap import dice, dice_per_label, nan_mean
 from lumirlib.metrics.surface import hd95_mm, hd95_per_label_mm
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "hd95_mm",
     "hd95_per_label_mm",
     "landmark_volume",
+    "nan_mean",
     "ndv_percent",
     "ndv_volume",
     "tre_mm",

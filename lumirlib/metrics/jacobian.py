@@ -42,6 +42,8 @@ def ndv_volume(displacement: torch.Tensor, mask: torch.Tensor | None = None) -> 
     check_displacement(displacement)
     if displacement.shape[0] != 1 or min(displacement.shape[2:]) < 3:
         raise ValueError(f"displacement must be (1, 3, D, H, W) with sides from 3, got {tuple(displacement.shape)}")
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
     if mask is None:
         mask = torch.ones_like(displacement[:, :1])
     if mask.shape != (1, 1, *displacement.shape[2:]):

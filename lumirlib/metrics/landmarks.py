@@ -66,9 +66,19 @@ def tre_per_landmark_mm(
     Returns:
         One distance per landmark of the fixed volume, in ascending order of its label; NaN where the warping lost it.
     """
+    if not spacing_mm > 0:
+        raise ValueError(f"spacing_mm must be positive, got {spacing_mm}")
     centroids = []
     for volume, name in ((warped_landmarks, "warped_landmarks"), (fixed_landmarks, "fixed_landmarks")):
-        check_labels(volume[:, :1] if isinstance(volume, torch.Tensor) and volume.ndim == 5 else volume, name)
+        if not isinstance(volume, torch.Tensor) or volume.ndim != 5 or volume.shape[0] != 1:
+            got = tuple(volume.shape) if isinstance(volume, torch.Tensor) else type(volume).__name__
+            raise ValueError(f"{name} must be (1, L, D, H, W), got {got}")
+        check_labels(volume.movedim(1, 0), name)
+        if volume.shape[2:] != fixed_landmarks.shape[2:]:
+            raise ValueError(
+                f"{name} must be on the grid {tuple(fixed_landmarks.shape[2:])} of fixed_landmarks, "
+                f"got {tuple(volume.shape[2:])}"
+            )
         places = torch.nonzero(volume[0])  # (n, 4): layer, i, j, k
         numbers = volume[0][tuple(places.T)].to(torch.int64)
         size = int(numbers.max()) + 1 if numbers.numel() else 1

@@ -15,6 +15,9 @@ from torch import nn
 
 from lumirlib import spatial
 from lumirlib._checks import check_choice, check_finite, check_image
+from lumirlib.models.bilateral_filter import JointBilateralFilter
+from lumirlib.models.co_attention import CoAttention
+from lumirlib.models.large_kernel import LargeKernelBlock
 
 CASCADES = ("additive", "compositional")
 
@@ -49,13 +52,25 @@ class Encoder(nn.Module):
 
     Args:
         channels: N, the paper's 'sc'.
+        large_kernel: kernel side k of :class:`LargeKernelBlock` in place of each convolution; 0 for plain ones.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, large_kernel: int = 0) -> None:
         super().__init__()
-        self.block1 = ConvBlock(1, channels)
-        self.block2 = ConvBlock(channels, 2 * channels)
-        self.block3 = ConvBlock(2 * channels, channels)
+
+        def block(in_channels: int, out_channels: int) -> nn.Module:
+            if large_kernel:
+                return LargeKernelBlock(in_channels, out_channels, large_kernel)
+            return ConvBlock(in_channels, out_channels)
+
+        self.block1 = block(1, channels)
+        self.block2 = block(channels, 2 * channels)
+        self.block3 = block(2 * channels, channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """``(B, 1, D, H, W)`` -> ``(B, N, D, H, W)``."""
@@ -96,6 +111,9 @@ class RegistrationNetwork(nn.Module):
             "compositional", ``w(p) + U(p + w(p))``.
         levels: number of pyramid levels; 5 in the paper.
         squarings: squarings of the integration at every level.
+        large_kernel: LK, kernel side k (5 in LKU-Net) of the encoder's parallel blocks; 0 for plain convolutions.
+        co_attention_levels: CA, number of coarsest levels with co-attention; 0 for none.
+        bilateral_window: BF, window of the joint bilateral filter of the result in voxels; 0 for none.
     """
 
     def __init__(
@@ -105,18 +123,30 @@ class RegistrationNetwork(nn.Module):
         cascade: str = "additive",
         levels: int = 5,
         squarings: int = 7,
+        large_kernel: int = 0,
+        co_attention_levels: int = 0,
+        bilateral_window: int = 0,
     ) -> None:
         super().__init__()
         check_choice(cascade, CASCADES, "cascade")
-        for name, value in (
-            ("start_channels", start_channels), ("head_channels", head_channels), ("levels", levels),
+        for name, value, least in (
+            ("start_channels", start_channels, 1), ("head_channels", head_channels, 1), ("levels", levels, 1),
+            ("squarings", squarings, 0), ("large_kernel", large_kernel, 0),
+            ("co_attention_levels", co_attention_levels, 0), ("bilateral_window", bilateral_window, 0),
         ):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
+        if co_attention_levels > levels:
+            raise ValueError(f"co_attention_levels must be from 0 to the {levels} levels, got {co_attention_levels}")
         self.cascade = cascade
         self.squarings = squarings
-        self.encoder = Encoder(start_channels)
+        self.encoder = Encoder(start_channels, large_kernel)
         self.estimators = nn.ModuleList(FlowEstimator(start_channels, head_channels) for _ in range(levels))
+        # what the backbone lacks is registered last, so that weights can be exchanged by order without it
+        self.co_attention = nn.ModuleDict(
+            {str(level): CoAttention(start_channels) for level in range(levels - co_attention_levels, levels)}
+        )
+        self.bilateral_filter = JointBilateralFilter(bilateral_window) if bilateral_window else None
 
     def level_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Sides of each level for images of sides `shape`, finest first."""
@@ -141,6 +171,7 @@ class RegistrationNetwork(nn.Module):
 
         Raises:
             ValueError: shapes that differ or are not (B, 1, D, H, W), or a side below 2 voxels.
+            TypeError: a dtype other than the weights', unless autocast is on.
         """
         check_image(fixed, "fixed", channels=1)
         check_image(moving, "moving", channels=1)
@@ -148,6 +179,9 @@ class RegistrationNetwork(nn.Module):
             raise ValueError(
                 f"fixed and moving must have one shape, got {tuple(fixed.shape)} and {tuple(moving.shape)}"
             )
+        weights = self.encoder.dtype
+        if not torch.is_autocast_enabled(fixed.device.type) and not fixed.dtype == moving.dtype == weights:
+            raise TypeError(f"fixed and moving must have the network's {weights}, got {fixed.dtype} and {moving.dtype}")
         shapes = self.level_shapes(tuple(fixed.shape[2:]))
         fixed_features, moving_features = self.encode(fixed, moving)
         pyramid = [(fixed_features, moving_features)]
@@ -159,6 +193,8 @@ class RegistrationNetwork(nn.Module):
         velocities: list[torch.Tensor] = []
         for level in reversed(range(len(shapes))):
             level_fixed, level_moving = pyramid[level]
+            if str(level) in self.co_attention:
+                level_fixed, level_moving = self.co_attention[str(level)](level_fixed, level_moving)
             coarser = None
             if displacements:
                 factors = [fine / coarse for fine, coarse in zip(shapes[level], shapes[level + 1], strict=True)]
@@ -174,15 +210,18 @@ class RegistrationNetwork(nn.Module):
                 displacement = spatial.compose(coarser, own)
             displacements.insert(0, displacement)
             velocities.insert(0, velocity)
+        if self.bilateral_filter is not None:
+            displacements[0] = self.bilateral_filter(displacements[0], fixed)
         return Fields(displacements, velocities)
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Displacement ``(B, 3, D, H, W)`` in voxels that carries `moving` onto `fixed`; arguments as `fields`.
 
         Raises:
-            ValueError: as :meth:`fields`; outside training also for non-finite voxels.
+            TypeError, ValueError: as :meth:`fields`, and for voxels that are not finite.
         """
-        if not self.training:
-            check_finite(fixed, "fixed")
-            check_finite(moving, "moving")
+        check_image(fixed, "fixed", channels=1)
+        check_image(moving, "moving", channels=1)
+        check_finite(fixed, "fixed")
+        check_finite(moving, "moving")
         return self.fields(fixed, moving).displacements[0]

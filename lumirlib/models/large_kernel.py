@@ -1,0 +1,38 @@
+"""Large-kernel convolution (LK), the parallel block of LKU-Net (Jia et al., MLMI 2022, arXiv 2208.04939)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class LargeKernelBlock(nn.Module):
+    """PReLU of the sum of a k^3, a 3^3 and a 1^3 convolution, each normalized, and the input where shapes allow.
+
+    As each branch has an instance norm of its own, whose statistics depend on the image, the branches cannot be
+    folded into one k^3 convolution for inference.
+
+    Args:
+        in_channels: of the features.
+        out_channels: of the result; the input is added where both are equal.
+        kernel_size: k, odd, above 3.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 5) -> None:
+        super().__init__()
+        if kernel_size < 5 or kernel_size % 2 == 0:
+            raise ValueError(f"large_kernel must be odd and 5 or more, got {kernel_size}")
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv3d(in_channels, out_channels, kernel_size=size, padding=size // 2),
+                nn.InstanceNorm3d(out_channels),
+            )
+            for size in (kernel_size, 3, 1)
+        )
+        self.identity = in_channels == out_channels
+        self.activation = nn.PReLU()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """``(B, in_channels, D, H, W)`` -> ``(B, out_channels, D, H, W)``."""
+        total = sum(branch(features) for branch in self.branches)
+        return self.activation(total + features if self.identity else total)
