@@ -116,6 +116,8 @@ def test_lumir_is_found_in_its_data_root(tmp_path):
     write_small_cohort(tmp_path).rename(tmp_path / "LUMIR_dataset.json")
     cohort = load_cohort("lumir", data_root=tmp_path)
     assert cohort.short_name == "lumir" and len(cohort.train) == 4
+    write_nifti(cohort.train[0].image, smooth_blob(0), np.diag([-1.0, -1, 1, 1]))
+    assert cohort.image(cohort.train[0]).shape == (1, 1, *SMALL_SHAPE)  # the challenge ignores affines
 
 
 def test_json_elsewhere_is_read_relative_to_the_data_root(small_cohort_json, tmp_path):
