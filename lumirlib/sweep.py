@@ -1,0 +1,191 @@
+"""Command line of many runs, `python -m lumirlib.sweep`: rows of Table 2 and seeds, each through the notebook.
+
+    python -m lumirlib.sweep --rows table2 --seeds 0 1 2 --preset demo
+
+Every run leaves its executed notebook in `<out>/runs/`. A finished run is skipped, so the same command goes on where it
+stopped; a broken one leaves `<run>.failed.ipynb`, is reported with its error, and is run again by the next call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from tqdm.auto import tqdm
+
+from lumirlib import provenance
+from lumirlib.presets import get_preset
+from lumirlib.report import paper_table
+from lumirlib.variants import parse_variant
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One execution of the notebook.
+
+    Attributes:
+        notebook: what is executed.
+        output: where the executed notebook goes.
+        parameters: what papermill injects.
+    """
+
+    notebook: Path
+    output: Path
+    parameters: dict[str, str]
+
+    @property
+    def failed(self) -> Path:
+        """Where the executed notebook goes if it breaks."""
+        return self.output.with_suffix(".failed.ipynb")
+
+    def command(self, output: Path) -> list[str]:
+        """The papermill call; every parameter but the seed is passed as text, whatever it looks like."""
+        words = [sys.executable, "-m", "papermill", str(self.notebook), str(output), "--no-progress-bar"]
+        for name, value in self.parameters.items():
+            words += ["-p" if name == "seed" else "-r", name, value]
+        return words
+
+    def is_finished(self) -> bool:
+        """Whether the output is there, whole, with these parameters and without an error."""
+        try:
+            found = nbformat.read(self.output, as_version=4)
+        except (OSError, ValueError):
+            return False
+        record = found.metadata.get("papermill", {})
+        same = {name: str(value) for name, value in record.get("parameters", {}).items()} == self.parameters
+        return same and record.get("exception") is None and record.get("end_time") is not None
+
+    def execute(self, threads: int) -> str:
+        """Run it; the empty string, or what went wrong. The output appears only when it is whole."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.output.with_suffix(".partial.ipynb")
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        done = subprocess.run(self.command(partial), capture_output=True, text=True, env=environment)
+        if done.returncode == 0:
+            os.replace(partial, self.output)
+            self.failed.unlink(missing_ok=True)
+            return ""
+        if partial.exists():
+            os.replace(partial, self.failed)
+        return done.stderr.strip() or f"papermill ended with status {done.returncode}"
+
+
+def table2_rows() -> list[str]:
+    """Variants of the paper's Table 2, in its order."""
+    methods = paper_table(2)["method"]
+    return [method.removeprefix("backbone+") for method in methods if method.startswith("backbone")]
+
+
+def plan(
+    rows: Sequence[str], seeds: Sequence[int], preset: str, cohort: str, data_root: str, out: str, device: str = "auto"
+) -> list[SweepRun]:
+    """The runs of a sweep, row by row, each with all its seeds.
+
+    Args:
+        rows: variants, or "table2" for those of the paper's Table 2.
+        seeds: of each.
+        preset: of all.
+        cohort: "embedded", "lumir", "brains" or the path of a dataset JSON.
+        data_root: as the notebook's parameter.
+        out: results folder; empty for the usual one.
+        device: as the notebook's parameter.
+
+    Raises:
+        ValueError: an unknown variant or preset.
+        FileNotFoundError: the notebook is not there, as in a package installed without its checkout.
+    """
+    variants = [name for row in rows for name in (table2_rows() if row == "table2" else [parse_variant(row).name])]
+    get_preset(preset)
+    root = provenance.project_root()
+    notebook = (root or Path.cwd()) / "notebooks" / "run_ablation.ipynb"
+    if not notebook.is_file():
+        raise FileNotFoundError(f"the sweep runs {notebook}, which does not exist: call it from a checkout")
+    short = Path(cohort).resolve().parent.name if cohort.endswith(".json") else cohort
+    # what is at its default is not injected: executed notebooks are committed, and hold no path of a machine unasked
+    common = {"preset": preset, "cohort": cohort}
+    common |= {name: value for name, value in (("data_root", data_root), ("out", out)) if value}
+    common |= {"device": device} if device != "auto" else {}
+    return [
+        SweepRun(
+            notebook,
+            provenance.results_folder(out) / "runs" / f"{variant.replace('+', '-')}_{short}_{preset}_seed{seed}.ipynb",
+            {"variant": variant, "seed": str(seed), **common},
+        )
+        for variant in dict.fromkeys(variants)
+        for seed in seeds
+    ]
+
+
+def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
+    """Execute what is not finished, `jobs` at a time, the processor's threads shared among them.
+
+    Returns:
+        Output of each run that broke -> its error.
+    """
+    pending = [run for run in runs if not run.is_finished()]
+    print(f"{len(runs)} runs, {len(runs) - len(pending)} finished before")
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    broken: dict[Path, str] = {}
+    with (
+        ThreadPoolExecutor(max_workers=jobs) as pool,
+        tqdm(total=len(pending), desc="sweep", unit="run", disable=not pending) as bar,
+    ):
+        futures = {pool.submit(run.execute, threads): run for run in pending}
+        try:
+            for future in as_completed(futures):
+                error = future.result()
+                if error:
+                    broken[futures[future].output] = error
+                    tqdm.write(f"broken: {futures[future].output.name}\n{error}")
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return broken
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    options = argparse.ArgumentParser(prog="python -m lumirlib.sweep", description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--rows", nargs="+", default=["table2"], help="table2, or variants such as LK LC-2+BF")
+    options.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of each row")
+    options.add_argument("--preset", default="demo", help="preset of every run")
+    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
+    options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
+    options.add_argument("--out", default="", help="results folder")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
+    options.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    options.add_argument("--dry-run", action="store_true", help="list what would be run, and stop")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a sweep; the exit status is 0, 1 if a run broke, or 2 for parameters that cannot be used."""
+    given = parser().parse_args(arguments)
+    try:
+        if given.jobs < 1:
+            raise ValueError(f"--jobs must be 1 or more, got {given.jobs}")
+        runs = plan(given.rows, given.seeds, given.preset, given.cohort, given.data_root, given.out, given.device)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"python -m lumirlib.sweep: {error}", file=sys.stderr)
+        return 2
+    if given.dry_run:
+        for run in runs:
+            print("finished" if run.is_finished() else "to run  ", shlex.join(run.command(run.output)))
+        return 0
+    broken = run_sweep(runs, given.jobs)
+    for output, error in broken.items():
+        print(f"broken: {output.name}: {error.splitlines()[-1]}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The sweep, on a small notebook of its own: what is run, skipped, reported and run again."""
+
+from dataclasses import replace
+
+import nbformat
+import pytest
+
+from lumirlib import sweep
+
+CODE = """
+variant, seed = "", -1
+"""
+WORK = """
+from pathlib import Path
+assert type(seed) is int and type(variant) is str
+if variant == "LK" and not Path(out, "mended").exists():
+    raise RuntimeError("this row is broken")
+Path(out, f"{variant}-{seed}.txt").write_text("ran")
+"""
+
+
+@pytest.fixture
+def runs(tmp_path):
+    cells = [nbformat.v4.new_code_cell(CODE, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(WORK)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = tmp_path / "small.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebook)
+    planned = sweep.plan(["backbone", "LK"], [0], "smoke", "embedded", "", str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    return [replace(run, notebook=notebook) for run in planned]
+
+
+def test_table_2_is_planned_in_the_papers_order_with_every_seed(tmp_path):
+    assert sweep.table2_rows() == ["backbone", "BF", "CA", "CA+BF", "LK", "LC-1", "LC-2"]
+    planned = sweep.plan(["table2"], [0, 1], "demo", "embedded", "", str(tmp_path))
+    assert [run.output.name for run in planned[:2]] == [
+        "backbone_embedded_demo_seed0.ipynb", "backbone_embedded_demo_seed1.ipynb",
+    ]  # fmt: skip
+    assert len({run.output for run in planned}) == 14
+
+
+def test_finished_runs_are_skipped_and_broken_ones_reported_and_run_again(runs, tmp_path, capsys):
+    backbone, large_kernel = runs
+    broken = sweep.run_sweep(runs)
+    assert list(broken) == [large_kernel.output]
+    assert "RuntimeError: this row is broken" in broken[large_kernel.output]
+    assert backbone.is_finished() and not large_kernel.is_finished() and large_kernel.failed.is_file()
+    first = backbone.output.read_bytes()
+    (tmp_path / "out" / "mended").touch()
+    assert sweep.run_sweep(runs, jobs=2) == {}
+    assert "2 runs, 1 finished before" in capsys.readouterr().out
+    assert backbone.output.read_bytes() == first
+    assert large_kernel.is_finished() and not large_kernel.failed.exists()
+    assert (tmp_path / "out" / "LK-0.txt").read_text() == "ran"
+
+
+def test_a_torn_output_or_one_of_other_parameters_counts_as_unfinished(runs):
+    sweep.run_sweep(runs[:1])
+    run = runs[0]
+    assert not replace(run, parameters={**run.parameters, "preset": "demo"}).is_finished()
+    run.output.write_bytes(run.output.read_bytes()[:300])
+    assert not run.is_finished()
+
+
+def test_dry_run_lists_the_commands_and_runs_nothing(tmp_path, capsys):
+    assert sweep.main(["--rows", "LC-2+CA", "--seeds", "3", "--dry-run", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("to run") and "-r variant LC-2+CA -p seed 3 -r preset demo" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "LKK"], "unknown variant 'LKK'"),
+        (["--preset", "dmeo"], "preset must be one of smoke, demo"),
+        (["--jobs", "0"], "--jobs must be 1 or more, got 0"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, capsys):
+    assert sweep.main([*arguments, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
