@@ -99,9 +99,10 @@ def diffusion_loss(field: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _gaussian_kernel(sigma: float, size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    offsets = torch.arange(size, device=device, dtype=dtype) - (size - 1) / 2
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    return kernel / kernel.sum()
+    with torch.inference_mode(False):  # what is kept must serve a later training too
+        offsets = torch.arange(size, device=device, dtype=dtype) - (size - 1) / 2
+        kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+        return kernel / kernel.sum()
 
 
 def gaussian_smooth(image: torch.Tensor, sigma: float = 1.0, size: int = 5) -> torch.Tensor:

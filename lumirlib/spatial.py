@@ -31,8 +31,9 @@ WARP_MODES = ("bilinear", "nearest")
 
 @lru_cache(maxsize=16)
 def _cached_identity(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    axes = [torch.arange(side, device=device, dtype=dtype) for side in shape]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+    with torch.inference_mode(False):  # what is kept must serve a later training too
+        axes = [torch.arange(side, device=device, dtype=dtype) for side in shape]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
 
 def identity_grid(

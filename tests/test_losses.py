@@ -113,6 +113,19 @@ def test_registration_loss_adds_the_levels_with_halving_weights():
     assert float(terms["total"]) == pytest.approx(similarity + 6 * smoothness, rel=1e-6)
 
 
+def test_a_call_in_inference_mode_does_not_spoil_a_later_training():
+    shape = (9, 10, 14)  # of no other test, so that nothing is cached yet
+    image = torch.rand(1, 1, *shape, dtype=torch.float64)
+    with torch.inference_mode():
+        losses.gaussian_pyramid(image, [shape, (5, 5, 7)])
+        losses.spatial.warp(image, torch.zeros(1, 3, *shape, dtype=torch.float64))
+    field = torch.zeros(1, 3, *shape, dtype=torch.float64, requires_grad=True)
+    terms = losses.registration_loss(image, image.flip(2), [field], [field], window=3)
+    smooth = losses.gaussian_smooth(losses.spatial.warp(image, field))
+    (terms["total"] + smooth.mean()).backward()
+    assert field.grad.abs().max() > 0
+
+
 def test_mse_is_an_alternative_similarity_and_others_are_refused():
     moving, fixed = random_pair()
     zero = [torch.zeros(1, 3, *SHAPE)]
