@@ -103,7 +103,7 @@ def test_training_writes_a_log_and_the_best_epochs_weights(cohort, tmp_path):
     log = pd.read_csv(result.log)
     assert log["epoch"].tolist() == [0, 1, 2, 3]
     assert log["steps"].tolist() == [0, 4, 4, 4]
-    assert np.isfinite(log.loc[1:, ["loss", "similarity", "smoothness", "val_dice", "val_ndv_percent"]]).all(None)
+    assert np.isfinite(log.loc[1:, ["loss", "similarity", "smoothness", "val_dice", "val_ndv_percent"]]).all(axis=None)
     assert result.best_epoch == log.loc[1:, "val_dice"].idxmax()
     rates = log.loc[1:, "learning_rate"].to_numpy()
     assert rates == pytest.approx(TINY.learning_rate * (1 - np.arange(3) / 3) ** 0.9)
