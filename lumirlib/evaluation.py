@@ -173,7 +173,9 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_results(table: pd.DataFrame, path: str | Path, about: dict) -> Path:
-    """Write a table of metrics, and beside it (`.json`) where it comes from; both atomically, the CSV last.
+    """Write a table of metrics, and beside it (`.json`) where it comes from.
+
+    Both are written atomically, the provenance last: what stands beside a CSV always belongs to it.
 
     Args:
         table: as :func:`evaluate_method` gives it.
@@ -185,8 +187,10 @@ def write_results(table: pd.DataFrame, path: str | Path, about: dict) -> Path:
     """
     path = Path(path)
     full = {**about, "written": provenance.now(), "versions": provenance.versions()}
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_atomically(path, lambda to: table.to_csv(to, index=False))
     write_json(path.with_suffix(".json"), full)
-    return write_atomically(path, lambda to: table.to_csv(to, index=False))
+    return path
 
 
 def cohort_facts(cohort: Cohort) -> dict[str, object]:

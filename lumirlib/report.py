@@ -45,7 +45,7 @@ def beside_the_paper(variant: str, table: pd.DataFrame, history: pd.DataFrame, b
     """A variant's row beside the paper's, with the row before registration beside the paper's too.
 
     Args:
-        variant: name as in :func:`paper_row`.
+        variant: name as :func:`lumirlib.parse_variant` gives it.
         table: long table of the run, as `<out>/metrics/<run>.csv`.
         history: of its training, as `<out>/logs/<run>.csv`; the best epoch's Dice is the "Val Dice".
         before: long table of zero displacement on the same pairs.

@@ -240,3 +240,24 @@ def resize_displacement(
         factors = [(new - 1) / (old - 1) for new, old in zip(shape, displacement.shape[2:], strict=True)]
     scale = torch.tensor(list(factors), dtype=displacement.dtype, device=displacement.device)
     return resize(displacement, shape) * scale.view(1, 3, 1, 1, 1)
+
+
+def majority_label(labels: torch.Tensor, factor: int) -> torch.Tensor:
+    """The most frequent label of each block of factor^3 voxels; ties go to the smallest number.
+
+    Args:
+        labels: ``(B, 1, D, H, W)``, integers, sides divisible by `factor`.
+        factor: side of a block in voxels.
+
+    Returns:
+        ``(B, 1, D/factor, H/factor, W/factor)``, same dtype.
+    """
+    if factor == 1:
+        return labels
+    batch, _, *sides = labels.shape
+    if any(side % factor for side in sides):
+        raise ValueError(f"sides {tuple(sides)} are not divisible by the factor {factor}")
+    depth, height, width = (side // factor for side in sides)
+    blocks = labels.reshape(batch, depth, factor, height, factor, width, factor)
+    blocks = blocks.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, depth, height, width, factor**3)
+    return blocks.mode(dim=-1).values[:, None]

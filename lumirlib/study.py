@@ -23,9 +23,9 @@ from lumirlib.variants import parse_variant
 
 
 def without_folders(value: object) -> str:
-    """A parameter as provenance shows it: an absolute path keeps its last part only."""
+    """A parameter as provenance shows it: a path that is absolute or leaves the folder keeps its last part only."""
     path = Path(str(value))
-    return f"<folder>/{path.name}" if path.is_absolute() else str(value)
+    return f"<folder>/{path.name}" if path.is_absolute() or ".." in path.parts else str(value)
 
 
 def _written_by(path: Path) -> str:

@@ -156,7 +156,7 @@ def test_labels_too_small_for_a_coarse_grid_are_not_scored(small_cohort_json):
 
 def test_majority_label_breaks_ties_towards_the_smaller_number():
     labels = torch.tensor([9, 9, 9, 9, 4, 4, 4, 4], dtype=torch.int16).reshape(1, 1, 2, 2, 2)
-    assert embedded.majority_label(labels, 2).tolist() == [[[[[4]]]]]
+    assert spatial.majority_label(labels, 2).tolist() == [[[[[4]]]]]
 
 
 def test_landmarks_come_from_a_label_volume_too(tmp_path):
@@ -489,7 +489,7 @@ def test_a_person_is_the_same_at_every_resolution():
         for label, place in people[fine][2].items():
             assert np.allclose((np.array(place) - 0.5) / 2, people[coarse][2][label], atol=1e-3)
         labels = torch.from_numpy(people[fine][1])[None, None]
-        reduced = embedded.majority_label(labels, 2)[0, 0].numpy()
+        reduced = spatial.majority_label(labels, 2)[0, 0].numpy()
         assert (reduced == people[coarse][1]).mean() > 0.97
     assert people[1][0].shape == embedded.FRAME_SHAPE
 

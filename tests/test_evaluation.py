@@ -83,6 +83,19 @@ def test_summary_takes_the_population_std_and_counts_pairs_that_have_a_value():
     assert summary.loc["tre_mm"].tolist() == [3.0, 1.0, 2]
 
 
+def test_provenance_beside_a_table_always_belongs_to_it(tmp_path, monkeypatch):
+    path = evaluation.write_results(long_table(0.5), tmp_path / "run.csv", {"commit": "first"})
+    assert path.with_suffix(".json").is_file()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.write_results(long_table(0.9), path, {"commit": "second"})
+    assert not path.with_suffix(".json").exists()  # the first run's would now be untrue
+
+
 # tables --------------------------------------------------------------------------------------------------------------
 
 

@@ -327,6 +327,7 @@ def test_options_are_set_after_the_presets(small_cohort_json, tmp_path):
         variant_options={"levels": 2, "start_channels": 6}, data_root=str(small_cohort_json.parent),
     )  # fmt: skip
     assert (run.config.variant.levels, run.config.variant.start_channels) == (2, 6)
+    assert study.without_folders("../elsewhere/dataset.json") == "<folder>/dataset.json"
     assert "-p data_root '<folder>/small'" in run.command and str(tmp_path) not in run.command
 
 

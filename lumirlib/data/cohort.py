@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lumirlib import spatial
 from lumirlib.data import embedded
 from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume
 from lumirlib.labels import LUMIR_LABELS
@@ -168,7 +169,7 @@ class Cohort:
         if subject.labels is None:
             raise ValueError(f"{self.path}: no labels are named for {subject.name}")
         path = subject.labels
-        return self._remember(path, lambda: embedded.majority_label(self._read_labels(path), self.downsampling))
+        return self._remember(path, lambda: spatial.majority_label(self._read_labels(path), self.downsampling))
 
     def landmark_points(self, subject: Subject) -> dict[str, tuple[float, float, float]] | None:
         """Landmarks of a subject in voxels of the cohort's grid, by name; None where it has none.

@@ -247,27 +247,6 @@ def _sample_in_frame(image: torch.Tensor, affine: np.ndarray, field: torch.Tenso
     return spatial.sample(image, points) if mode == "bilinear" else spatial.sample_nearest(image, points)
 
 
-def majority_label(labels: torch.Tensor, factor: int) -> torch.Tensor:
-    """The most frequent label of each block of factor^3 voxels; ties go to the smallest number.
-
-    Args:
-        labels: ``(B, 1, D, H, W)``, integers, sides divisible by `factor`.
-        factor: side of a block in voxels.
-
-    Returns:
-        ``(B, 1, D/factor, H/factor, W/factor)``, same dtype.
-    """
-    if factor == 1:
-        return labels
-    batch, _, *sides = labels.shape
-    if any(side % factor for side in sides):
-        raise ValueError(f"sides {tuple(sides)} are not divisible by the factor {factor}")
-    depth, height, width = (side // factor for side in sides)
-    blocks = labels.reshape(batch, depth, factor, height, factor, width, factor)
-    blocks = blocks.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, depth, height, width, factor**3)
-    return blocks.mode(dim=-1).values[:, None]
-
-
 def _appearance(
     template_values: torch.Tensor, labels: torch.Tensor, population: EmbeddedPopulation, person: int
 ) -> torch.Tensor:
@@ -319,7 +298,7 @@ def make_person(
     labels = _sample_in_frame(atlas, atlas_affine, field, sampling_mm, "nearest")
     image = _appearance(values, labels, population, person)
     image = F.avg_pool3d(image, factor) if factor > 1 else image
-    labels = majority_label(labels, factor)[0, 0].numpy().astype(np.uint8)
+    labels = spatial.majority_label(labels, factor)[0, 0].numpy().astype(np.uint8)
     brain = image[0, 0].numpy()
     noise = np.random.default_rng([population.seed, person, 2]).normal(0, population.noise_sigma, brain.shape)
     white = np.percentile(brain[brain > 0], 99.9)
