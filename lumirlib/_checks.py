@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -67,3 +67,25 @@ def check_choice(value: str, choices: Sequence[str], name: str) -> None:
     """Raise ValueError listing `choices` unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_option_types(defaults: object, overrides: Mapping[str, object]) -> dict[str, object]:
+    """Overrides with whole numbers made floats where the option is one.
+
+    Args:
+        defaults: a dataclass instance; options that are None take whole numbers or None.
+        overrides: options of it by name.
+
+    Raises:
+        ValueError: a value that has not the type of that option's default.
+    """
+    checked: dict[str, object] = {}
+    for name, value in overrides.items():
+        default = getattr(defaults, name)
+        wanted = int if default is None else type(default)
+        fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
+        if (isinstance(value, bool) and wanted is not bool) or not (fits or (default is None and value is None)):
+            kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[wanted]
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
+        checked[name] = float(value) if wanted is float else value
+    return checked

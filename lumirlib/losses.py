@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from lumirlib import spatial
-from lumirlib._checks import check_image, check_same_grid
+from lumirlib._checks import check_choice, check_image, check_same_grid
 
+SIMILARITIES = ("ncc", "mse")
 #: Added to the product of the variances, so that constant regions give zero and not NaN.
 NCC_EPSILON = 1e-5
 
@@ -179,9 +180,8 @@ def registration_loss(
     check_same_grid(moving, fixed, "moving", "fixed")
     shapes = [tuple(displacement.shape[2:]) for displacement in displacements]
     moving_levels, fixed_levels = gaussian_pyramid(moving, shapes), gaussian_pyramid(fixed, shapes)
-    compare = {"ncc": lambda a, b: ncc_loss(a, b, window), "mse": mse_loss}.get(similarity)
-    if compare is None:
-        raise ValueError(f"similarity must be one of ncc, mse; got {similarity!r}")
+    check_choice(similarity, SIMILARITIES, "similarity")
+    compare = (lambda a, b: ncc_loss(a, b, window)) if similarity == "ncc" else mse_loss
     similarity_sum = torch.zeros((), device=fixed.device)
     smoothness_sum = torch.zeros((), device=fixed.device)
     levels = zip(moving_levels, fixed_levels, displacements, velocities, strict=True)

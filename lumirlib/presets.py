@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from lumirlib._checks import check_choice
-from lumirlib.variants import Variant
+from lumirlib._checks import check_choice, check_option_types
+from lumirlib.losses import SIMILARITIES
+from lumirlib.variants import OPTIONS, Variant, check_options
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,15 @@ class Preset:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ValueError(f"{option} of preset {self.name!r} must be 1 or more, got {value}")
+        for option in ("resolution_mm", "learning_rate"):
+            if not 0 < getattr(self, option) < math.inf:
+                raise ValueError(f"{option} of preset {self.name!r} must be above 0, got {getattr(self, option)}")
+        for option in ("similarity_weight", "smoothness_weight", "decay_power"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"{option} of preset {self.name!r} must be 0 or more, got {getattr(self, option)}")
+        if self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"window of preset {self.name!r} must be odd and positive, got {self.window}")
+        check_choice(self.similarity, SIMILARITIES, f"similarity of preset {self.name!r}")
 
     def apply(self, variant: Variant) -> Variant:
         """The variant at this preset's width and depth."""
@@ -116,11 +128,28 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
+#: What can be overridden.
+PRESET_OPTIONS = tuple(option.name for option in fields(Preset) if option.name not in ("name", "about"))
+
+
 def get_preset(name: str, **overrides: object) -> Preset:
     """The preset of a name, with options replaced where given; an unknown name fails with the choices listed."""
     check_choice(name, tuple(PRESETS), "preset")
-    options = tuple(option.name for option in fields(Preset) if option.name not in ("name", "about"))
     for option in overrides:
-        if option not in options:
-            raise ValueError(f"unknown option of preset {name!r}: {option}; choose from {', '.join(options)}")
-    return replace(PRESETS[name], **overrides)
+        if option not in PRESET_OPTIONS:
+            raise ValueError(f"unknown option of preset {name!r}: {option}; choose from {', '.join(PRESET_OPTIONS)}")
+    return replace(PRESETS[name], **check_option_types(PAPER, overrides))
+
+
+def split_options(preset: str, variant: str, options: Mapping[str, object]) -> tuple[Preset, dict[str, object]]:
+    """The preset of a name with those of `options` that are its own, and those that are the variant's, checked.
+
+    Raises:
+        ValueError: an option that neither has, with the choices listed, or a value that does not fit.
+    """
+    known = list(dict.fromkeys([*OPTIONS, *PRESET_OPTIONS]))
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(unknown)}: choose from {', '.join(known)}")
+    chosen = get_preset(preset, **{name: value for name, value in options.items() if name in PRESET_OPTIONS})
+    return chosen, check_options(variant, {name: value for name, value in options.items() if name in OPTIONS})

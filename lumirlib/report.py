@@ -41,14 +41,17 @@ def _ours(table: pd.DataFrame, val_dice: float) -> dict[str, float]:
     return {column: values[metric] * factor for column, (metric, factor, _) in COLUMNS.items()}
 
 
-def beside_the_paper(variant: str, table: pd.DataFrame, history: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+def beside_the_paper(
+    variant: str, table: pd.DataFrame, val_dice: float, before: pd.DataFrame, val_dice_before: float
+) -> pd.DataFrame:
     """A variant's row beside the paper's, with the row before registration beside the paper's too.
 
     Args:
         variant: name as :func:`lumirlib.parse_variant` gives it.
         table: long table of the run, as `<out>/metrics/<run>.csv`.
-        history: of its training, as `<out>/logs/<run>.csv`; the best epoch's Dice is the "Val Dice".
-        before: long table of zero displacement on the same pairs.
+        val_dice: Dice on the pairs that choose the best epoch, in [0, 1].
+        before: long table of zero displacement on the same pairs as `table`.
+        val_dice_before: of zero displacement, on the pairs of `val_dice`.
 
     Returns:
         One row each for before registration (paper, ours), the variant (paper, ours, ours - paper, and how many pairs
@@ -56,9 +59,9 @@ def beside_the_paper(variant: str, table: pd.DataFrame, history: pd.DataFrame, b
         where the paper has no figure.
     """
     paper_before = _theirs("Before Reg")
-    ours_before = _ours(before, float(history.loc[history["epoch"] == 0, "val_dice"].iloc[0]))
-    paper = _theirs(variant if variant == "backbone" else f"backbone+{variant}")
-    ours = _ours(table, float(history.loc[history["epoch"] > 0, "val_dice"].max()))
+    ours_before = _ours(before, val_dice_before)
+    paper = _theirs(paper_method(variant))
+    ours = _ours(table, val_dice)
     rows = {
         ("before registration", "paper"): paper_before,
         ("before registration", "ours"): ours_before,
@@ -72,6 +75,11 @@ def beside_the_paper(variant: str, table: pd.DataFrame, history: pd.DataFrame, b
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.index = pd.MultiIndex.from_tuples(frame.index)
     return frame.rename(columns={column: heading for column, (_, _, heading) in COLUMNS.items()})
+
+
+def paper_method(variant: str) -> str:
+    """Name of a variant's row in the paper's Table 2, whose "BF" may be either of ours (DEVIATIONS.md, N13)."""
+    return variant if variant == "backbone" else f"backbone+{variant.replace('BF-post', 'BF')}"
 
 
 def _theirs(method: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lumirlib.data.cohort import SMALLEST_LABEL
 from lumirlib.evaluation import cohort_facts, evaluate_method, write_results, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.labels import LUMIR_LABELS
-from lumirlib.presets import get_preset
+from lumirlib.presets import split_options
 from lumirlib.training import RunConfig, TrainingResult, make_config, pick_device, spread, train
 from lumirlib.variants import parse_variant
 
@@ -46,6 +47,7 @@ class AblationRun:
         cohort: on what.
         out: the results folder.
         device: where.
+        options: what was set besides the variant's and the preset's own values.
         command: how it can be repeated.
         commit: of the code when the run was prepared; that it was trained by stands in the checkpoint.
     """
@@ -54,6 +56,7 @@ class AblationRun:
     cohort: Cohort
     out: Path
     device: torch.device
+    options: dict[str, object]
     command: str
     commit: str
 
@@ -67,8 +70,7 @@ class AblationRun:
         data_root: str = "",
         out: str = "",
         device: str = "auto",
-        variant_options: dict | None = None,
-        preset_options: dict | None = None,
+        options: Mapping[str, object] | None = None,
         command: str = "papermill notebooks/run_ablation.ipynb <output>.ipynb",
     ) -> AblationRun:
         """Check all parameters and open the cohort; nothing is trained yet.
@@ -81,33 +83,36 @@ class AblationRun:
             data_root: folder the JSON's paths are relative to; empty for its own.
             out: results folder; empty for :func:`lumirlib.provenance.results_folder`.
             device: "auto", "cpu", "cuda" ...
-            variant_options: options of :class:`lumirlib.Variant` to set, after the preset's.
-            preset_options: options of :class:`lumirlib.presets.Preset` to set besides.
-            command: what was called; the parameters are added to it. The options above are no parameters of the
-                notebook; provenance has them in the run's "options" and "preset".
+            options: of :class:`lumirlib.presets.Preset` and :class:`lumirlib.Variant` to set besides, such as
+                ``{"start_channels": 16, "smoothness_weight": 0.5}``; None as a value leaves the option as it is. A
+                `start_channels` counts as it is, the preset's divisor is not applied to it.
+            command: what was called; the parameters are added to it.
 
         Raises:
-            ValueError: an unknown variant or preset, with the choices listed; a seed below 0; a cohort that cannot
-                be used.
+            ValueError: an unknown variant, preset or option, with the choices listed; a seed below 0; a cohort that
+                cannot be used.
         """
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
         chosen_variant = parse_variant(variant)
-        chosen_preset = get_preset(preset, **(preset_options or {}))
+        given = {name: value for name, value in (options or {}).items() if value is not None}
+        chosen_preset, for_variant = split_options(preset, variant, given)
         chosen_device = pick_device(device)
         loaded = load_cohort(cohort, chosen_preset.resolution_mm, data_root or None)
         for pair in loaded.validation_pairs:
             loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
-        config = make_config(chosen_variant, chosen_preset, loaded, seed, **(variant_options or {}))
+        config = make_config(chosen_variant, chosen_preset, loaded, seed, **for_variant)
         shown = {"variant": variant, "preset": preset, "cohort": without_folders(cohort), "seed": seed}
         shown |= {"data_root": without_folders(data_root)} if data_root else {}
         shown |= {"device": device} if device != "auto" else {}
         words = [f"-p {name} {shlex.quote(str(value))}" for name, value in shown.items()]
+        words += [f"-y {shlex.quote(json.dumps({'options': given}))}"] if given else []
         return cls(
             config=config,
             cohort=loaded,
             out=provenance.results_folder(out),
             device=chosen_device,
+            options=given,
             command=" ".join([command, *words]),
             commit=provenance.commit(),
         )
@@ -125,7 +130,8 @@ class AblationRun:
             data = f"simulated people, {self.cohort.resolution_mm:g} mm: not a LUMIR result"
         elif self.cohort.short_name != "lumir":
             data += ": not LUMIR"
-        return f"{self.config.variant.name} (sc:{self.config.variant.start_channels}), {data}"
+        set_besides = "".join(f", {name}={value}" for name, value in self.options.items() if name != "start_channels")
+        return f"{self.config.variant.name} (sc:{self.config.variant.start_channels}){set_besides}, {data}"
 
     def describe(self) -> str:
         """The run in a few lines of Markdown, with all that differs from the paper's training."""
@@ -136,7 +142,7 @@ class AblationRun:
             f"- run `{self.config.run}`, preset *{preset.name}* ({preset.about}), seed {self.config.seed}, "
             f"on {provenance.describe_device(self.device)}",
             f"- network: start channels {variant.start_channels}, head channels {variant.head_channels}, "
-            f"{variant.cascade} cascade, {variant.levels} levels",
+            f"{variant.cascade} cascade, {variant.levels} levels{self._schemes()}",
             f"- {len(self.cohort.train)} training scans, {len(self.pairs)} pairs to evaluate, "
             f"{'x'.join(map(str, self.cohort.shape))} voxels",
         ]
@@ -154,6 +160,15 @@ class AblationRun:
             lines.append(f"- data: {self.cohort.credit}")
         return "\n".join(lines)
 
+    def _schemes(self) -> str:
+        variant = self.config.variant
+        words = [f", large kernel {variant.large_kernel}"] if variant.large_kernel else []
+        words += [f", co-attention at {variant.co_attention_levels} level(s)"] if variant.co_attention_levels else []
+        if variant.bilateral_window:
+            how = "trained with the network" if variant.bilateral_mode == "joint" else "put behind trained weights"
+            words.append(f", bilateral filter of window {variant.bilateral_window}, {how}")
+        return "".join(words)
+
     def train(self, resume: bool = True, progress: bool = True) -> TrainingResult:
         """Train, or go on from the last checkpoint; see :func:`lumirlib.training.train`."""
         return train(self.config, self.cohort, self.out, str(self.device), resume, progress)
@@ -164,10 +179,10 @@ class AblationRun:
         table = evaluate_method(
             result.model, self.cohort, self.pairs, self.device, progress=progress, description=f"evaluate {name}"
         )
-        best = result.history.set_index("epoch").loc[result.best_epoch]
         about = {
             "run": self.config.run,
             "method": name,
+            "set_besides": self.options,
             "options": asdict(self.config.variant),
             "preset": asdict(self.config.preset),
             "seed": self.config.seed,
@@ -177,7 +192,9 @@ class AblationRun:
             "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
             "trained_by": result.trained_by,
             "best_epoch": result.best_epoch,
-            "val_dice": float(best["val_dice"]),
+            "val_dice": result.val_dice,
+            "val_dice_before": float(result.history["val_dice"].iloc[0]),
+            "weights": result.checkpoint.parent.name,
             "seconds_per_step": float(result.history["seconds"].mean()),
             "evaluated_pairs": len(self.pairs),
         }

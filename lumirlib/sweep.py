@@ -9,20 +9,21 @@ stopped; a broken one leaves `<run>.failed.ipynb`, is reported with its error, a
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib.presets import get_preset
+from lumirlib.presets import split_options
 from lumirlib.report import paper_table
 from lumirlib.variants import parse_variant
 
@@ -35,11 +36,13 @@ class SweepRun:
         notebook: what is executed.
         output: where the executed notebook goes.
         parameters: what papermill injects.
+        options: what it injects as the notebook's parameter of that name.
     """
 
     notebook: Path
     output: Path
     parameters: dict[str, str]
+    options: dict[str, object] = field(default_factory=dict)
 
     @property
     def failed(self) -> Path:
@@ -51,7 +54,7 @@ class SweepRun:
         words = [sys.executable, "-m", "papermill", str(self.notebook), str(output), "--no-progress-bar"]
         for name, value in self.parameters.items():
             words += ["-p" if name == "seed" else "-r", name, value]
-        return words
+        return words + (["-y", json.dumps({"options": self.options})] if self.options else [])
 
     def is_finished(self) -> bool:
         """Whether the output is there, whole, with these parameters and without an error."""
@@ -60,7 +63,9 @@ class SweepRun:
         except (OSError, ValueError):
             return False
         record = found.metadata.get("papermill", {})
-        same = {name: str(value) for name, value in record.get("parameters", {}).items()} == self.parameters
+        injected = dict(record.get("parameters", {}))
+        same = injected.pop("options", {}) == self.options
+        same = same and {name: str(value) for name, value in injected.items()} == self.parameters
         return same and record.get("exception") is None and record.get("end_time") is not None
 
     def execute(self, threads: int) -> str:
@@ -78,16 +83,40 @@ class SweepRun:
         return done.stderr.strip() or f"papermill ended with status {done.returncode}"
 
 
+def needs_another(variant: str) -> bool:
+    """Whether the variant is a filter put behind another run's weights."""
+    chosen = parse_variant(variant)
+    return chosen.without_post_filter() != chosen
+
+
 def table2_rows() -> list[str]:
     """Variants of the paper's Table 2, in its order."""
     methods = paper_table(2)["method"]
     return [method.removeprefix("backbone+") for method in methods if method.startswith("backbone")]
 
 
+def parse_setting(text: str) -> tuple[str, object]:
+    """Name and value of "name=value"; the value is a number, true, false, or text."""
+    name, equals, value = text.partition("=")
+    if not (name.strip() and equals):
+        raise ValueError(f"--set takes name=value, got {text!r}")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value.strip()
+
+
 def plan(
-    rows: Sequence[str], seeds: Sequence[int], preset: str, cohort: str, data_root: str, out: str, device: str = "auto"
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    preset: str,
+    cohort: str,
+    data_root: str,
+    out: str,
+    device: str = "auto",
+    options: Mapping[str, object] | None = None,
 ) -> list[SweepRun]:
-    """The runs of a sweep, row by row, each with all its seeds.
+    """The runs of a sweep, row by row, each with all its seeds; variants with "BF-post" last, as they need others.
 
     Args:
         rows: variants, or "table2" for those of the paper's Table 2.
@@ -97,13 +126,17 @@ def plan(
         data_root: as the notebook's parameter.
         out: results folder; empty for the usual one.
         device: as the notebook's parameter.
+        options: of variant and preset to set in every run.
 
     Raises:
-        ValueError: an unknown variant or preset.
+        ValueError: an unknown variant, preset or option, or a value that does not fit it.
         FileNotFoundError: the notebook is not there, as in a package installed without its checkout.
     """
     variants = [name for row in rows for name in (table2_rows() if row == "table2" else [parse_variant(row).name])]
-    get_preset(preset)
+    variants.sort(key=needs_another)
+    options = dict(options or {})
+    for variant in variants:
+        split_options(preset, variant, options)
     root = provenance.project_root()
     notebook = (root or Path.cwd()) / "notebooks" / "run_ablation.ipynb"
     if not notebook.is_file():
@@ -113,11 +146,14 @@ def plan(
     common = {"preset": preset, "cohort": cohort}
     common |= {name: value for name, value in (("data_root", data_root), ("out", out)) if value}
     common |= {"device": device} if device != "auto" else {}
+    tag = "".join(f"_{name}-{value}" for name, value in options.items())
+    folder = provenance.results_folder(out) / "runs"
     return [
         SweepRun(
             notebook,
-            provenance.results_folder(out) / "runs" / f"{variant.replace('+', '-')}_{short}_{preset}_seed{seed}.ipynb",
+            folder / f"{variant.replace('+', '-')}_{short}_{preset}{tag}_seed{seed}.ipynb",
             {"variant": variant, "seed": str(seed), **common},
+            options,
         )
         for variant in dict.fromkeys(variants)
         for seed in seeds
@@ -126,6 +162,8 @@ def plan(
 
 def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
     """Execute what is not finished, `jobs` at a time, the processor's threads shared among them.
+
+    A run that filters another's weights ("BF-post") starts when all others have ended.
 
     Returns:
         Output of each run that broke -> its error.
@@ -138,14 +176,16 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
         ThreadPoolExecutor(max_workers=jobs) as pool,
         tqdm(total=len(pending), desc="sweep", unit="run", disable=not pending) as bar,
     ):
-        futures = {pool.submit(run.execute, threads): run for run in pending}
         try:
-            for future in as_completed(futures):
-                error = future.result()
-                if error:
-                    broken[futures[future].output] = error
-                    tqdm.write(f"broken: {futures[future].output.name}\n{error}")
-                bar.update()
+            for later in (False, True):
+                group = [run for run in pending if needs_another(run.parameters["variant"]) == later]
+                futures = {pool.submit(run.execute, threads): run for run in group}
+                for future in as_completed(futures):
+                    error = future.result()
+                    if error:
+                        broken[futures[future].output] = error
+                        tqdm.write(f"broken: {futures[future].output.name}\n{error}")
+                    bar.update()
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -162,6 +202,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     options.add_argument("--out", default="", help="results folder")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
+    options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
+                         "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
     options.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options.add_argument("--dry-run", action="store_true", help="list what would be run, and stop")
     return options
@@ -173,7 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.jobs < 1:
             raise ValueError(f"--jobs must be 1 or more, got {given.jobs}")
-        runs = plan(given.rows, given.seeds, given.preset, given.cohort, given.data_root, given.out, given.device)
+        runs = plan(given.rows, given.seeds, given.preset, given.cohort, given.data_root, given.out, given.device,
+                    dict(parse_setting(text) for text in given.set))  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         print(f"python -m lumirlib.sweep: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +63,17 @@ class RunConfig:
     cohort_digest: str
     seed: int
 
+    def as_dict(self) -> dict[str, object]:
+        """The configuration as plain values; options that came after the first runs only where they are used."""
+        content = asdict(self)
+        for option in fields(self.variant):
+            if option.metadata.get("unnamed_at_default") and getattr(self.variant, option.name) == option.default:
+                del content["variant"][option.name]
+        return content
+
     def digest(self) -> str:
         """Eight hexadecimal digits of the configuration (not of the code, the device or the versions)."""
-        content = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def run(self) -> str:
@@ -82,8 +89,8 @@ def make_config(variant: Variant, preset: Preset, cohort: Cohort, seed: int, **o
             f"cohort {cohort.name!r} was loaded at {cohort.resolution_mm:g} mm, "
             f"preset {preset.name!r} works at {preset.resolution_mm:g} mm"
         )
-    check_options(variant.name, options)
-    return RunConfig(replace(preset.apply(variant), **options), preset, cohort.short_name, cohort.digest, seed)
+    chosen = replace(preset.apply(variant), **check_options(variant.name, options))
+    return RunConfig(chosen, preset, cohort.short_name, cohort.digest, seed)
 
 
 @dataclass
@@ -115,9 +122,10 @@ class TrainingResult:
 
     Attributes:
         model: the network with the weights of the best epoch, in evaluation mode.
-        history: one row per epoch, the first being zero displacement: epoch, steps; loss, similarity, smoothness and
-            seconds, means over the steps; val_dice, val_similarity, val_ndv_percent, learning_rate.
+        history: of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, similarity,
+            smoothness and seconds, means over the steps; val_dice, val_similarity, val_ndv_percent, learning_rate.
         best_epoch: whose weights these are.
+        val_dice: Dice of `model` on the validation pairs that chose it, in [0, 1]; NaN without labels.
         trained_by: "commit, device" of every session that took part.
         log: path of the CSV.
         checkpoint: path of the best weights.
@@ -126,6 +134,7 @@ class TrainingResult:
     model: nn.Module
     history: pd.DataFrame
     best_epoch: int
+    val_dice: float
     trained_by: list[str]
     log: Path
     checkpoint: Path
@@ -227,12 +236,31 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return content
 
 
-def load_model(path: str | Path, device: str = "auto") -> nn.Module:
-    """The trained network of a best.pt, ready for ``model(fixed, moving)``."""
+def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> nn.Module:
+    """The trained network of a best.pt, ready for ``model(fixed, moving)``.
+
+    Args:
+        path: of the checkpoint.
+        device: "auto", "cpu", "cuda" ...
+        bilateral: `bilateral_window`, `bilateral_sigma` and `bilateral_sigma_range` of :class:`Variant`, to put a
+            bilateral filter with these widths behind a network that was trained without one.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_checkpoint`; a filter for a network that has one.
+    """
     target = pick_device(device)
     content = load_checkpoint(path, target)
-    model = to_device(build_model(Variant(**content["config"]["variant"])), target)
-    model.load_state_dict(content["model"])
+    variant = Variant(**content["config"]["variant"])
+    foreign = [name for name in bilateral if not name.startswith("bilateral_")]
+    if foreign:
+        raise ValueError(f"only a bilateral filter can be added to trained weights, got {', '.join(foreign)}")
+    if bilateral and variant.bilateral_window:
+        raise ValueError(f"{path}: {variant.name} was trained with a bilateral filter; none can be put behind it")
+    model = to_device(build_model(replace(variant, **bilateral)), target)
+    found = model.load_state_dict(content["model"], strict=False)
+    missing = [key for key in found.missing_keys if not (bilateral and key.startswith("bilateral_filter."))]
+    if missing or found.unexpected_keys:
+        raise ValueError(f"{path}: weights do not fit the network: {missing + found.unexpected_keys}")
     return model.eval()
 
 
@@ -287,6 +315,8 @@ class Trainer:
         self.folder = out / "checkpoints" / config.run
         self.log = out / "logs" / f"{config.run}.csv"
         preset = config.preset
+        if config.variant.without_post_filter() != config.variant:
+            raise ValueError(f"{config.variant.name} is not trained: train {config.variant.without_post_filter().name}")
         torch.manual_seed(config.seed)
         self.model = to_device(build_model(config.variant), device)
         self.optimizer = torch.optim.Adam(
@@ -309,7 +339,7 @@ class Trainer:
         save_checkpoint(
             self.last_path,
             {
-                "config": asdict(self.config),
+                "config": self.config.as_dict(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "state": asdict(self.state),
@@ -322,7 +352,7 @@ class Trainer:
         if not self.last_path.is_file():
             return False
         content = load_checkpoint(self.last_path, self.device)
-        if content["config"] != asdict(self.config):
+        if content["config"] != self.config.as_dict():
             raise ValueError(f"{self.last_path} belongs to another configuration: {content['config']}")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -378,7 +408,7 @@ class Trainer:
             state.best, state.best_epoch = figure, row["epoch"]
             save_checkpoint(
                 self.best_path,
-                {"config": asdict(self.config), "model": self.model.state_dict(), "epoch": row["epoch"]} | found,
+                {"config": self.config.as_dict(), "model": self.model.state_dict(), "epoch": row["epoch"]} | found,
             )
         state.history.append(row)
         state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
@@ -413,6 +443,17 @@ class Trainer:
         }
 
 
+def _filter_afterwards(config: RunConfig, trained: TrainingResult, cohort: Cohort, device: str) -> TrainingResult:
+    """The result of a run with a bilateral filter of the widths in `config` put behind its weights."""
+    options = {name: value for name, value in asdict(config.variant).items() if name.startswith("bilateral_")}
+    del options["bilateral_mode"]
+    model = load_model(trained.checkpoint, device, **options)
+    preset = config.preset
+    pairs = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
+    found = validate(model, cohort, pairs, pick_device(device), preset.window)
+    return replace(trained, model=model, val_dice=found["val_dice"])
+
+
 def train(
     config: RunConfig,
     cohort: Cohort,
@@ -422,6 +463,9 @@ def train(
     progress: bool = True,
 ) -> TrainingResult:
     """Train a run to its end, from its last checkpoint where there is one.
+
+    A variant with "BF-post" is not trained: the run of the same variant without the filter is, or its finished
+    checkpoint is taken, and the filter is put behind its weights.
 
     Args:
         config: from :func:`make_config`.
@@ -438,6 +482,10 @@ def train(
         NonFiniteLossError: the loss became NaN or infinite.
         ValueError: a checkpoint that is torn or foreign, or a cohort without validation pairs.
     """
+    base = config.variant.without_post_filter()
+    if base != config.variant:
+        return _filter_afterwards(config, train(replace(config, variant=base), cohort, out, device, resume, progress),
+                                  cohort, device)  # fmt: skip
     if not cohort.validation_pairs:
         raise ValueError(f"{cohort.path}: names no validation pairs, which training needs to choose its best epoch")
     trainer = Trainer(config, cohort, Path(out), pick_device(device), progress)
@@ -451,6 +499,7 @@ def train(
         model=load_model(trainer.best_path, str(trainer.device)),
         history=pd.DataFrame(trainer.state.history),
         best_epoch=trainer.state.best_epoch,
+        val_dice=float(trainer.state.history[trainer.state.best_epoch]["val_dice"]),
         trained_by=trainer.state.trained_by,
         log=trainer.log,
         checkpoint=trainer.best_path,

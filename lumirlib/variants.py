@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from lumirlib._checks import check_choice, check_option_types
 from lumirlib.models.backbone import CASCADES, RegistrationNetwork
+
+BILATERAL_MODES = ("joint", "post")
+#: Metadata of an option that came after the first runs: at its default it does not change a run's name.
+ADDED_LATER = {"unnamed_at_default": True}
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,10 @@ class Variant:
         large_kernel: LK, kernel side of the encoder's parallel blocks, 0 for plain convolutions.
         co_attention_levels: CA, number of coarsest levels with co-attention.
         bilateral_window: BF, window of the joint bilateral filter of the displacement, 0 for none.
+        bilateral_mode: "joint", the filter is trained with the network, or "post", it is put behind the trained
+            weights of the same network without it, with its widths as given below.
+        bilateral_sigma: width of the filter along every axis in voxels; the initial one of "joint".
+        bilateral_sigma_range: its width in intensities of the fixed image, likewise.
     """
 
     name: str = "backbone"
@@ -33,6 +42,17 @@ class Variant:
     large_kernel: int = 0
     co_attention_levels: int = 0
     bilateral_window: int = 0
+    bilateral_mode: str = field(default="joint", metadata=ADDED_LATER)
+    bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
+    bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
+
+    def without_post_filter(self) -> Variant:
+        """The variant whose trained weights "BF-post" filters; the variant itself where nothing is filtered so."""
+        if not self.bilateral_window or self.bilateral_mode != "post":
+            return self
+        plain = {option.name: option.default for option in fields(self) if option.name.startswith("bilateral_")}
+        parts = [part for part in self.name.split("+") if part != "BF-post"]
+        return replace(self, name="+".join(parts) or "backbone", **plain)
 
 
 #: What each scheme changes about the backbone, in the order in which a combination's name lists them.
@@ -41,7 +61,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "LC-1": {"start_channels": 64, "head_channels": 108, "cascade": "additive"},
     "LC-2": {"start_channels": 64, "head_channels": 108, "cascade": "compositional"},
     "CA": {"co_attention_levels": 1},
-    "BF": {"bilateral_window": 5},
+    "BF": {"bilateral_window": 5, "bilateral_mode": "joint"},
+    "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
 }
 
 OPTIONS = tuple(option.name for option in fields(Variant) if option.name != "name")
@@ -52,13 +73,15 @@ def variant_choices() -> tuple[str, ...]:
     return ("backbone", *SCHEMES)
 
 
-def check_options(name: str, overrides: dict[str, object]) -> None:
-    """Raise ValueError, with the choices, unless all of `overrides` are options of :class:`Variant`."""
+def check_options(name: str, overrides: dict[str, object]) -> dict[str, object]:
+    """`overrides` ready for :class:`Variant`; ValueError, with the choices, unless all are options of its types."""
     unknown = sorted(set(overrides) - set(OPTIONS))
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)} of variant {name!r}: choose from {', '.join(OPTIONS)}")
-    if overrides.get("cascade", "additive") not in CASCADES:
-        raise ValueError(f"cascade must be one of {', '.join(CASCADES)}; got {overrides['cascade']!r}")
+    checked = check_option_types(Variant(), overrides)
+    check_choice(overrides.get("cascade", "additive"), CASCADES, "cascade")
+    check_choice(overrides.get("bilateral_mode", "joint"), BILATERAL_MODES, "bilateral_mode")
+    return checked
 
 
 def parse_variant(name: str, **overrides: object) -> Variant:
@@ -98,8 +121,8 @@ def parse_variant(name: str, **overrides: object) -> Variant:
                 )
         chosen.append(scheme)
     chosen.sort(key=list(SCHEMES).index)
-    check_options(name, overrides)
-    return replace(Variant(name="+".join(chosen) or "backbone"), **{**settings, **overrides})
+    settings |= check_options(name, overrides)
+    return replace(Variant(name="+".join(chosen) or "backbone"), **settings)
 
 
 def build_model(variant: str | Variant = "backbone", **overrides: object) -> RegistrationNetwork:
@@ -114,10 +137,9 @@ def build_model(variant: str | Variant = "backbone", **overrides: object) -> Reg
         ``(B, 3, D, H, W)`` in voxels.
     """
     if isinstance(variant, Variant):
-        check_options(variant.name, overrides)
-        chosen = replace(variant, **overrides)
+        chosen = replace(variant, **check_options(variant.name, overrides))
     else:
         chosen = parse_variant(variant, **overrides)
     options = asdict(chosen)
-    del options["name"]
+    del options["name"], options["bilateral_mode"]  # how it is trained, not what it computes
     return RegistrationNetwork(**options)

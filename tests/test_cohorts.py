@@ -214,7 +214,7 @@ def test_landmarks_that_do_not_fit_are_named_before_anything_is_trained(small_co
     cohort = load_cohort(small_cohort_json)
     cohort.validation_pairs[0].moving.landmarks.write_text(json.dumps(landmarks))
     with pytest.raises(ValueError, match=message) as caught:
-        AblationRun.prepare(preset="smoke", cohort=str(small_cohort_json), preset_options={"resolution_mm": 1})
+        AblationRun.prepare(preset="smoke", cohort=str(small_cohort_json), options={"resolution_mm": 1})
     assert "SMALL_0101" in str(caught.value)
 
 

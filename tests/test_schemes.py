@@ -10,7 +10,7 @@ from lumirlib.models.bilateral_filter import JointBilateralFilter, joint_bilater
 from lumirlib.models.co_attention import CoAttention
 from lumirlib.models.large_kernel import LargeKernelBlock
 
-NAMES = ["LK", "LC-1", "LC-2", "CA", "BF", "CA+BF", "LK+BF", "LC-2+CA+BF", "LK+LC-2+CA+BF"]
+NAMES = ["LK", "LC-1", "LC-2", "CA", "BF", "BF-post", "CA+BF", "LK+BF", "LC-2+CA+BF", "LK+LC-2+CA+BF"]
 
 
 def random(*shape, seed=0, dtype=torch.float32):

@@ -8,7 +8,7 @@ import pytest
 from lumirlib import sweep
 
 CODE = """
-variant, seed = "", -1
+variant, seed, options = "", -1, {}
 """
 WORK = """
 from pathlib import Path
@@ -69,11 +69,33 @@ def test_dry_run_lists_the_commands_and_runs_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_options_are_handed_to_every_run_and_name_its_output(tmp_path, capsys):
+    arguments = ["--rows", "LC-1", "--set", "smoothness_weight=0.1", "cascade=compositional", "--out", str(tmp_path)]
+    assert sweep.main([*arguments, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert """-y '{"options": {"smoothness_weight": 0.1, "cascade": "compositional"}}'""" in printed
+    assert "LC-1_embedded_demo_smoothness_weight-0.1_cascade-compositional_seed0.ipynb" in printed
+
+
+def test_a_finished_run_of_other_options_is_run_again(runs):
+    given = replace(runs[0], options={"epochs": 3})
+    (given.output.parent).mkdir()
+    assert given.execute(threads=1) == ""
+    assert given.is_finished() and not runs[0].is_finished()
+
+
+def test_filters_of_trained_weights_are_run_when_all_else_has_ended(tmp_path):
+    planned = sweep.plan(["BF-post", "backbone"], [0, 1], "demo", "embedded", "", str(tmp_path))
+    assert [run.parameters["variant"] for run in planned] == ["backbone", "backbone", "BF-post", "BF-post"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--rows", "LKK"], "unknown variant 'LKK'"),
         (["--preset", "dmeo"], "preset must be one of smoke, demo"),
+        (["--set", "lambda1=3"], "unknown option lambda1"),
+        (["--set", "epochs"], "--set takes name=value, got 'epochs'"),
         (["--jobs", "0"], "--jobs must be 1 or more, got 0"),
     ],
 )

@@ -276,10 +276,10 @@ def test_training_needs_scans_validation_pairs_and_the_presets_resolution(tmp_pa
 # from parameters to files --------------------------------------------------------------------------------------------
 
 
-def small_run(small_cohort_json, out, **changes):
+def small_run(small_cohort_json, out, variant="backbone", **changes):
     options = {"resolution_mm": 1, "channel_divisor": 16, "levels": 3, **changes}
     return AblationRun.prepare(
-        preset="smoke", cohort=str(small_cohort_json), out=str(out), device="cpu", preset_options=options
+        variant, preset="smoke", cohort=str(small_cohort_json), out=str(out), device="cpu", options=options
     )
 
 
@@ -312,6 +312,47 @@ def test_zero_displacement_is_evaluated_once_on_the_same_pairs(small_cohort_json
     assert len(calls) == 1
 
 
+def test_a_filter_is_put_behind_the_checkpoint_of_a_trained_backbone(small_cohort_json, tmp_path, monkeypatch):
+    plain = small_run(small_cohort_json, tmp_path).train(progress=False)
+    filtered = small_run(small_cohort_json, tmp_path, variant="BF-post", bilateral_sigma=0.7)
+    monkeypatch.setattr(training.Trainer, "_step", lambda *_: pytest.fail("trained again"))
+    result = filtered.train(progress=False)
+    assert result.checkpoint == plain.checkpoint and result.best_epoch == plain.best_epoch
+    fixed, moving = (filtered.cohort.image(subject) for subject in
+                     (filtered.pairs[0].fixed, filtered.pairs[0].moving))  # fmt: skip
+    with torch.no_grad():
+        expected = joint_bilateral_filter(plain.model(fixed, moving), fixed, torch.tensor([0.7, 0.7, 0.7, 0.1]), 5)
+        assert torch.allclose(result.model(fixed, moving), expected, atol=1e-5)
+    assert result.val_dice != plain.val_dice  # that of the filtered displacement, though the checkpoint is the same
+    filtered.evaluate(result, progress=False)
+    facts = json.loads(filtered.metrics_path.with_suffix(".json").read_text())
+    assert facts["weights"] == plain.checkpoint.parent.name and facts["method"] == "BF-post"
+    assert facts["parameters"] == sum(p.numel() for p in plain.model.parameters()) + 4
+
+
+def test_a_filter_behind_a_network_that_has_one_and_other_changes_of_trained_weights_are_refused(
+    small_cohort_json, tmp_path
+):
+    checkpoint = small_run(small_cohort_json, tmp_path, variant="BF").train(progress=False).checkpoint
+    with pytest.raises(ValueError, match="BF was trained with a bilateral filter; none can be put behind it"):
+        load_model(checkpoint, bilateral_window=5)
+    with pytest.raises(ValueError, match="only a bilateral filter can be added to trained weights, got cascade"):
+        load_model(checkpoint, cascade="compositional")
+    run = small_run(small_cohort_json, tmp_path, variant="CA+BF-post")
+    with pytest.raises(ValueError, match=r"CA\+BF-post is not trained: train CA"):
+        training.Trainer(run.config, run.cohort, tmp_path, run.device)
+
+
+def test_options_of_later_versions_leave_the_names_of_earlier_runs_as_they_were(embedded_cohort):
+    config = make_config(parse_variant("backbone"), get_preset("demo"), embedded_cohort, 0)
+    assert "bilateral_mode" not in config.as_dict()["variant"]
+    assert "bilateral_mode" in make_config(
+        parse_variant("BF-post"), get_preset("demo"), embedded_cohort, 0
+    ).as_dict()["variant"]  # fmt: skip
+    content = replace(config, cohort_digest="2d96246082c21149")
+    assert content.run == "backbone_embedded_demo_seed0_2120c5ad"  # as version 0.1.0 wrote it
+
+
 def test_a_run_is_described_with_what_it_is_not(small_cohort_json, tmp_path):
     run = small_run(small_cohort_json, tmp_path)
     assert "not LUMIR" in run.title and "not the paper's training" in run.describe()
@@ -323,10 +364,12 @@ def test_a_run_is_described_with_what_it_is_not(small_cohort_json, tmp_path):
 
 def test_options_are_set_after_the_presets(small_cohort_json, tmp_path):
     run = AblationRun.prepare(
-        preset="smoke", cohort=str(small_cohort_json), out=str(tmp_path), preset_options={"resolution_mm": 1},
-        variant_options={"levels": 2, "start_channels": 6}, data_root=str(small_cohort_json.parent),
+        preset="smoke", cohort=str(small_cohort_json), out=str(tmp_path), data_root=str(small_cohort_json.parent),
+        options={"resolution_mm": 1, "levels": 2, "start_channels": 6, "smoothness_weight": 2, "epochs": None},
     )  # fmt: skip
     assert (run.config.variant.levels, run.config.variant.start_channels) == (2, 6)
+    assert run.config.preset.smoothness_weight == 2.0 and run.config.preset.epochs == 2
+    assert "smoothness_weight=2" in run.title and '-y \'{"options": {"resolution_mm": 1' in run.command
     assert study.without_folders("../elsewhere/dataset.json") == "<folder>/dataset.json"
     assert "-p data_root '<folder>/small'" in run.command and str(tmp_path) not in run.command
 
@@ -340,6 +383,14 @@ def test_options_are_set_after_the_presets(small_cohort_json, tmp_path):
         ({"seed": -1}, "seed must be a whole number from 0, got -1"),
         ({"device": "gpu"}, "device must be auto, cpu or a device of this machine, got 'gpu'"),
         ({"seed": "0"}, "seed must be a whole number from 0, got '0'"),
+        ({"options": {"lambda1": 3}}, "unknown option lambda1: choose from start_channels, head_channels, cascade"),
+        ({"options": {"epochs": 2.5}}, "epochs must be a whole number, got 2.5"),
+        ({"options": {"smoothness_weight": "6"}}, "smoothness_weight must be a number, got '6'"),
+        ({"options": {"smoothness_weight": -1}}, "smoothness_weight of preset 'demo' must be 0 or more, got -1"),
+        ({"options": {"similarity": "lncc"}}, "similarity of preset 'demo' must be one of ncc, mse; got 'lncc'"),
+        ({"options": {"window": 4}}, "window of preset 'demo' must be odd and positive, got 4"),
+        ({"options": {"cascade": "sum"}}, "cascade must be one of additive, compositional; got 'sum'"),
+        ({"variant": "BF+BF-post"}, "contradict each other: bilateral_mode would be 'joint' and 'post'"),
     ],
 )
 def test_misspelt_parameters_fail_with_the_choices(parameters, message):

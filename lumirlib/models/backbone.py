@@ -114,6 +114,8 @@ class RegistrationNetwork(nn.Module):
         large_kernel: LK, kernel side k (5 in LKU-Net) of the encoder's parallel blocks; 0 for plain convolutions.
         co_attention_levels: CA, number of coarsest levels with co-attention; 0 for none.
         bilateral_window: BF, window of the joint bilateral filter of the result in voxels; 0 for none.
+        bilateral_sigma: its initial width along every axis in voxels.
+        bilateral_sigma_range: its initial width in intensities of the fixed image.
     """
 
     def __init__(
@@ -126,6 +128,8 @@ class RegistrationNetwork(nn.Module):
         large_kernel: int = 0,
         co_attention_levels: int = 0,
         bilateral_window: int = 0,
+        bilateral_sigma: float = 1.0,
+        bilateral_sigma_range: float = 0.1,
     ) -> None:
         super().__init__()
         check_choice(cascade, CASCADES, "cascade")
@@ -146,7 +150,9 @@ class RegistrationNetwork(nn.Module):
         self.co_attention = nn.ModuleDict(
             {str(level): CoAttention(start_channels) for level in range(levels - co_attention_levels, levels)}
         )
-        self.bilateral_filter = JointBilateralFilter(bilateral_window) if bilateral_window else None
+        self.bilateral_filter = (
+            JointBilateralFilter(bilateral_window, bilateral_sigma, bilateral_sigma_range) if bilateral_window else None
+        )
 
     def level_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Sides of each level for images of sides `shape`, finest first."""

@@ -115,6 +115,9 @@ class JointBilateralFilter(nn.Module):
         super().__init__()
         if window < 5 or window % 2 == 0:
             raise ValueError(f"bilateral_window must be odd and 5 or more, got {window}")
+        for name, width in (("bilateral_sigma", spatial_sigma), ("bilateral_sigma_range", range_sigma)):
+            if not 0 < width < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {width!r}")
         self.window = window
         self.log_sigma = nn.Parameter(torch.tensor([math.log(spatial_sigma)] * 3 + [math.log(range_sigma)]))
 
