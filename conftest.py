@@ -1,16 +1,39 @@
-"""What the unit tests and the notebooks under nbval share: a results folder of the session's own."""
+"""What the unit tests and the notebooks under nbval share: results folders of the session's own."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+import pytest
+
+COMMITTED = Path(__file__).resolve().parent / "results"
 
 
 def pytest_configure(config):
     """Send what tests and notebooks write to a temporary folder, not into the checkout's results/."""
     config.lumirlib_results = tempfile.mkdtemp(prefix="lumirlib-test-results-")
     os.environ["LUMIRLIB_RESULTS"] = config.lumirlib_results
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Give each notebook a results folder of its own, with the figures that are committed in it.
+
+    A notebook's kernel takes its environment over when its first cell is set up. A notebook that reads results finds
+    the committed ones, as a reader does, and not what another notebook has just made on this machine.
+    """
+    if item.path.suffix != ".ipynb":
+        os.environ["LUMIRLIB_RESULTS"] = item.config.lumirlib_results
+        return
+    folder = Path(item.config.lumirlib_results, item.path.stem)
+    if not folder.exists():
+        for part in ("metrics", "costs"):
+            if (COMMITTED / part).is_dir():
+                shutil.copytree(COMMITTED / part, folder / part)
+    os.environ["LUMIRLIB_RESULTS"] = str(folder)
 
 
 def pytest_unconfigure(config):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +19,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from lumirlib import spatial
+from lumirlib.files import write_atomically
+from lumirlib.report import Runs, paper_table
 
 #: Metric -> axis label, factor to the unit of the label.
 METRIC_LABELS: dict[str, tuple[str, float]] = {
@@ -200,6 +203,14 @@ def plot_pair(
     return axes
 
 
+def save_figure(figure: Figure, path: str | Path) -> Figure:
+    """Write a figure to `<path>.png` and, for print, `<path>.pdf`; returns the figure."""
+    for ending in ("png", "pdf"):
+        target = Path(f"{path}.{ending}")
+        write_atomically(target, lambda to, form=ending: figure.savefig(to, format=form, dpi=120))
+    return figure
+
+
 def curves_figure(history: pd.DataFrame, title: str) -> Figure:
     """The paper's Fig. 2 for one run: training loss, validation Dice, and the NDV beside them."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
@@ -236,5 +247,88 @@ def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
             displacement = model(fixed.to(device), moving.to(device)).cpu()
         plot_pair(axes[row], fixed, moving, displacement, cohort.resolution_mm, titles=row == 0)
         axes[row, 0].set_ylabel(f"{by_name[name].fixed.name} ← {by_name[name].moving.name}", fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference: str = "backbone") -> Figure:
+    """The four metrics of every variant: each pair above, each pair minus the reference below.
+
+    Dots are pairs, each the mean over its seeds; bars span the quartiles with a tick at the median; the diamonds below
+    are the means over pairs of each seed. The dashed line is the mean before registration.
+
+    Args:
+        runs: what is drawn.
+        differences: as :func:`lumirlib.report.paired_differences` gives them, in the units of the axes.
+        title: of the figure.
+        reference: what the lower row is set beside.
+    """
+    order = list(runs.variants)
+    others = [name for name in order if name != reference]
+    colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+    figure, axes = plt.subplots(2, len(METRIC_LABELS), figsize=(15, 1.6 + 0.7 * len(order)), layout="constrained",
+                                sharey="row")  # fmt: skip
+
+    def draw(ax: Axes, table: pd.DataFrame, value: str, names: list[str]) -> None:
+        pairs = table.groupby(["variant", "pair"], as_index=False)[value].mean()
+        shared = {"data": pairs, "x": value, "y": "variant", "order": names, "ax": ax, "legend": False}
+        sns.stripplot(**shared, hue="variant", palette=colours, size=3, alpha=0.6, zorder=1)
+        sns.pointplot(**shared, estimator="median", errorbar=("pi", 50), linestyle="none", marker="|", markersize=12,
+                      color="0.15", err_kws={"linewidth": 2}, zorder=3)  # fmt: skip
+
+    for column, (metric, (label, factor)) in enumerate(METRIC_LABELS.items()):
+        above, below = axes[:, column]
+        values = runs.values[runs.values["metric"] == metric].assign(value=lambda table, by=factor: table["value"] * by)
+        draw(above, values[values["variant"].isin(order)], "value", order)
+        before = values.loc[~values["variant"].isin(order), "value"].mean()
+        if metric != "ndv_percent" and np.isfinite(before):
+            above.axvline(before, color="0.4", linestyle="--", linewidth=1.2)
+        above.set(xlabel=label, ylabel="")
+        change = differences[differences["metric"] == metric]
+        draw(below, change, "difference", others)
+        seeds = change.groupby(["variant", "seed"], as_index=False)["difference"].mean()
+        below.plot(seeds["difference"], [others.index(name) + 0.3 for name in seeds["variant"]], linestyle="none",
+                   marker="D", markersize=4, color="black", zorder=4)  # fmt: skip
+        below.axvline(0, color="0.4", linewidth=1.2)
+        below.set(xlabel=f"{label}, minus the {reference}'s", ylabel="")
+    figure.suptitle(title)
+    return figure
+
+
+def folding_figure(folding: pd.DataFrame, title: str) -> Figure:
+    """NDV against displacement of the same velocities, amplified and joined by either cascade.
+
+    Lines are means over pairs and seeds, bands span the seeds' means; the paper's NDV of LC-1 and LC-2 are dashed.
+
+    Args:
+        folding: columns variant, seed, pair, cascade, factor, ndv_percent, displacement_mm, as
+            :mod:`lumirlib.folding` writes them.
+        title: of the figure.
+    """
+    variants = list(dict.fromkeys(folding["variant"]))
+    paper = paper_table(2).set_index("method")["ndv_percent"]
+    figure, axes = plt.subplots(1, len(variants), figsize=(5 * len(variants), 3.6), layout="constrained", sharey=True,
+                                squeeze=False)  # fmt: skip
+    for ax, variant in zip(axes[0], variants, strict=True):
+        own = folding[folding["variant"] == variant]
+        seeds = own.groupby(["cascade", "factor", "seed"], as_index=False)[["ndv_percent", "displacement_mm"]].mean()
+        for colour, (cascade, table) in zip(("C1", "C0"), seeds.groupby("cascade"), strict=True):
+            by_factor = table.groupby("factor")
+            middle, ndv = by_factor.mean(numeric_only=True), by_factor["ndv_percent"]
+            ax.plot(middle["displacement_mm"], middle["ndv_percent"], marker="o", color=colour, label=cascade)
+            ax.fill_between(middle["displacement_mm"], ndv.min(), ndv.max(), color=colour, alpha=0.25, linewidth=0)
+            for factor, row in middle.iterrows():
+                ax.annotate(f"×{factor:g}", (row["displacement_mm"], row["ndv_percent"]), xytext=(3, 3),
+                            textcoords="offset points", fontsize=7, color=colour)  # fmt: skip
+        for method in ("backbone+LC-1", "backbone+LC-2"):
+            ax.axhline(paper[method], color="0.4", linestyle="--", linewidth=1)
+            ax.annotate(
+                f"paper, {method.removeprefix('backbone+')}", (0.99, paper[method]), xytext=(0, 2), color="0.3",
+                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=7,
+            )  # fmt: skip
+        ax.set_yscale("symlog", linthresh=1e-5)
+        ax.set_ylim(bottom=0)
+        ax.set(xlabel="mean displacement (mm)", ylabel="NDV (%)", title=f"velocities of {variant}")
+        ax.legend(loc="upper left", title="joined by")
     figure.suptitle(title)
     return figure

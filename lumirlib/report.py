@@ -1,12 +1,19 @@
-"""Tables that set our figures beside the paper's; every number comes from a CSV."""
+"""Our figures beside the paper's, as numbers; each comes from a CSV. :mod:`lumirlib.tables` makes them readable."""
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
+from pathlib import Path
 
 import pandas as pd
 
 from lumirlib.evaluation import summarize
+from lumirlib.presets import Preset, split_options
+from lumirlib.variants import Variant, parse_variant
 
 #: Column of paper.csv -> metric of ours, factor from our unit to the paper's, heading.
 COLUMNS: dict[str, tuple[str, float, str]] = {
@@ -17,6 +24,11 @@ COLUMNS: dict[str, tuple[str, float, str]] = {
     "ndv_percent": ("ndv_percent", 1.0, "NDV (%)"),
     "hd95_mm": ("hd95_mm", 1.0, "HD95 (mm)"),
 }
+#: Digits after the point, as the paper has them.
+DIGITS = {"val_dice": 2, "dice": 2, "dice_std": 2, "tre_mm": 4, "ndv_percent": 4, "hd95_mm": 4}
+#: Metrics of which more is better; of the others less is.
+HIGHER_IS_BETTER = ("val_dice", "dice")
+BEFORE = "Before Reg"
 
 
 def paper_table(table: int | None = None) -> pd.DataFrame:
@@ -58,7 +70,7 @@ def beside_the_paper(
         ours has a figure for), and the gain over zero displacement (paper, ours); columns as headed in the paper. NaN
         where the paper has no figure.
     """
-    paper_before = _theirs("Before Reg")
+    paper_before = _theirs(BEFORE)
     ours_before = _ours(before, val_dice_before)
     paper = _theirs(paper_method(variant))
     ours = _ours(table, val_dice)
@@ -79,7 +91,7 @@ def beside_the_paper(
 
 def paper_method(variant: str) -> str:
     """Name of a variant's row in the paper's Table 2, whose "BF" may be either of ours (DEVIATIONS.md, N13)."""
-    return variant if variant == "backbone" else f"backbone+{variant.replace('BF-post', 'BF')}"
+    return variant if variant in ("backbone", BEFORE) else f"backbone+{variant.replace('BF-post', 'BF')}"
 
 
 def _theirs(method: str) -> dict[str, float]:
@@ -98,3 +110,248 @@ def _pairs(table: pd.DataFrame) -> dict[str, float]:
 def _minus(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
     difference = {column: first[column] - second[column] for column in COLUMNS}
     return difference | {"dice_std": float("nan")}  # a difference of spreads tells nothing
+
+
+# many runs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Finished runs of several variants and seeds, with one preset on one cohort.
+
+    Attributes:
+        variants: names, in the order of the table.
+        preset: of all runs.
+        options: what was set besides in all runs.
+        values: columns variant, seed, pair, metric, value; the variant "Before Reg", seed 0, is zero displacement.
+        facts: one row per run: variant, seed, run, val_dice, val_dice_before and the rest of its provenance.
+        missing: variants without a run.
+        command: the sweep that makes what is missing.
+    """
+
+    variants: tuple[str, ...]
+    preset: Preset
+    options: Mapping[str, object]
+    values: pd.DataFrame
+    facts: pd.DataFrame
+    missing: tuple[str, ...]
+    command: str
+
+    @property
+    def title(self) -> str:
+        """What a table or figure of these runs is headed with; says "simulated" where it is."""
+        first = self.facts.iloc[0]
+        data = f"{first['cohort_name']}, {first['resolution_mm']:g} mm"
+        if first["simulated"]:
+            data = f"simulated people, {first['resolution_mm']:g} mm: not a LUMIR result"
+        elif first["cohort"] != "lumir":
+            data += ": not LUMIR"
+        set_besides = "".join(f", {name}={value}" for name, value in self.options.items())
+        return f"{data}; preset {self.preset.name}{set_besides}"
+
+    @property
+    def missing_note(self) -> str:
+        """Which rows have no run, and how to make them; says so where none lacks one."""
+        if not self.missing:
+            return "No row is missing."
+        return f"**Not run: {', '.join(self.missing)}.** Make them with `{self.command}`."
+
+    @property
+    def commits(self) -> list[str]:
+        """Of the code that made the runs."""
+        return sorted(set(self.facts["commit"]))
+
+    def about(self) -> dict[str, object]:
+        """Provenance of a table of these runs."""
+        return {
+            "preset": self.preset.name,
+            "cohort": self.facts["cohort"].iloc[0],
+            "runs": sorted(self.facts["run"]),
+            "commits": self.commits,
+        }
+
+    @property
+    def spread_note(self) -> str:
+        """How many pairs and seeds the figures are of, and what their signs mean."""
+        pairs = self.values.groupby("variant")["pair"].nunique()
+        seeds = self.facts.groupby("variant", sort=False)["seed"].nunique()
+        counts = sorted({int(count) for count in seeds})
+        return (
+            f"{int(pairs.min())} pairs; {' or '.join(map(str, counts))} seed(s) a row: means over the seeds, in "
+            "parentheses the sample standard deviation over them; ± std is the population standard deviation over pairs"
+        )
+
+
+def _same_variant(options: Mapping[str, object], wanted: Variant) -> bool:
+    return {**asdict(Variant()), **options} == asdict(wanted)
+
+
+def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
+    return {**given, "about": ""} == {**asdict(wanted), "about": ""}
+
+
+def load_runs(
+    folder: str | Path,
+    variants: Sequence[str],
+    preset: str = "demo",
+    cohort: str = "embedded",
+    options: Mapping[str, object] | None = None,
+) -> Runs:
+    """The finished runs of a results folder that were made with one preset and cohort.
+
+    Args:
+        folder: results folder, with `metrics/`.
+        variants: names for :func:`lumirlib.parse_variant`, in the order of the table.
+        preset: name of the preset.
+        cohort: short name of the cohort.
+        options: what was set besides in these runs, as for :meth:`lumirlib.study.AblationRun.prepare`.
+
+    Returns:
+        :class:`Runs`; variants that have no run are in its `missing`.
+
+    Raises:
+        FileNotFoundError: no run of any of the variants.
+        ValueError: two runs for one variant and seed, runs on different cohorts, or no zero displacement.
+    """
+    folder, given = Path(folder), dict(options or {})
+    names = [parse_variant(name).name for name in variants]
+    sweep = ["python -m lumirlib.sweep --rows", *names, "--preset", preset, "--cohort", cohort]
+    sweep += ["--set", *(shlex.quote(f"{name}={value}") for name, value in given.items())] if given else []
+    command = " ".join([*sweep, "--seeds 0 1 2"])
+    described = []
+    for path in sorted((folder / "metrics").glob("*.json")):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about.get("cohort") == cohort and path.with_suffix(".csv").is_file():
+            described.append((path.with_suffix(".csv"), about))
+
+    tables, facts = [], []
+    for name in names:
+        chosen, for_variant = split_options(preset, name, given)
+        wanted = replace(chosen.apply(parse_variant(name)), **for_variant)
+        for path, about in described:
+            if "options" not in about or not _same_variant(about["options"], wanted):
+                continue
+            if not _same_preset(about["preset"], chosen):
+                continue
+            facts.append({"variant": name, **about})
+            tables.append(pd.read_csv(path).assign(variant=name, seed=about["seed"]))
+    if not facts:
+        raise FileNotFoundError(f"{folder / 'metrics'} has no run of {', '.join(names)}; make them with: {command}")
+    about = pd.DataFrame(facts)
+    twice = about[about.duplicated(["variant", "seed"], keep=False)]
+    if len(twice):
+        raise ValueError(f"{folder / 'metrics'} has several runs of one variant and seed: {', '.join(twice['run'])}")
+    if len(set(about["cohort_digest"])) > 1:
+        raise ValueError(f"{folder / 'metrics'}: the runs are on different states of the cohort {cohort!r}")
+    first = about.iloc[0]
+    before = [
+        path for path, other in described
+        if other["method"] == "Zero Displacement" and other["cohort_digest"] == first["cohort_digest"]
+        and other["resolution_mm"] == first["resolution_mm"] and other["evaluated_pairs"] == first["evaluated_pairs"]
+    ]  # fmt: skip
+    if not before:
+        raise ValueError(f"{folder / 'metrics'} has no zero displacement on the pairs of {first['run']}")
+    tables.insert(0, pd.read_csv(before[0]).assign(variant=BEFORE, seed=0))
+    values = pd.concat(tables)[["variant", "seed", "pair", "metric", "value"]].reset_index(drop=True)
+    present = set(about["variant"])
+    return Runs(
+        tuple(name for name in names if name in present),
+        split_options(preset, names[0], given)[0],
+        given,
+        values,
+        about,
+        tuple(name for name in names if name not in present),
+        command,
+    )
+
+
+def table2(runs: Runs) -> pd.DataFrame:
+    """The paper's Table 2 beside ours, as numbers.
+
+    Returns:
+        One row per method (as the paper names it, "Before Reg" first) and column of the paper: method, variant, sc
+        (ours), metric (key of :data:`COLUMNS`), paper, ours (mean over seeds), seed_std (sample standard deviation
+        over seeds, NaN for one), difference (ours - paper), seeds, pairs (with a figure).
+    """
+    rows = []
+    for name in (BEFORE, *runs.variants):
+        paper = _theirs(paper_method(name))
+        seeds = []
+        for seed, table in runs.values[runs.values["variant"] == name].groupby("seed"):
+            if name == BEFORE:
+                val_dice, sc = float(runs.facts["val_dice_before"].dropna().iloc[0]), None
+            else:
+                fact = runs.facts[(runs.facts["variant"] == name) & (runs.facts["seed"] == seed)].iloc[0]
+                val_dice, sc = float(fact["val_dice"]), fact["options"]["start_channels"]
+            seeds.append((_ours(table, val_dice), _pairs(table)))
+        ours = pd.DataFrame([values for values, _ in seeds])
+        for column in COLUMNS:
+            rows.append(
+                {"method": paper_method(name) if name != "BF-post" else "backbone+BF-post", "variant": name, "sc": sc,
+                 "metric": column, "paper": paper[column], "ours": ours[column].mean(),
+                 "seed_std": ours[column].std(ddof=1), "difference": ours[column].mean() - paper[column],
+                 "seeds": len(ours), "pairs": min(pairs[column] for _, pairs in seeds)}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def paired_differences(runs: Runs, reference: str = "backbone") -> pd.DataFrame:
+    """Each pair's figure minus that of the reference with the same seed, in the paper's units.
+
+    Args:
+        runs: with the reference among them.
+        reference: a variant.
+
+    Returns:
+        Columns variant, metric (dice, tre_mm, ndv_percent, hd95_mm), seed, pair, difference.
+
+    Raises:
+        ValueError: no run of the reference, or another row that has no seed in common with it.
+    """
+    if reference not in runs.variants:
+        raise ValueError(f"reference must be one of the runs ({', '.join(runs.variants)}); got {reference!r}")
+    scored = runs.values[runs.values["metric"].isin([column for column in COLUMNS if column in DIGITS])]
+    keys = ["seed", "pair", "metric"]
+    base = scored[scored["variant"] == reference].set_index(keys)["value"]
+    found = []
+    for name in runs.variants:
+        if name == reference:
+            continue
+        own = scored[scored["variant"] == name].set_index(keys)["value"]
+        difference = (own - base).dropna()
+        if difference.empty:
+            raise ValueError(f"{name} and {reference} have no seed and pair in common")
+        factor = difference.index.get_level_values("metric").map(lambda metric: COLUMNS[metric][1])
+        found.append((difference * factor).rename("difference").reset_index().assign(variant=name))
+    if not found:
+        return pd.DataFrame(columns=["variant", "metric", "seed", "pair", "difference"])
+    return pd.concat(found, ignore_index=True)[["variant", "metric", "seed", "pair", "difference"]]
+
+
+def effects(runs: Runs, reference: str = "backbone") -> pd.DataFrame:
+    """What each scheme changes about the backbone: the paper's difference, and ours over the same pairs and seeds.
+
+    Returns:
+        One row per variant and metric: variant, metric, paper (difference of the table's means), ours (mean of the
+        paired differences), seed_std (sample standard deviation of the seeds' means), better_pairs (share of the pairs
+        whose difference, meaned over seeds, is an improvement), seeds, pairs. In the paper's units.
+    """
+    differences = paired_differences(runs, reference)
+    paper_reference = _theirs(paper_method(reference))
+    rows = []
+    for (name, metric), table in differences.groupby(["variant", "metric"], sort=False):
+        seeds = table.groupby("seed")["difference"].mean()
+        pairs = table.groupby("pair")["difference"].mean()
+        better = pairs > 0 if metric in HIGHER_IS_BETTER else pairs < 0
+        rows.append(
+            {"variant": name, "metric": metric, "paper": _theirs(paper_method(name))[metric] - paper_reference[metric],
+             "ours": pairs.mean(), "seed_std": seeds.std(ddof=1), "better_pairs": better.mean(), "seeds": len(seeds),
+             "pairs": len(pairs)}
+        )  # fmt: skip
+    order = [column for column in COLUMNS if column not in ("val_dice", "dice_std")]
+    frame = pd.DataFrame(rows)
+    if frame.empty:
+        return frame
+    frame["metric"] = pd.Categorical(frame["metric"], order)
+    frame["variant"] = pd.Categorical(frame["variant"], runs.variants)
+    return frame.sort_values(["variant", "metric"]).astype({"variant": str, "metric": str}).reset_index(drop=True)

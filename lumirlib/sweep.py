@@ -28,6 +28,13 @@ from lumirlib.report import paper_table
 from lumirlib.variants import parse_variant
 
 
+def _relative(path: Path) -> str:
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # another drive, on Windows
+        return str(path)
+
+
 @dataclass(frozen=True)
 class SweepRun:
     """One execution of the notebook.
@@ -51,7 +58,8 @@ class SweepRun:
 
     def command(self, output: Path) -> list[str]:
         """The papermill call; every parameter but the seed is passed as text, whatever it looks like."""
-        words = [sys.executable, "-m", "papermill", str(self.notebook), str(output), "--no-progress-bar"]
+        # relative: papermill writes both paths into the notebook, which may be committed
+        words = [sys.executable, "-m", "papermill", _relative(self.notebook), _relative(output), "--no-progress-bar"]
         for name, value in self.parameters.items():
             words += ["-p" if name == "seed" else "-r", name, value]
         return words + (["-y", json.dumps({"options": self.options})] if self.options else [])
@@ -106,6 +114,12 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name.strip(), value.strip()
 
 
+def variant_rows(rows: Sequence[str]) -> list[str]:
+    """Names of variants, each once, with "table2" replaced by those of the paper's Table 2."""
+    names = [name for row in rows for name in (table2_rows() if row == "table2" else [parse_variant(row).name])]
+    return list(dict.fromkeys(names))
+
+
 def plan(
     rows: Sequence[str],
     seeds: Sequence[int],
@@ -132,8 +146,7 @@ def plan(
         ValueError: an unknown variant, preset or option, or a value that does not fit it.
         FileNotFoundError: the notebook is not there, as in a package installed without its checkout.
     """
-    variants = [name for row in rows for name in (table2_rows() if row == "table2" else [parse_variant(row).name])]
-    variants.sort(key=needs_another)
+    variants = sorted(variant_rows(rows), key=needs_another)
     options = dict(options or {})
     for variant in variants:
         split_options(preset, variant, options)
@@ -155,7 +168,7 @@ def plan(
             {"variant": variant, "seed": str(seed), **common},
             options,
         )
-        for variant in dict.fromkeys(variants)
+        for variant in variants
         for seed in seeds
     ]
 

@@ -14,9 +14,10 @@ import torch
 from small_cohorts import write_small_cohort
 
 from lumirlib import load_cohort, losses, parse_variant, study, training
+from lumirlib.models.bilateral_filter import joint_bilateral_filter
 from lumirlib.presets import PAPER, PRESETS, get_preset
 from lumirlib.study import AblationRun
-from lumirlib.training import NonFiniteLossError, Trainer, epoch_pairs, make_config, spread
+from lumirlib.training import NonFiniteLossError, Trainer, epoch_pairs, load_model, make_config, spread
 
 CPU = torch.device("cpu")
 TINY = replace(

@@ -34,6 +34,30 @@ class Fields(NamedTuple):
     velocities: list[torch.Tensor]
 
 
+def upsample_displacement(displacement: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A level's displacement on the next finer level's grid, its length times the ratio of the sides.
+
+    Args:
+        displacement: ``(B, 3, d, h, w)`` in voxels of the coarser level.
+        shape: sides of the finer level.
+    """
+    factors = [fine / coarse for fine, coarse in zip(shape, displacement.shape[2:], strict=True)]
+    return spatial.resize_displacement(displacement, shape, factors)
+
+
+def join_levels(own: torch.Tensor, coarser: torch.Tensor | None, cascade: str) -> torch.Tensor:
+    """A level's displacement from its own field w and the upsampled coarser one U.
+
+    Args:
+        own: ``(B, 3, D, H, W)`` in voxels.
+        coarser: same shape; None at the coarsest level, where the result is `own`.
+        cascade: "additive", ``w + U``, or "compositional", ``w(p) + U(p + w(p))``.
+    """
+    if coarser is None:
+        return own
+    return own + coarser if cascade == "additive" else spatial.compose(coarser, own)
+
+
 class ConvBlock(nn.Module):
     """Convolution 3^3 with bias, instance normalization without parameters, PReLU with one parameter."""
 
@@ -201,20 +225,11 @@ class RegistrationNetwork(nn.Module):
             level_fixed, level_moving = pyramid[level]
             if str(level) in self.co_attention:
                 level_fixed, level_moving = self.co_attention[str(level)](level_fixed, level_moving)
-            coarser = None
-            if displacements:
-                factors = [fine / coarse for fine, coarse in zip(shapes[level], shapes[level + 1], strict=True)]
-                coarser = spatial.resize_displacement(displacements[0], shapes[level], factors)
+            coarser = upsample_displacement(displacements[0], shapes[level]) if displacements else None
+            if coarser is not None:
                 level_moving = spatial.warp(level_moving, coarser)
             velocity = self.estimators[level](level_fixed, level_moving).float()
-            own = spatial.integrate(velocity, self.squarings)
-            if coarser is None:
-                displacement = own
-            elif self.cascade == "additive":
-                displacement = own + coarser
-            else:
-                displacement = spatial.compose(coarser, own)
-            displacements.insert(0, displacement)
+            displacements.insert(0, join_levels(spatial.integrate(velocity, self.squarings), coarser, self.cascade))
             velocities.insert(0, velocity)
         if self.bilateral_filter is not None:
             displacements[0] = self.bilateral_filter(displacements[0], fixed)

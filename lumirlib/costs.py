@@ -1,0 +1,260 @@
+"""What each scheme costs, `python -m lumirlib.costs`: parameters, multiply-adds, seconds and memory, side by side.
+
+    python -m lumirlib.costs --rows table2 BF-post --preset demo
+
+Every variant is measured in a process of its own, all of them in turn, several rounds over, on random images of the
+preset's size. The machine should have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from lumirlib import losses, provenance
+from lumirlib.data.embedded import FRAME_SHAPE
+from lumirlib.evaluation import write_results
+from lumirlib.presets import PAPER, Preset, get_preset
+from lumirlib.sweep import variant_rows
+from lumirlib.training import pick_device, to_device
+from lumirlib.variants import Variant, build_model, parse_variant
+
+MEBIBYTE = 2**20
+
+
+def image_shape(resolution_mm: float) -> tuple[int, ...]:
+    """Sides of a LUMIR image in voxels of `resolution_mm`."""
+    return tuple(math.ceil(side / resolution_mm) for side in FRAME_SHAPE)
+
+
+def multiply_adds(variant: Variant, shape: tuple[int, ...]) -> int:
+    """Multiply-adds of the convolutions and attentions of one registration, by torch's counter; nothing is computed.
+
+    Warping, integration, normalization and the bilateral filter are not among them.
+
+    Args:
+        variant: at its final width.
+        shape: sides of the images in voxels.
+    """
+    with torch.device("meta"):
+        model = build_model(variant)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.encoder(torch.empty(2, 1, *shape, device="meta"))
+        for level, sides in enumerate(model.level_shapes(shape)):
+            features = torch.empty(1, variant.start_channels, *sides, device="meta")
+            if str(level) in model.co_attention:
+                model.co_attention[str(level)](features, features)
+            model.estimators[level](features, features)
+    return counter.get_total_flops() // 2
+
+
+class _PeakMemory:
+    """Peak memory above that at the start, in bytes: allocated on a GPU, resident (sampled each ms) on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peak = device, 0
+
+    def __enter__(self) -> _PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+            return self
+        process = psutil.Process()
+        self._start = process.memory_info().rss
+        self._done = threading.Event()
+
+        def watch() -> None:
+            while not self._done.wait(0.001):
+                self.peak = max(self.peak, process.memory_info().rss - self._start)
+
+        self._watcher = threading.Thread(target=watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device) - self._start
+        else:
+            self._done.set()
+            self._watcher.join()
+
+
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of `work` over `repeats` calls, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def measure(variant: Variant, preset: Preset, device: str, repeats: int, training: bool = True) -> dict[str, float]:
+    """Cost of one variant, in this process.
+
+    Args:
+        variant: at its final width.
+        preset: gives the size of the images and the loss.
+        device: "cpu", "cuda" ...
+        repeats: of each timing.
+        training: measure training steps too.
+
+    Returns:
+        "seconds_per_pair" and "seconds_per_step", medians, and "inference_mib" and "training_mib", peaks with the
+        weights; NaN for training that was not measured, or of a variant that is not trained ("BF-post").
+    """
+    chosen = pick_device(device)
+    generator = torch.Generator().manual_seed(0)
+    fixed, moving = (
+        torch.rand(1, 1, *image_shape(preset.resolution_mm), generator=generator).to(chosen) for _ in range(2)
+    )
+    torch.manual_seed(0)
+    found = {"seconds_per_step": math.nan, "training_mib": math.nan}
+
+    def infer() -> None:
+        with torch.no_grad():
+            model(fixed, moving)
+
+    with _PeakMemory(chosen) as memory:
+        model = to_device(build_model(variant), chosen).eval()
+        found["seconds_per_pair"] = _seconds(infer, chosen, repeats)
+    found["inference_mib"] = memory.peak / MEBIBYTE
+    if not training or variant.without_post_filter() != variant:
+        return found
+    del model
+
+    def step() -> None:
+        predicted = model.fields(fixed, moving)
+        terms = losses.registration_loss(
+            moving, fixed, predicted.displacements, predicted.velocities,
+            preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
+        )  # fmt: skip
+        optimizer.zero_grad(set_to_none=True)
+        terms["total"].backward()
+        optimizer.step()
+
+    with _PeakMemory(chosen) as memory:
+        model = to_device(build_model(variant), chosen)
+        optimizer = torch.optim.Adam(model.parameters(), lr=preset.learning_rate, amsgrad=preset.amsgrad)
+        found["seconds_per_step"] = _seconds(step, chosen, repeats)
+    found["training_mib"] = memory.peak / MEBIBYTE
+    return found
+
+
+def measure_all(
+    rows: Sequence[str],
+    preset: Preset,
+    device: str = "auto",
+    rounds: int = 3,
+    repeats: int = 3,
+    training: bool = True,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Costs of several variants, each round one process after another.
+
+    Args:
+        rows: names of variants.
+        preset: gives widths, size of the images and the loss.
+        device: "auto", "cpu", "cuda" ...
+        rounds: how often every variant is measured.
+        repeats: of each timing within a round.
+        training: measure training steps too.
+        progress: show a progress bar.
+
+    Returns:
+        One row per variant and round: variant, start_channels, round, what :func:`measure` gives, parameters and
+        multiply_adds, and paper_parameters and paper_multiply_adds at the paper's width and 160x224x192 voxels.
+
+    Raises:
+        MemoryError: the process of a variant was killed, most often for memory.
+    """
+    chosen = str(pick_device(device))
+    paper_shape = image_shape(PAPER.resolution_mm)
+    found = []
+    with tqdm(total=rounds * len(rows), desc="costs", unit="measurement", disable=not progress) as bar:
+        for number in range(rounds):
+            for name in rows:
+                full = parse_variant(name)
+                variant = preset.apply(full)
+                try:
+                    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                        cost = pool.submit(measure, variant, preset, chosen, repeats, training).result()
+                except BrokenProcessPool as error:
+                    raise MemoryError(f"measuring {name} at preset {preset.name!r} was killed: memory?") from error
+                with torch.device("meta"):
+                    sizes = [sum(p.numel() for p in build_model(one).parameters()) for one in (variant, full)]
+                found.append(
+                    {"variant": name, "start_channels": variant.start_channels, "round": number, **cost,
+                     "parameters": sizes[0],
+                     "multiply_adds": multiply_adds(variant, image_shape(preset.resolution_mm)),
+                     "paper_parameters": sizes[1], "paper_multiply_adds": multiply_adds(full, paper_shape)}
+                )  # fmt: skip
+                bar.update()
+    return pd.DataFrame(found)
+
+
+def write_costs(table: pd.DataFrame, preset: Preset, device: torch.device, out: Path, command: str) -> Path:
+    """Write `<out>/costs/<preset>_<cpu or cuda>.csv` with its provenance; the path."""
+    about = {
+        "command": command,
+        "commit": provenance.commit(),
+        "device": provenance.describe_device(device),
+        "preset": preset.name,
+        "images": "x".join(map(str, image_shape(preset.resolution_mm))),
+    }
+    return write_results(table, out / "costs" / f"{preset.name}_{device.type}.csv", about)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    options = argparse.ArgumentParser(prog="python -m lumirlib.costs", description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--rows", nargs="+", default=["table2", "BF-post"], help="table2, or variants such as LK")
+    options.add_argument("--preset", default="demo", help="gives widths and the size of the images")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
+    options.add_argument("--rounds", type=int, default=3, help="how often each variant is measured")
+    options.add_argument("--repeats", type=int, default=3, help="of each timing within a round")
+    options.add_argument("--no-training", action="store_true", help="measure registration alone")
+    options.add_argument("--out", default="", help="results folder")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write and print; the exit status is 0, or 2 for parameters that cannot be used."""
+    given = parser().parse_args(arguments)
+    try:
+        for name in ("rounds", "repeats"):
+            if getattr(given, name) < 1:
+                raise ValueError(f"--{name} must be 1 or more, got {getattr(given, name)}")
+        preset, rows, device = get_preset(given.preset), variant_rows(given.rows), pick_device(given.device)
+        table = measure_all(rows, preset, str(device), given.rounds, given.repeats, not given.no_training)
+    except (ValueError, MemoryError) as error:
+        print(f"python -m lumirlib.costs: {error}", file=sys.stderr)
+        return 2
+    command = f"python -m lumirlib.costs --rows {' '.join(given.rows)} --preset {preset.name}"
+    command += f" --rounds {given.rounds} --repeats {given.repeats}" + " --no-training" * given.no_training
+    path = write_costs(table, preset, device, provenance.results_folder(given.out), command)
+    columns = ["seconds_per_pair", "seconds_per_step", "inference_mib", "training_mib"]
+    print(table.groupby("variant", sort=False)[columns].median().to_string(float_format="%.3f"))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Tables for readers: Markdown, LaTeX and CSV of what :mod:`lumirlib.report` and :mod:`lumirlib.costs` found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from lumirlib import report
+from lumirlib.files import write_atomically, write_json
+from lumirlib.provenance import now, versions
+from lumirlib.report import BEFORE, COLUMNS, DIGITS, HIGHER_IS_BETTER, Runs
+
+
+def _number(value: float, digits: int, signed: bool = False) -> str:
+    if pd.isna(value):
+        return "–"
+    return f"{value:+.{digits}f}".replace("-", "−") if signed else f"{value:.{digits}f}"
+
+
+def readable_table2(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
+    """:func:`table2` as text for a reader: three lines a method (paper, ours, ours − paper), best figures in bold.
+
+    Args:
+        table: as :func:`table2` gives it.
+        bold: pattern of a bold figure, ``"**{}**"`` for Markdown.
+    """
+    schemes = table[table["variant"] != BEFORE]
+    best = {}
+    for column in COLUMNS:
+        if column == "dice_std":
+            continue
+        for source in ("paper", "ours"):
+            # as printed: what looks alike is alike, and where all are alike none is best
+            values = schemes.loc[schemes["metric"] == column, source].round(DIGITS[column]).dropna()
+            if len(set(values)) > 1:
+                best[column, source] = values.max() if column in HIGHER_IS_BETTER else values.min()
+    rows = {}
+    for method, part in table.groupby("method", sort=False):
+        by_metric = part.set_index("metric")
+        variant, sc = part["variant"].iloc[0], part["sc"].iloc[0]
+        name = method if pd.isna(sc) else f"{method} (sc:{int(sc)})"
+        lines: dict[str, dict[str, str]] = {"paper": {}, "ours": {}, "ours − paper": {}}
+        for column, (_, _, heading) in COLUMNS.items():
+            row, digits = by_metric.loc[column], DIGITS[column]
+            for source in ("paper", "ours"):
+                text = _number(row[source], digits)
+                if variant != BEFORE and round(row[source], digits) == best.get((column, source)):
+                    text = bold.format(text)
+                if source == "ours" and not pd.isna(row["seed_std"]):
+                    text += f" ({row['seed_std']:.{digits}f})"
+                lines[source][heading] = text
+            lines["ours − paper"][heading] = (
+                "" if column == "dice_std" else _number(row["difference"], digits, signed=True)
+            )
+        seeds = str(int(part["seeds"].max())) if variant != BEFORE else ""
+        for source, values in lines.items():
+            rows[name if source == "paper" else "", source, method] = {
+                **values, "seeds": seeds if source == "ours" else "",
+            }  # fmt: skip
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    frame.index = pd.MultiIndex.from_tuples(list(rows)).droplevel(2)
+    frame = frame.reset_index(names=["method", "whose"])
+    return frame
+
+
+def readable_effects(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`effects` as text: a line per variant; "paper / ours (spread over seeds), share of pairs improved"."""
+    rows = []
+    for variant, part in table.groupby("variant", sort=False):
+        row = {"scheme": f"+{variant}"}
+        for _, found in part.iterrows():
+            _, _, heading = COLUMNS[found["metric"]]
+            digits = DIGITS[found["metric"]]
+            ours = _number(found["ours"], digits, signed=True)
+            spread = "" if pd.isna(found["seed_std"]) else f" ({found['seed_std']:.{digits}f})"
+            row[f"{heading}: paper"] = _number(found["paper"], digits, signed=True)
+            row[f"{heading}: ours"] = f"{ours}{spread}, {found['better_pairs']:.0%} better"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def readable_costs(costs: pd.DataFrame, reference: str = "backbone") -> pd.DataFrame:
+    """Costs as :mod:`lumirlib.costs` measures them, as text: medians over the rounds, and ratios to the backbone."""
+    middle = costs.groupby("variant", sort=False).median(numeric_only=True)
+    if reference not in middle.index:
+        raise ValueError(f"the costs lack {reference!r}, which the others are set beside")
+
+    def ratio(column: str, name: str) -> str:
+        # of each round: what was measured side by side is divided
+        rounds = costs.pivot_table(index="round", columns="variant", values=column)
+        if name not in rounds:
+            return "–"
+        return f"{(rounds[name] / rounds[reference]).median():.2f}×"
+
+    rows = []
+    for name, row in middle.iterrows():
+        trained = not pd.isna(row["seconds_per_step"])
+        rows.append(
+            {"variant": name, "sc": str(int(row["start_channels"])), "parameters": f"{int(row['parameters']):,}",
+             "G multiply-adds": f"{row['multiply_adds'] / 1e9:.1f}",
+             "s / pair": f"{row['seconds_per_pair']:.3f} ({ratio('seconds_per_pair', name)})",
+             "s / training step": f"{row['seconds_per_step']:.2f} ({ratio('seconds_per_step', name)})" if trained
+             else "–",
+             "peak memory, inference (MiB)": f"{row['inference_mib']:.0f}",
+             "peak memory, training (MiB)": f"{row['training_mib']:.0f}" if trained else "–",
+             "parameters, paper's width": f"{int(row['paper_parameters']):,}",
+             "T multiply-adds, paper's width, 1 mm": f"{row['paper_multiply_adds'] / 1e12:.2f}"}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A table of text as Markdown."""
+    return frame.to_markdown(index=False, disable_numparse=True)
+
+
+def publish(
+    stem: str | Path,
+    numbers: pd.DataFrame,
+    shown: pd.DataFrame,
+    title: str,
+    note: str,
+    about: Mapping[str, object],
+    latex: pd.DataFrame | None = None,
+) -> str:
+    """Write a table as `<stem>.csv` (numbers), `.md`, `.tex` and, with where it comes from, `.json`.
+
+    Args:
+        stem: path without ending.
+        numbers: tidy, for programs.
+        shown: as text, bold as Markdown has it.
+        title: says "simulated" where the numbers are.
+        note: what the signs mean.
+        about: provenance; time and versions are added.
+        latex: as `shown`, bold as LaTeX has it; other characters are escaped here. None takes `shown`.
+
+    Returns:
+        The Markdown.
+    """
+    stem = Path(stem)
+    text = f"**{title}**\n\n{to_markdown(shown)}\n\n{note}\n"
+    escaped = (shown if latex is None else latex).map(escape_latex).rename(columns=escape_latex)
+    tex = escaped.style.hide(axis="index").to_latex(
+        hrules=True, column_format="l" * len(escaped.columns), caption=escape_latex(f"{title}. {note}"),
+        position_float="centering",
+    )  # fmt: skip
+    csv, md, tex_path, provenance = (stem.with_name(f"{stem.name}.{end}") for end in ("csv", "md", "tex", "json"))
+    provenance.unlink(missing_ok=True)
+    write_atomically(csv, lambda to: numbers.to_csv(to, index=False))
+    write_atomically(md, lambda to: to.write_text(text, encoding="utf-8"))
+    write_atomically(tex_path, lambda to: to.write_text(tex, encoding="utf-8"))
+    write_json(provenance, {"title": title, **about, "written": now(), "versions": versions()})
+    return text
+
+
+def publish_table2(runs: Runs, stem: str | Path) -> str:
+    """:func:`publish` Table 2 beside ours; the Markdown."""
+    table = report.table2(runs)
+    note = f"{runs.spread_note}. Best figures of the schemes in bold."
+    return publish(stem, table, readable_table2(table), f"Table 2, paper and ours ({runs.title})", note, runs.about(),
+                   readable_table2(table, r"\textbf{{{}}}"))  # fmt: skip
+
+
+def publish_effects(runs: Runs, stem: str | Path, reference: str = "backbone") -> str:
+    """:func:`publish` what each scheme changes about `reference`; the Markdown."""
+    table = report.effects(runs, reference)
+    title = f"Difference to {reference} ({runs.title})"
+    note = f"{runs.spread_note}. Differences are paired: same pair, same seed; 'better' is the share of pairs improved."
+    return publish(stem, table, readable_effects(table), title, note, runs.about())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What :mod:`lumirlib.costs` or :mod:`lumirlib.folding` wrote.
+
+    Attributes:
+        table: the CSV; None where it has not been measured.
+        about: its provenance.
+        how: what a reader is told where it is missing.
+    """
+
+    table: pd.DataFrame | None
+    about: Mapping[str, object]
+    how: str
+
+
+def read_measured(folder: str | Path, kind: str, name: str) -> Measured:
+    """`<folder>/<kind>/<name>.csv` with its provenance, for the kinds "costs" and "folding"."""
+    path = Path(folder) / kind / f"{name}.csv"
+    how = f"Not measured ({kind}/{name}.csv): `python -m lumirlib.{kind} --help` says how."
+    if not path.is_file():
+        return Measured(None, {}, how)
+    return Measured(pd.read_csv(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8")), how)
+
+
+def publish_costs(measured: Measured, stem: str | Path) -> str:
+    """:func:`publish` what every variant costs; the Markdown, or that it has not been measured."""
+    costs, about = measured.table, measured.about
+    if costs is None:
+        return measured.how
+    title = f"Costs at {about['images']} voxels, preset {about['preset']}, on {about['device']}"
+    note = (
+        f"Medians of {costs['round'].nunique()} round(s); in parentheses the ratio to the backbone, the median over "
+        f"rounds. Measured by {about['commit']} with {about['command']}."
+    )
+    return publish(stem, costs, readable_costs(costs), title, note, about)
+
+
+def publish_folding(measured: Measured, stem: str | Path) -> str:
+    """:func:`publish` the NDV of amplified velocities under both cascades; likewise."""
+    folding, about = measured.table, measured.about
+    if folding is None:
+        return measured.how
+    keys = ["variant", "cascade", "factor"]
+    seeds = folding.groupby([*keys, "seed"], sort=False)[["ndv_percent", "displacement_mm"]].mean()
+    table = seeds.groupby(keys, sort=False)
+    numbers = table.mean().join(table["ndv_percent"].std(ddof=1).rename("ndv_seed_std")).reset_index()
+    rows = []
+    for (variant, factor), part in numbers.groupby(["variant", "factor"], sort=False):
+        row = {"velocities of": variant, "amplified": f"×{factor:g}"}
+        for _, found in part.iterrows():
+            spread = "" if pd.isna(found["ndv_seed_std"]) else f" ({found['ndv_seed_std']:.4f})"
+            row[f"NDV (%), {found['cascade']}"] = f"{found['ndv_percent']:.4f}{spread}"
+            row[f"displacement (mm), {found['cascade']}"] = f"{found['displacement_mm']:.2f}"
+        rows.append(row)
+    data = f"simulated people, {about['resolution_mm']:g} mm: not a LUMIR result"
+    data = data if about["simulated"] else f"{about['cohort_name']}, {about['resolution_mm']:g} mm"
+    note = (
+        f"{folding['pair'].nunique()} pairs, {folding['seed'].nunique()} seed(s): means, in parentheses the sample "
+        f"standard deviation over seeds. Measured by {about['commit']} with {about['command']}."
+    )
+    title = f"The same velocities joined additively and compositionally ({data}; preset {about['preset']})"
+    return publish(stem, numbers, pd.DataFrame(rows), title, note, about)
+
+
+def escape_latex(text: str) -> str:
+    """Text with the characters that LaTeX takes for its own, and those that it lacks, written its way."""
+    for plain, escaped in (("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("&", r"\&"), ("±", r"$\pm$"), ("−", "$-$"),
+                           ("–", "--"), ("×", r"$\times$")):  # fmt: skip
+        text = text.replace(plain, escaped)
+    return text

@@ -1,0 +1,269 @@
+"""Table 2 from the files of many runs: what is read, counted, set beside the paper, written and drawn."""
+
+import json
+from dataclasses import asdict, replace
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import torch
+
+from lumirlib import build_model, costs, figures, folding, parse_variant, presets, report, tables
+from lumirlib.evaluation import write_results
+from lumirlib.folding import amplified_folding, join_velocities
+from lumirlib.models.backbone import CASCADES
+from lumirlib.presets import get_preset
+from lumirlib.provenance import project_root
+from lumirlib.study import AblationRun
+
+PAIRS = ("A_B", "B_A", "A_C")
+FACTS = {"cohort": "embedded", "cohort_name": "Embedded cohort (simulated)", "cohort_digest": "d" * 16,
+         "simulated": True, "resolution_mm": 4.0, "evaluated_pairs": 3, "commit": "c" * 40, "device": "x"}  # fmt: skip
+
+
+def write_run(folder, variant, seed, dice, tre=3.0, ndv=0.0, hd95=4.0, val_dice=0.6, preset="demo", **changes):
+    """A finished run whose figures are those given, one per pair or one for all; `changes` update its provenance."""
+    values = {"dice": dice, "tre_mm": tre, "ndv_percent": ndv, "hd95_mm": hd95, "seconds": 0.1}
+    rows = [
+        {"pair": pair, "fixed": pair[2], "moving": pair[0], "metric": metric, "value": value}
+        for metric, given in values.items()
+        for pair, value in zip(PAIRS, np.broadcast_to(given, 3), strict=True)
+    ]
+    chosen = get_preset(preset)
+    about = {
+        **FACTS, "run": f"{variant}_seed{seed}", "method": variant, "seed": seed, "preset": asdict(chosen),
+        "options": asdict(chosen.apply(parse_variant(variant))), "val_dice": val_dice, "val_dice_before": 0.5,
+        **changes,
+    }  # fmt: skip
+    return write_results(pd.DataFrame(rows), folder / "metrics" / f"{about['run']}.csv", about)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    before = write_run(tmp_path, "backbone", 0, [0.5, 0.4, 0.6], tre=5.0, run="Zero", method="Zero Displacement")
+    facts = before.with_suffix(".json")
+    kept = {key: value for key, value in json.loads(facts.read_text()).items() if key not in ("options", "preset")}
+    facts.write_text(json.dumps(kept))
+    write_run(tmp_path, "backbone", 0, [0.70, 0.60, 0.80], ndv=0.2)
+    write_run(tmp_path, "backbone", 1, [0.72, 0.62, 0.82], ndv=0.4)
+    write_run(tmp_path, "LC-2", 0, [0.71, 0.59, 0.84], ndv=0.0, val_dice=0.61)
+    write_run(tmp_path, "LC-2", 1, [0.73, 0.62, 0.83], ndv=0.0, val_dice=0.63)
+    yield tmp_path
+    plt.close("all")
+
+
+@pytest.fixture
+def runs(folder):
+    return report.load_runs(folder, ["backbone", "LK", "LC-2"])
+
+
+def test_runs_are_found_by_variant_preset_and_cohort_and_what_lacks_is_said(folder, runs):
+    assert runs.variants == ("backbone", "LC-2") and runs.missing == ("LK",)
+    assert "Not run: LK" in runs.missing_note and "lumirlib.sweep --rows backbone LK LC-2 --preset demo" in runs.command
+    assert "simulated" in runs.title and "not a LUMIR result" in runs.title
+    assert "3 pairs; 2 seed(s) a row" in runs.spread_note
+    write_run(folder, "LK", 0, 0.7, preset="smoke", run="LK_smoke")
+    write_run(folder, "LK", 0, 0.7, cohort="brains", run="LK_brains")
+    options = asdict(get_preset("demo").apply(parse_variant("LK"))) | {"start_channels": 20}
+    write_run(folder, "LK", 0, 0.7, options=options, run="LK_wide")
+    assert report.load_runs(folder, ["backbone", "LK"]).missing == ("LK",)
+    wide = report.load_runs(folder, ["LK"], options={"start_channels": 20})
+    assert wide.facts["run"].tolist() == ["LK_wide"] and "start_channels=20" in wide.title
+
+
+def test_runs_of_an_earlier_version_without_later_options_count(folder):
+    options = asdict(get_preset("demo").apply(parse_variant("CA")))
+    for name in ("bilateral_mode", "bilateral_sigma", "bilateral_sigma_range"):
+        del options[name]
+    write_run(folder, "CA", 0, 0.7, options=options)
+    assert report.load_runs(folder, ["CA"]).variants == ("CA",)
+
+
+def test_runs_that_cannot_stand_in_one_table_are_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run of LK; make them with: python -m lumirlib.sweep --rows LK"):
+        report.load_runs(folder, ["LK"])
+    write_run(folder, "LK", 0, 0.7, cohort_digest="e" * 16)
+    with pytest.raises(ValueError, match="different states of the cohort 'embedded'"):
+        report.load_runs(folder, ["LK", "backbone"])
+    with pytest.raises(ValueError, match="no zero displacement on the pairs of LK_seed0"):
+        report.load_runs(folder, ["LK"])
+    write_run(folder, "backbone", 0, 0.7, run="again")
+    with pytest.raises(ValueError, match="several runs of one variant and seed: again, backbone_seed0"):
+        report.load_runs(folder, ["backbone"])
+
+
+def test_table_2_has_means_over_seeds_spread_and_difference_in_the_papers_units(runs):
+    table = report.table2(runs).set_index(["variant", "metric"])
+    backbone = table.loc[("backbone", "dice")]
+    assert backbone[["paper", "ours", "difference", "seeds", "pairs"]].tolist() == pytest.approx(
+        [77.31, 71, 71 - 77.31, 2, 3]
+    )
+    assert backbone["seed_std"] == pytest.approx(np.std([70, 72], ddof=1))
+    assert table.loc[("backbone", "dice_std"), "ours"] == pytest.approx(100 * np.std([0.7, 0.6, 0.8]))
+    assert table.loc[("LC-2", "val_dice"), "ours"] == pytest.approx(62)
+    assert table.loc[("Before Reg", "tre_mm"), ["paper", "ours"]].tolist() == [4.3543, 5.0]
+    assert table.loc[("LC-2", "dice"), "sc"] == 16  # 64 of the paper, a quarter at demo
+
+
+def test_best_figures_are_bold_and_ties_of_all_are_not(runs):
+    shown = tables.readable_table2(report.table2(runs))
+    ours = shown[shown["whose"] == "ours"]
+    assert ours["Dice (%)"].tolist() == ["50.00", "71.00 (1.41)", "**72.00** (0.94)"]
+    assert ours["TRE (mm)"].tolist() == ["5.0000", "3.0000 (0.0000)", "3.0000 (0.0000)"]
+    assert ours["NDV (%)"].tolist()[1:] == ["0.3000 (0.1414)", "**0.0000** (0.0000)"]
+    assert shown[shown["whose"] == "paper"]["TRE (mm)"].tolist() == ["4.3543", "2.3753", "**2.3360**"]
+    assert shown["method"].tolist()[3] == "backbone (sc:8)"
+
+
+def test_differences_are_paired_by_pair_and_seed(runs):
+    differences = report.paired_differences(runs).set_index(["metric", "seed", "pair"])["difference"]
+    assert differences["dice"].to_numpy() == pytest.approx([1, -1, 4, 1, 0, 1])
+    effect = report.effects(runs).set_index("metric")
+    assert effect.loc["dice", "ours"] == pytest.approx(1.0)
+    assert effect.loc["dice", "paper"] == pytest.approx(77.34 - 77.31)
+    assert effect.loc["dice", "better_pairs"] == pytest.approx(2 / 3)
+    assert effect.loc["dice", "seed_std"] == pytest.approx(np.std([4 / 3, 2 / 3], ddof=1))
+    assert effect.loc["ndv_percent", ["ours", "better_pairs"]].tolist() == pytest.approx([-0.3, 1.0])
+    assert effect.loc["tre_mm", "better_pairs"] == 0
+    with pytest.raises(ValueError, match=r"reference must be one of the runs .backbone, LC-2.; got 'LK'"):
+        report.effects(runs, "LK")
+
+
+def test_a_filter_behind_trained_weights_is_set_beside_the_papers_bf(folder):
+    write_run(folder, "BF-post", 0, 0.7)
+    table = report.table2(report.load_runs(folder, ["backbone", "BF-post"])).set_index(["variant", "metric"])
+    assert table.loc[("BF-post", "dice"), ["method", "paper"]].tolist() == ["backbone+BF-post", 77.34]
+
+
+def test_tables_are_written_in_three_forms_with_their_provenance(runs, tmp_path):
+    text = tables.publish_table2(runs, tmp_path / "tables" / "table2")
+    csv, md, tex, about = ((tmp_path / "tables" / f"table2.{end}").read_text() for end in ("csv", "md", "tex", "json"))
+    assert md == text and "**72.00** (0.94)" in md and md.startswith("**Table 2, paper and ours (simulated people")
+    assert r"\textbf{72.00} (0.94)" in tex and r"Dice (\%)" in tex and r"\caption{Table 2" in tex and "±" not in tex
+    assert len(csv.splitlines()) == 1 + 3 * 6
+    assert json.loads(about)["commits"] == ["c" * 40] and "backbone_seed1" in json.loads(about)["runs"]
+    changed = tables.publish_effects(runs, tmp_path / "effects")
+    assert "+LC-2" in changed and "+1.00 (0.47), 67% better" in changed and "−0.3000" in changed
+
+
+def test_figures_of_many_runs_draw_every_pair_and_seed(runs, tmp_path):
+    figure = figures.variants_figure(runs, report.paired_differences(runs), runs.title)
+    assert len(figure.axes) == 8 and [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "backbone", "LC-2",
+    ]  # fmt: skip
+    assert [label.get_text() for label in figure.axes[4].get_yticklabels()] == ["LC-2"]
+    diamonds = next(line for line in figure.axes[4].lines if line.get_marker() == "D")
+    assert sorted(diamonds.get_xdata()) == pytest.approx([2 / 3, 4 / 3])
+    assert "simulated" in figure.get_suptitle()
+    figures.save_figure(figure, tmp_path / "schemes")
+    assert (tmp_path / "schemes.png").read_bytes()[1:4] == b"PNG" and (tmp_path / "schemes.pdf").is_file()
+
+
+# folding -------------------------------------------------------------------------------------------------------------
+
+
+def test_velocities_are_joined_as_the_network_joins_them():
+    torch.manual_seed(0)
+    images = torch.rand(2, 1, 1, 9, 12, 15)
+    for cascade in ("additive", "compositional"):
+        model = build_model("backbone", start_channels=4, head_channels=5, levels=3, cascade=cascade)
+        fields = model.fields(*images)
+        assert torch.equal(join_velocities(fields.velocities, cascade), fields.displacements[0])
+
+
+def test_amplified_velocities_fold_less_when_they_are_composed(embedded_cohort):
+    torch.manual_seed(0)
+    model = build_model("backbone", start_channels=4, levels=3)
+    for estimator in model.estimators:  # rough and large
+        torch.nn.init.normal_(estimator.conv3.weight, std=0.2)
+    table = amplified_folding(model, embedded_cohort, embedded_cohort.validation_pairs[:2], (0.0, 1.0), progress=False)
+    ndv = table.pivot_table(index="factor", columns="cascade", values="ndv_percent")
+    assert ndv.loc[0.0].tolist() == [0, 0]
+    assert ndv.loc[1.0, "additive"] > ndv.loc[1.0, "compositional"]
+    assert len(table) == 2 * 2 * 2 and (table.loc[table["factor"] > 0, "displacement_mm"] > 0).all()
+    with pytest.raises(ValueError, match="without a bilateral filter"):
+        amplified_folding(build_model("BF", start_channels=4), embedded_cohort, ())
+
+
+def test_folding_is_measured_from_the_checkpoints_of_a_sweep(small_cohort_json, tmp_path, capsys, monkeypatch):
+    words = ["--rows", "LC-1", "--seeds", "0", "--preset", "smoke", "--cohort", str(small_cohort_json)]
+    words += ["--out", str(tmp_path), "--factors", "1", "3"]
+    monkeypatch.setitem(presets.PRESETS, "smoke", replace(get_preset("smoke"), resolution_mm=1, levels=2, epochs=1))
+    assert folding.main(words) == 2
+    assert "LC-1 with seed 0 is not trained yet" in capsys.readouterr().err
+    AblationRun.prepare("LC-1", "smoke", str(small_cohort_json), out=str(tmp_path)).train(progress=False)
+    assert folding.main(words) == 0
+    measured = tables.read_measured(tmp_path, "folding", "small_smoke")
+    assert set(measured.table["factor"]) == {1, 3} and set(measured.table["cascade"]) == set(CASCADES)
+    assert str(tmp_path) not in json.dumps(measured.about) and measured.about["runs"][0].startswith("LC-1_small_smoke")
+    text = tables.publish_folding(measured, tmp_path / "folding_table")
+    assert "NDV (%), additive" in text and "×3" in text
+    figures.folding_figure(measured.table, "t")
+
+
+# costs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_multiply_adds_are_those_of_a_hand_count():
+    def convolutions(voxels, n, k):  # of one level's estimator
+        return voxels * 27 * (2 * n * 2 * n + 2 * n * k + 3 * k)
+
+    shape, n, k = (32, 48, 64), 8, 27
+    voxels = 32 * 48 * 64
+    encoder = 2 * voxels * 27 * (n + 2 * n * n + 2 * n * n)  # of both images
+    backbone = encoder + sum(convolutions(voxels // 8**level, n, k) for level in range(5))
+    variant = parse_variant("backbone", start_channels=n)
+    assert costs.multiply_adds(variant, shape) == backbone
+    tokens = voxels // 8**4
+    attention = 2 * 2 * tokens * tokens * n  # two directions, affinity and gathering
+    linear = tokens * (n * n + 2 * n * n + 2 * 2 * n * n)  # one affinity, two values, two gates
+    assert costs.multiply_adds(replace(variant, co_attention_levels=1), shape) == backbone + attention + linear
+
+
+def test_costs_are_measured_in_turn_written_and_read(tmp_path, monkeypatch):
+    small = replace(get_preset("smoke"), resolution_mm=16)
+    monkeypatch.setattr(costs, "get_preset", lambda name: small)
+    assert (
+        costs.main(["--rows", "backbone", "BF-post", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    )
+    table = pd.read_csv(tmp_path / "costs" / "smoke_cpu.csv").set_index("variant")
+    assert (table["seconds_per_pair"] > 0).all() and table.loc["backbone", "seconds_per_step"] > 0
+    assert np.isnan(table.loc["BF-post", "seconds_per_step"])  # a filter behind trained weights is not trained
+    assert table.loc["backbone", "paper_parameters"] == 909_232
+    assert table.loc["backbone", "training_mib"] > table.loc["backbone", "parameters"] * 16 / 2**20
+    text = tables.publish_costs(tables.read_measured(tmp_path, "costs", "smoke_cpu"), tmp_path / "costs_table")
+    assert "10x14x12 voxels" in text and "(1.00×)" in text
+    assert "lumirlib.costs --preset half --device cuda" in tables.publish_costs(
+        tmp_path, "half", "cuda", tmp_path / "n"
+    )
+
+
+def test_memory_of_a_worker_sees_what_was_allocated_and_freed():
+    with costs._PeakMemory(torch.device("cpu")) as memory:
+        block = torch.ones(64, 2**20)  # 256 MiB
+        block.sum()
+        del block
+    assert 200 * 2**20 < memory.peak < 400 * 2**20
+
+
+def test_mistakes_of_the_costs_are_named(capsys):
+    assert costs.main(["--rows", "LKK"]) == 2
+    assert costs.main(["--rounds", "0"]) == 2
+    assert "unknown variant 'LKK'" in (errors := capsys.readouterr().err) and "--rounds must be 1 or more" in errors
+
+
+# the notebook --------------------------------------------------------------------------------------------------------
+
+
+def test_notebook_makes_the_table_of_any_results_folder(folder, tmp_path):
+    parameters = {"results": str(folder), "out": str(tmp_path / "elsewhere"), "rows": ["table2"]}
+    notebook = str(project_root() / "notebooks" / "table2.ipynb")
+    papermill.execute_notebook(notebook, str(tmp_path / "o.ipynb"), parameters, progress_bar=False)
+    text = "".join(str(cell.get("outputs")) for cell in nbformat.read(tmp_path / "o.ipynb", 4).cells)
+    assert "Not run: BF, CA, CA+BF, LK, LC-1" in text and "Not measured" in text
+    made = {path.name for path in (tmp_path / "elsewhere" / "tables").iterdir()}
+    assert {f"table2_embedded_demo.{end}" for end in ("csv", "md", "tex", "json", "png", "pdf")} <= made
+    assert "table2_embedded_demo_effects.csv" in made
