@@ -63,13 +63,13 @@ def multiply_adds(variant: Variant, shape: tuple[int, ...]) -> int:
     return counter.get_total_flops() // 2
 
 
-class _PeakMemory:
+class PeakMemory:
     """Peak memory above that at the start, in bytes: allocated on a GPU, resident (sampled each ms) on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.peak = device, 0
 
-    def __enter__(self) -> _PeakMemory:
+    def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
@@ -132,7 +132,7 @@ def measure(variant: Variant, preset: Preset, device: str, repeats: int, trainin
         with torch.no_grad():
             model(fixed, moving)
 
-    with _PeakMemory(chosen) as memory:
+    with PeakMemory(chosen) as memory:
         model = to_device(build_model(variant), chosen).eval()
         found["seconds_per_pair"] = _seconds(infer, chosen, repeats)
     found["inference_mib"] = memory.peak / MEBIBYTE
@@ -150,7 +150,7 @@ def measure(variant: Variant, preset: Preset, device: str, repeats: int, trainin
         terms["total"].backward()
         optimizer.step()
 
-    with _PeakMemory(chosen) as memory:
+    with PeakMemory(chosen) as memory:
         model = to_device(build_model(variant), chosen)
         optimizer = torch.optim.Adam(model.parameters(), lr=preset.learning_rate, amsgrad=preset.amsgrad)
         found["seconds_per_step"] = _seconds(step, chosen, repeats)

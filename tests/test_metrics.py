@@ -102,6 +102,29 @@ def test_hd95_equals_the_reference_on_whole_volumes_borders_included():
         assert value == pytest.approx(surface_distance.compute_robust_hausdorff(found, 95), abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_hd95_equals_the_reference_on_blobs_of_odd_shapes_single_voxels_and_labels_at_the_border(seed):
+    generator = np.random.default_rng(seed)
+    shape = tuple(generator.integers(5, 19, 3))
+    volumes = []
+    for _ in range(2):
+        coarse = generator.choice([0, 4, 11, 23, 300], size=tuple(-(-side // 4) for side in shape))
+        fine = coarse.repeat(4, 0).repeat(4, 1).repeat(4, 2)[: shape[0], : shape[1], : shape[2]].astype(np.int16)
+        fine[tuple(generator.integers(0, shape))] = 207  # one voxel
+        fine[tuple(generator.integers(0, shape))] = 5  # a label that is not scored parts the others all the same
+        volumes.append(torch.from_numpy(fine)[None, None])
+    warped, fixed = volumes
+    labels = (0, 4, 11, 23, 207, 300, 31)
+    ours = metrics.hd95_per_label_mm(warped, fixed, spacing_mm=2.0, labels=labels)
+    for value, label in zip(ours, labels, strict=True):
+        masks = [labels[0, 0].numpy() == label for labels in (fixed, warped)]
+        if not masks[0].any() or not masks[1].any():
+            assert math.isnan(value)
+            continue
+        found = surface_distance.compute_surface_distances(*masks, [2.0] * 3)
+        assert value == pytest.approx(surface_distance.compute_robust_hausdorff(found, 95), abs=1e-6)
+
+
 def test_hd95_of_a_lost_label_is_infinite_and_of_an_absent_one_nan():
     fixed = volume((4, box((0, 2), (0, 2), (0, 2))))
     moving = volume((4, box((5, 6), (5, 6), (5, 6))))

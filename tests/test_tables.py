@@ -242,7 +242,7 @@ def test_costs_are_measured_in_turn_written_and_read(tmp_path, monkeypatch):
 
 
 def test_memory_of_a_worker_sees_what_was_allocated_and_freed():
-    with costs._PeakMemory(torch.device("cpu")) as memory:
+    with costs.PeakMemory(torch.device("cpu")) as memory:
         block = torch.ones(64, 2**20)  # 256 MiB
         block.sum()
         del block
