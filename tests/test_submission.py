@@ -1,0 +1,264 @@
+"""Submissions: conventions of displacements, writing, reading, what the validator names, and scores."""
+
+import gzip
+import re
+import zipfile
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from lumirlib import conventions, spatial, submission
+from lumirlib.evaluation import evaluate_method, zero_displacement
+
+SHAPE = (5, 6, 7)
+#: Voxels of 2, 3 and 1.5 mm, axes permuted and turned: i runs to the left, j upwards, k to the front.
+AFFINE = np.array([[-2.0, 0, 0, 10], [0, 0, 1.5, -20], [0, 3.0, 0, 5], [0, 0, 0, 1]])
+
+
+def random_displacement(shape=SHAPE, seed=0):
+    return 2 * torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(seed)) - 1
+
+
+# conventions ---------------------------------------------------------------------------------------------------------
+
+
+def test_layouts_keep_each_component_and_voxel():
+    ours = random_displacement()
+    last = conventions.voxel_to_channels_last(ours)
+    assert last.shape == (*SHAPE, 3) and last[1, 2, 3, 0] == ours[0, 0, 1, 2, 3]
+    for back in (
+        conventions.channels_last_to_voxel(last),
+        conventions.channels_first_to_voxel(ours[0].numpy()),
+        conventions.voxelmorph_to_voxel(ours),
+        conventions.voxelmorph_to_voxel(last[None]),
+    ):
+        assert torch.equal(back, ours)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_grid_sample_units_give_what_grid_sample_warps(align_corners):
+    ours, image = random_displacement(), torch.rand(1, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    flow = conventions.voxel_to_grid_sample(ours, align_corners)
+    assert flow.shape == (1, *SHAPE, 3)
+    identity = torch.nn.functional.affine_grid(torch.eye(3, 4)[None], [1, 1, *SHAPE], align_corners=align_corners)
+    warped = torch.nn.functional.grid_sample(image, identity + flow, align_corners=align_corners)
+    assert torch.allclose(warped, spatial.warp(image, ours), atol=1e-5)
+    assert torch.allclose(conventions.grid_sample_to_voxel(flow, align_corners), ours, atol=1e-6)
+
+
+def test_an_itk_field_moves_points_in_the_world_as_ours_moves_voxels():
+    ours = random_displacement()
+    field = conventions.voxel_to_itk(ours, AFFINE)
+    assert field.shape == (*SHAPE, 1, 3)
+    voxel = np.array([1, 2, 3])
+    moved = voxel + ours[0, :, 1, 2, 3].numpy()
+    before, after = (AFFINE @ [*place, 1] for place in (voxel, moved))
+    lps = (after - before)[:3] * [-1, -1, 1]
+    assert field[1, 2, 3, 0] == pytest.approx(lps, abs=1e-5)
+    assert torch.allclose(conventions.itk_to_voxel(field, AFFINE), ours, atol=1e-5)
+    assert torch.allclose(conventions.itk_to_voxel(field[:, :, :, 0], AFFINE), ours, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: conventions.channels_last_to_voxel(np.zeros((3, 5, 6, 7))),
+            r"array must be \(D, H, W, 3\), got \(3, ",
+        ),
+        (lambda: conventions.channels_first_to_voxel(np.zeros((5, 6, 7, 3))), r"array must be \(3, D, H, W\), got \(5"),
+        (lambda: conventions.voxelmorph_to_voxel(np.zeros((5, 6, 7, 3))), r"flow must be \(1, 3, D, H, W\) or"),
+        (lambda: conventions.grid_sample_to_voxel(torch.zeros(1, 3, 5, 6, 7)), r"flow must be \(1, D, H, W, 3\)"),
+        (lambda: conventions.itk_to_voxel(np.zeros((5, 6, 7)), AFFINE), r"field must be \(D, H, W, 3\)"),
+        (lambda: conventions.voxel_to_itk(random_displacement(), np.zeros((4, 4))), "affine must be an invertible"),
+        (lambda: conventions.voxel_to_channels_last(torch.zeros(2, 3, 5, 6, 7)), r"displacement must be \(1, 3, D"),
+    ],
+)
+def test_other_layouts_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_named_by_case_numbers(embedded_cohort):
+    assert submission.case_number("LUMIRMRI_3455") == "3455" and submission.case_number("SIM_0024") == "0024"
+    names = submission.files_of(embedded_cohort.validation_pairs[:2])
+    assert list(names) == ["disp_0024_0025.nii.gz", "disp_0024_0026.nii.gz"]
+    with pytest.raises(ValueError, match="'brain' has no case number of up to four digits"):
+        submission.case_number("brain")
+    pair = embedded_cohort.validation_pairs[0]
+    other = replace(pair, fixed=replace(pair.fixed, name="OTHER_0024"))
+    with pytest.raises(ValueError, match=r"would both be disp_0024_0025\.nii\.gz"):
+        submission.files_of((pair, other))
+
+
+# writing and scoring -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(embedded_cohort):
+    return embedded_cohort.validation_pairs[:2]
+
+
+@pytest.fixture(scope="module")
+def true_method(embedded_cohort, pairs):
+    """A method that knows the truth of two simulated pairs, so that every mistake shows on the images."""
+    known = {
+        float(embedded_cohort.image(p.fixed).sum() - embedded_cohort.image(p.moving).sum()): (
+            embedded_cohort.true_displacement(p)
+        )
+        for p in pairs
+    }
+    return lambda fixed, moving: known[float(fixed.sum() - moving.sum())]
+
+
+@pytest.fixture(scope="module")
+def good(embedded_cohort, pairs, true_method, tmp_path_factory):
+    path = tmp_path_factory.mktemp("submission") / "good.zip"
+    return submission.write_submission(true_method, embedded_cohort, path, pairs, progress=False)
+
+
+def test_a_written_submission_validates_and_scores_as_in_memory(embedded_cohort, pairs, true_method, good):
+    assert not good.with_suffix(".parts").exists()
+    assert submission.validate_submission(good, embedded_cohort, pairs, progress=False) == []
+    columns = ["pair", "metric"]
+    scored, direct = (
+        table[table["metric"] != "seconds"].set_index(columns)["value"] for table in (
+            submission.score_submission(good, embedded_cohort, pairs, progress=False),
+            evaluate_method(true_method, embedded_cohort, pairs, progress=False),
+        )
+    )  # fmt: skip
+    assert scored.to_numpy() == pytest.approx(direct.to_numpy(), abs=1e-4)
+
+
+def test_an_interrupted_submission_goes_on_and_leaves_no_half_zip(embedded_cohort, pairs, true_method, tmp_path):
+    calls = []
+
+    def dies(fixed, moving):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return true_method(fixed, moving)
+
+    path = tmp_path / "s.zip"
+    with pytest.raises(KeyboardInterrupt):
+        submission.write_submission(dies, embedded_cohort, path, pairs, progress=False)
+    assert not path.exists() and len(list(path.with_suffix(".parts").iterdir())) == 1
+    submission.write_submission(dies, embedded_cohort, path, pairs, progress=False)
+    assert len(calls) == 3 and path.is_file()
+
+
+def test_a_method_that_fails_is_named(embedded_cohort, pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"got \(1, 3, 4, 4, 4\) for SIM_0024_SIM_0025"):
+        submission.write_submission(
+            lambda f, m: torch.zeros(1, 3, 4, 4, 4), embedded_cohort, tmp_path / "a.zip", pairs, progress=False
+        )
+    with pytest.raises(ValueError, match=r"path must end in \.zip, got a\.tar"):
+        submission.write_submission(zero_displacement, embedded_cohort, tmp_path / "a.tar", pairs)
+
+
+# validating ----------------------------------------------------------------------------------------------------------
+
+
+def packed(array, dtype=np.float32):
+    return gzip.compress(nib.Nifti1Image(np.asarray(array).astype(dtype), np.eye(4)).to_bytes(), 1)
+
+
+def repack(good, path, changes):
+    """A zip as `good` with members replaced, added (bytes) or left out (None)."""
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w") as target:
+        members = {name: source.read(name) for name in source.namelist()} | changes
+        for name, content in members.items():
+            if content is not None:
+                target.writestr(name, content)
+    return path
+
+
+FIRST = "disp_0024_0025.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def field(embedded_cohort, pairs):
+    return embedded_cohort.true_displacement(pairs[0])
+
+
+def findings(good, tmp_path, cohort, pairs, changes):
+    path = repack(good, tmp_path / "changed.zip", changes)
+    return submission.validate_submission(path, cohort, pairs, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "mistake"),
+    [
+        ("normalized", "grid_sample's normalized units", lambda u, c: conventions.voxel_to_grid_sample(u)[0]),
+        ("normalized", "-1 to 1 across the volume",
+         lambda u, c: conventions.voxel_to_grid_sample(u)[0].flip(-1)),
+        ("transposed", "in the order k, j, i instead of i, j, k", lambda u, c: u[0].flip(0).movedim(0, -1)),
+        ("transposed", "in the order j, k, i instead of i, j, k", lambda u, c: u[0][[1, 2, 0]].movedim(0, -1)),
+        ("millimetres", "in mm along LPS axes", lambda u, c: conventions.voxel_to_itk(u, c.affine)[:, :, :, 0]),
+        ("millimetres", "in mm instead of voxels", lambda u, c: u[0].movedim(0, -1) * c.resolution_mm),
+        ("direction", "points the other way", lambda u, c: -u[0].movedim(0, -1)),
+    ],
+)  # fmt: skip
+def test_a_misread_field_is_named_by_its_effect(embedded_cohort, pairs, good, field, tmp_path, kind, words, mistake):
+    found = findings(good, tmp_path, embedded_cohort, pairs, {FIRST: packed(mistake(field, embedded_cohort))})
+    assert [(finding.file, finding.kind) for finding in found] == [(FIRST, kind)]
+    assert words in found[0].message and found[0].fatal
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "make"),
+    [
+        ("shape", r"expected shape .* got \(4, 5, 6, 3\)", lambda u: packed(np.zeros((4, 5, 6, 3)))),
+        ("transposed", "the axes are in another order", lambda u: packed(u[0].permute(3, 2, 1, 0))),
+        ("dtype", "expected floating-point displacements, got int16", lambda u: packed(u[0].round(), np.int16)),
+        ("not finite", "1 displacements are NaN or infinite",
+         lambda u: packed(np.where(np.arange(u.numel()).reshape(u[0].shape) == 5, np.nan, u[0]))),
+        ("unreadable", "cannot be unpacked", lambda u: packed(u[0])[:2000]),
+        ("unreadable", "cannot be unpacked", lambda u: b"not gzip"),
+        ("unreadable", "cannot be read as NIfTI", lambda u: gzip.compress(b"not NIfTI")),
+        ("unreadable", "unpacks to more than", lambda u: gzip.compress(bytes(40_000_000), 1)),
+        ("worse than nothing", "every displacement is zero", lambda u: packed(u[0] * 0)),
+        ("too large", "more than the volume's side", lambda u: packed(u[0] * 0 + 1e4)),
+    ],
+)  # fmt: skip
+def test_a_broken_field_is_named(embedded_cohort, pairs, good, field, tmp_path, kind, message, make):
+    found = findings(good, tmp_path, embedded_cohort, pairs, {FIRST: make(field)})
+    assert found[0].kind == kind and found[0].file == FIRST
+    assert re.search(message, found[0].message), found[0].message
+
+
+def test_channels_first_and_double_precision_are_accepted(embedded_cohort, pairs, good, field, tmp_path):
+    changes = {FIRST: packed(field[0], np.float64)}
+    assert findings(good, tmp_path, embedded_cohort, pairs, changes) == []
+
+
+def test_names_are_checked(embedded_cohort, pairs, good, tmp_path):
+    changes = {
+        FIRST: None, "disp_0025_0024.nii.gz": b"", "disp_0001_0002.nii.gz": b"", "field.nii.gz": b"",
+        "out/": b"", "out/disp_0024_0026.nii.gz": b"",
+    }  # fmt: skip
+    found = {finding.file: finding for finding in findings(good, tmp_path, embedded_cohort, pairs, changes)}
+    assert found[FIRST].kind == "missing"
+    assert "fixed and moving exchanged" in found["disp_0025_0024.nii.gz"].message
+    assert "not asked for" in found["disp_0001_0002.nii.gz"].message
+    assert "is not named disp_<fixed>_<moving>.nii.gz" in found["field.nii.gz"].message
+    assert (
+        "is a folder" in found["out/"].message and "at the top of the zip" in found["out/disp_0024_0026.nii.gz"].message
+    )
+
+
+def test_a_missing_file_and_a_broken_zip_are_named_by_the_reader(embedded_cohort, pairs, good, tmp_path):
+    without = repack(good, tmp_path / "without.zip", {FIRST: None})
+    with pytest.raises(ValueError, match=rf"without.zip: {FIRST} is missing"):
+        submission.score_submission(without, embedded_cohort, pairs, progress=False)
+    (tmp_path / "torn.zip").write_bytes(good.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot read .*torn.zip as a zip"):
+        submission.validate_submission(tmp_path / "torn.zip", embedded_cohort, pairs)
+    with pytest.raises(FileNotFoundError, match="no such submission"):
+        submission.validate_submission(tmp_path / "none.zip", embedded_cohort, pairs)
