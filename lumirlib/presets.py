@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -153,3 +154,14 @@ def split_options(preset: str, variant: str, options: Mapping[str, object]) -> t
         raise ValueError(f"unknown option {', '.join(unknown)}: choose from {', '.join(known)}")
     chosen = get_preset(preset, **{name: value for name, value in options.items() if name in PRESET_OPTIONS})
     return chosen, check_options(variant, {name: value for name, value in options.items() if name in OPTIONS})
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """Name and value of "name=value"; the value is a number, true, false, or text."""
+    name, equals, value = text.partition("=")
+    if not (name.strip() and equals):
+        raise ValueError(f"--set takes name=value, got {text!r}")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value.strip()

@@ -23,7 +23,7 @@ import nbformat
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib.presets import split_options
+from lumirlib.presets import parse_setting, split_options
 from lumirlib.report import paper_table
 from lumirlib.variants import parse_variant
 
@@ -101,17 +101,6 @@ def table2_rows() -> list[str]:
     """Variants of the paper's Table 2, in its order."""
     methods = paper_table(2)["method"]
     return [method.removeprefix("backbone+") for method in methods if method.startswith("backbone")]
-
-
-def parse_setting(text: str) -> tuple[str, object]:
-    """Name and value of "name=value"; the value is a number, true, false, or text."""
-    name, equals, value = text.partition("=")
-    if not (name.strip() and equals):
-        raise ValueError(f"--set takes name=value, got {text!r}")
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value.strip()
 
 
 def variant_rows(rows: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from lumirlib.evaluation import summarize
-from lumirlib.presets import PRESETS
+from lumirlib.presets import PRESETS, parse_setting
 from lumirlib.study import AblationRun
 from lumirlib.training import NonFiniteLossError
 from lumirlib.variants import variant_choices
@@ -22,6 +22,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     options.add_argument("--out", default="", help="results folder")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
+                         "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
     options.add_argument("--restart", action="store_true", help="start anew where a checkpoint would be resumed")
     options.add_argument("--quiet", action="store_true", help="no progress bars")
     return options
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             given.data_root,
             given.out,
             given.device,
+            options=dict(parse_setting(text) for text in given.set),
             command="python -m lumirlib.train, as papermill notebooks/run_ablation.ipynb <output>.ipynb",
         )
         print(run.describe())
