@@ -13,9 +13,16 @@ from lumirlib._checks import check_displacement
 BLOCK = 16
 
 
-def _determinant(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor) -> torch.Tensor:
-    """Determinant of the 3 x 3 matrices whose columns are given as (3, ...) tensors."""
-    return (first * torch.linalg.cross(second, third, dim=0)).sum(0)
+def _cross(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+    """The three components of the cross product of vectors given as (3, ...) tensors."""
+    return [
+        torch.addcmul(first[a] * second[b], first[b], second[a], value=-1) for a, b in ((1, 2), (2, 0), (0, 1))
+    ]  # fmt: skip
+
+
+def _dot(first: torch.Tensor, second: list[torch.Tensor]) -> torch.Tensor:
+    total = first[0] * second[0]
+    return total.addcmul_(first[1], second[1]).addcmul_(first[2], second[2])
 
 
 def _shifted(points: torch.Tensor, i: int, j: int, k: int) -> torch.Tensor:
@@ -59,14 +66,23 @@ def ndv_volume(displacement: torch.Tensor, mask: torch.Tensor | None = None) -> 
         axes = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
         forward = [_shifted(points, *axis) - here for axis in axes]
         backward = [here - _shifted(points, *(-step for step in axis)) for axis in axes]
-        determinants = [_determinant(*choice) for choice in itertools.product(*zip(forward, backward, strict=True))]
+        # the columns along j and k, whose cross product both columns along i share
+        choices = [
+            ((forward[0], backward[0]), second, third)
+            for second, third in itertools.product((forward[1], backward[1]), (forward[2], backward[2]))
+        ]
         for corners in (
             ((-1, -1, 0), (-1, 0, -1), (0, -1, -1)),
             ((1, 1, 0), (0, 1, 1), (1, 0, 1)),
         ):
-            determinants.append(_determinant(*(_shifted(points, *corner) - here for corner in corners)))
-        folded = sum((-determinant).clamp_min(0) for determinant in determinants)
-        volume += float((0.5 * folded * inside).sum()) / 6
+            first, second, third = (_shifted(points, *corner) - here for corner in corners)
+            choices.append(((first,), second, third))
+        folded = torch.zeros_like(inside)
+        for firsts, second, third in choices:
+            normal = _cross(second, third)
+            for first in firsts:
+                folded -= _dot(first, normal).clamp_max_(0)
+        volume += float((0.5 * folded).mul_(inside).sum()) / 6
         counted += float(inside.sum())
     return volume, counted
 
