@@ -17,6 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lumirlib import spatial
 from lumirlib.files import write_atomically
@@ -291,6 +292,9 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
                    marker="D", markersize=4, color="black", zorder=4)  # fmt: skip
         below.axvline(0, color="0.4", linewidth=1.2)
         below.set(xlabel=f"{label}, minus the {reference}'s", ylabel="")
+        for ax in (above, below):
+            ax.xaxis.set_major_locator(MaxNLocator(4))
+            ax.ticklabel_format(axis="x", scilimits=(-3, 4))
     figure.suptitle(title)
     return figure
 

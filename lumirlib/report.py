@@ -175,10 +175,11 @@ class Runs:
         """How many pairs and seeds the figures are of, and what their signs mean."""
         pairs = self.values.groupby("variant")["pair"].nunique()
         seeds = self.facts.groupby("variant", sort=False)["seed"].nunique()
-        counts = sorted({int(count) for count in seeds})
+        fewest, most = int(seeds.min()), int(seeds.max())
+        counted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         return (
-            f"{int(pairs.min())} pairs; {' or '.join(map(str, counts))} seed(s) a row: means over the seeds, in "
-            "parentheses the sample standard deviation over them; ± std is the population standard deviation over pairs"
+            f"{int(pairs.min())} pairs; {counted} seed(s) a row: means over the seeds, in parentheses the sample "
+            "standard deviation over them; ± std is the population standard deviation over pairs"
         )
 
 

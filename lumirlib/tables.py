@@ -18,7 +18,9 @@ from lumirlib.report import BEFORE, COLUMNS, DIGITS, HIGHER_IS_BETTER, Runs
 def _number(value: float, digits: int, signed: bool = False) -> str:
     if pd.isna(value):
         return "–"
-    return f"{value:+.{digits}f}".replace("-", "−") if signed else f"{value:.{digits}f}"
+    if signed and round(value, digits) != 0:
+        return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{abs(value) if signed else value:.{digits}f}"
 
 
 def readable_table2(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
