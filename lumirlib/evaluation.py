@@ -193,6 +193,20 @@ def write_results(table: pd.DataFrame, path: str | Path, about: dict) -> Path:
     return path
 
 
+def data_title(cohort: str, name: str, simulated: bool, resolution_mm: float) -> str:
+    """What data a table or figure is of, for its title: says "simulated" where it is, and what is not LUMIR.
+
+    Args:
+        cohort: short name of the cohort.
+        name: its own name.
+        simulated: whether it is.
+        resolution_mm: edge of a voxel.
+    """
+    if simulated:
+        return f"simulated people, {resolution_mm:g} mm: not a LUMIR result"
+    return f"{name}, {resolution_mm:g} mm" + ("" if cohort == "lumir" else ": not LUMIR")
+
+
 def cohort_facts(cohort: Cohort) -> dict[str, object]:
     """What provenance says about a cohort; no path of this machine."""
     return {

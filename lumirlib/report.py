@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lumirlib.evaluation import summarize
+from lumirlib.evaluation import data_title, summarize
 from lumirlib.presets import Preset, split_options
 from lumirlib.variants import Variant, parse_variant
 
@@ -141,11 +141,7 @@ class Runs:
     def title(self) -> str:
         """What a table or figure of these runs is headed with; says "simulated" where it is."""
         first = self.facts.iloc[0]
-        data = f"{first['cohort_name']}, {first['resolution_mm']:g} mm"
-        if first["simulated"]:
-            data = f"simulated people, {first['resolution_mm']:g} mm: not a LUMIR result"
-        elif first["cohort"] != "lumir":
-            data += ": not LUMIR"
+        data = data_title(first["cohort"], first["cohort_name"], first["simulated"], first["resolution_mm"])
         set_besides = "".join(f", {name}={value}" for name, value in self.options.items())
         return f"{data}; preset {self.preset.name}{set_besides}"
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from lumirlib import provenance
 from lumirlib.data import Cohort, Pair, load_cohort
 from lumirlib.data.cohort import SMALLEST_LABEL
-from lumirlib.evaluation import cohort_facts, evaluate_method, write_results, zero_displacement
+from lumirlib.evaluation import cohort_facts, data_title, evaluate_method, write_results, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.labels import LUMIR_LABELS
 from lumirlib.presets import split_options
@@ -125,11 +125,8 @@ class AblationRun:
     @property
     def title(self) -> str:
         """What a table or figure of this run is headed with; says "simulated" where it is."""
-        data = f"{self.cohort.name}, {self.cohort.resolution_mm:g} mm"
-        if self.cohort.simulated:
-            data = f"simulated people, {self.cohort.resolution_mm:g} mm: not a LUMIR result"
-        elif self.cohort.short_name != "lumir":
-            data += ": not LUMIR"
+        cohort = self.cohort
+        data = data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm)
         set_besides = "".join(f", {name}={value}" for name, value in self.options.items() if name != "start_channels")
         return f"{self.config.variant.name} (sc:{self.config.variant.start_channels}){set_besides}, {data}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from lumirlib import report
+from lumirlib.evaluation import data_title
 from lumirlib.files import write_atomically, write_json
 from lumirlib.provenance import now, versions
 from lumirlib.report import BEFORE, COLUMNS, DIGITS, HIGHER_IS_BETTER, Runs
@@ -234,8 +235,7 @@ def publish_folding(measured: Measured, stem: str | Path) -> str:
             row[f"NDV (%), {found['cascade']}"] = f"{found['ndv_percent']:.4f}{spread}"
             row[f"displacement (mm), {found['cascade']}"] = f"{found['displacement_mm']:.2f}"
         rows.append(row)
-    data = f"simulated people, {about['resolution_mm']:g} mm: not a LUMIR result"
-    data = data if about["simulated"] else f"{about['cohort_name']}, {about['resolution_mm']:g} mm"
+    data = data_title(about["cohort"], about["cohort_name"], about["simulated"], about["resolution_mm"])
     note = (
         f"{folding['pair'].nunique()} pairs, {folding['seed'].nunique()} seed(s): means, in parentheses the sample "
         f"standard deviation over seeds. Measured by {about['commit']} with {about['command']}."
