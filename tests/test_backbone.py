@@ -158,7 +158,7 @@ def test_forward_on_cuda_under_autocast_stays_float32_and_close():
         (lambda: build_model("backbone", start_channels=0), "start_channels must be a whole number from 1, got 0"),
         (lambda: small()(torch.rand(1, 1, 8, 9, 10), torch.rand(1, 1, 8, 9, 11)), "fixed and moving must have one sh"),
         (lambda: small()(torch.rand(8, 9, 10), torch.rand(8, 9, 10)), r"fixed must be \(B, 1, D, H, W\), got \(8, 9"),
-        (lambda: build_model("backbone", start_channels="32"), "start_channels must be a whole number from 1"),
+        (lambda: build_model("backbone", start_channels="32"), "start_channels must be a whole number, got .32."),
         (lambda: build_model("backbone", squarings=-1), "squarings must be a whole number from 0, got -1"),
         (lambda: build_model(Variant(), width=3), "unknown option width"),
         (lambda: small()(torch.full((1, 1, 8, 9, 10), torch.nan), torch.rand(1, 1, 8, 9, 10)),

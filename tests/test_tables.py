@@ -236,9 +236,8 @@ def test_costs_are_measured_in_turn_written_and_read(tmp_path, monkeypatch):
     assert table.loc["backbone", "training_mib"] > table.loc["backbone", "parameters"] * 16 / 2**20
     text = tables.publish_costs(tables.read_measured(tmp_path, "costs", "smoke_cpu"), tmp_path / "costs_table")
     assert "10x14x12 voxels" in text and "(1.00×)" in text
-    assert "lumirlib.costs --preset half --device cuda" in tables.publish_costs(
-        tmp_path, "half", "cuda", tmp_path / "n"
-    )
+    missing = tables.read_measured(tmp_path, "costs", "half_cuda")
+    assert "Not measured (costs/half_cuda.csv): `python -m lumirlib.costs --help`" in tables.publish_costs(missing, "n")
 
 
 def test_memory_of_a_worker_sees_what_was_allocated_and_freed():
