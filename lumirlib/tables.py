@@ -116,11 +116,6 @@ def readable_costs(costs: pd.DataFrame, reference: str = "backbone") -> pd.DataF
     return pd.DataFrame(rows)
 
 
-def readable(frame: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
-    """A table of numbers as text: fractions with `digits` digits, whole numbers as they are."""
-    return frame.map(lambda value: f"{value:.{digits}f}" if isinstance(value, float) else str(value))
-
-
 def to_markdown(frame: pd.DataFrame) -> str:
     """A table of text as Markdown."""
     return frame.to_markdown(index=False, disable_numparse=True)

@@ -51,7 +51,7 @@ class Variant:
         if not self.bilateral_window or self.bilateral_mode != "post":
             return self
         plain = {option.name: option.default for option in fields(self) if option.name.startswith("bilateral_")}
-        parts = [part for part in self.name.split("+") if part != "BF-post"]
+        parts = [part for part in self.name.split("+") if part not in ("BF", "BF-post")]
         return replace(self, name="+".join(parts) or "backbone", **plain)
 
 

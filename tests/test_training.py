@@ -344,6 +344,11 @@ def test_a_filter_behind_a_network_that_has_one_and_other_changes_of_trained_wei
         training.Trainer(run.config, run.cohort, tmp_path, run.device)
 
 
+def test_a_filter_set_behind_by_option_takes_the_same_backbone():
+    by_name, by_option = parse_variant("CA+BF-post"), parse_variant("CA+BF", bilateral_mode="post")
+    assert by_name.without_post_filter() == by_option.without_post_filter() == parse_variant("CA")
+
+
 def test_options_of_later_versions_leave_the_names_of_earlier_runs_as_they_were(embedded_cohort):
     config = make_config(parse_variant("backbone"), get_preset("demo"), embedded_cohort, 0)
     assert "bilateral_mode" not in config.as_dict()["variant"]
