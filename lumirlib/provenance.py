@@ -13,7 +13,7 @@ import torch
 
 from lumirlib._version import __version__
 
-PACKAGES = ("torch", "numpy", "scipy", "nibabel", "pandas", "matplotlib", "surface-distance", "deepmriprep")
+PACKAGES = ("torch", "numpy", "scipy", "numba", "nibabel", "pandas", "matplotlib", "surface-distance", "deepmriprep")
 
 
 def project_root() -> Path | None:

@@ -24,6 +24,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from lumirlib import _compiled
 from lumirlib._checks import check_choice, check_displacement, check_image, check_same_grid
 
 WARP_MODES = ("bilinear", "nearest")
@@ -143,9 +144,26 @@ def warp(image: torch.Tensor, displacement: torch.Tensor, mode: str = "bilinear"
         got = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
         raise ValueError(f"image must be (B, C, D, H, W), got {got}")
     check_same_grid(image, displacement, "image", "displacement")
+    if mode == "nearest":
+        return _warp_nearest(image, displacement)
     displacement = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
     points = _cached_identity(tuple(displacement.shape[2:]), displacement.device, displacement.dtype) + displacement
-    return sample(image, points) if mode == "bilinear" else sample_nearest(image, points)
+    return sample(image, points)
+
+
+def _warp_nearest(image: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:
+    """What :func:`warp` does with mode "nearest". Points are added in float64, as SciPy's users do: ties are kept."""
+    if image.device.type != "cpu":
+        points = _cached_identity(tuple(displacement.shape[2:]), displacement.device, torch.float64) + displacement
+        return sample_nearest(image, points)
+    if displacement.dtype not in (torch.float32, torch.float64):
+        displacement = displacement.float()  # exact; NumPy lacks bfloat16
+    image, displacement = image.detach().contiguous(), displacement.detach().contiguous()
+    warped = torch.empty_like(image)
+    for one, by, into in zip(image.numpy(), displacement.numpy(), warped.numpy(), strict=True):
+        parts = _compiled.slabs(image.shape[2])
+        list(_compiled.in_threads(lambda part: _compiled.warp_nearest(one, by, into, *part), parts))  # noqa: B023
+    return warped
 
 
 def compose(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:

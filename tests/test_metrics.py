@@ -10,6 +10,7 @@ import torch
 
 from lumirlib import metrics, spatial
 from lumirlib.labels import LUMIR_LABELS
+from lumirlib.metrics import jacobian, surface
 
 SHAPE = (5, 6, 7)
 
@@ -125,6 +126,29 @@ def test_hd95_equals_the_reference_on_blobs_of_odd_shapes_single_voxels_and_labe
         assert value == pytest.approx(surface_distance.compute_robust_hausdorff(found, 95), abs=1e-6)
 
 
+def test_hd95_of_labels_far_apart_equals_the_reference():
+    fixed = volume((4, box((0, 2), (1, 3), (0, 2))), shape=(40, 8, 9))
+    warped = volume((4, box((1, 2), (2, 3), (0, 2))), (4, box((36, 40), (5, 8), (7, 9))), shape=(40, 8, 9))
+    found = surface_distance.compute_surface_distances(*[v[0, 0].numpy() == 4 for v in (fixed, warped)], [1, 1, 1])
+    expected = surface_distance.compute_robust_hausdorff(found, 95)
+    assert expected > surface.REACH
+    assert metrics.hd95_per_label_mm(warped, fixed, labels=(4,))[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_metrics_do_not_depend_on_the_number_of_threads(threads):
+    warped, fixed = random_labels(6), random_labels(7)
+    displacement = torch.randn(1, 3, *fixed.shape[2:], generator=torch.Generator().manual_seed(8))
+    expected = metrics.hd95_per_label_mm(warped, fixed), metrics.ndv_percent(displacement)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert np.array_equal(metrics.hd95_per_label_mm(warped, fixed), expected[0], equal_nan=True)
+        assert metrics.ndv_percent(displacement) == expected[1]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_hd95_of_a_lost_label_is_infinite_and_of_an_absent_one_nan():
     fixed = volume((4, box((0, 2), (0, 2), (0, 2))))
     moving = volume((4, box((5, 6), (5, 6), (5, 6))))
@@ -238,11 +262,12 @@ def test_ndv_volume_of_one_voxel_pushed_along_i_grows_with_the_push():
     assert metrics.ndv_volume(pushed(0, 3.0))[0] == pytest.approx(5 / 3)
 
 
-def test_ndv_does_not_depend_on_how_the_volume_is_cut_into_blocks(monkeypatch):
+def test_ndv_of_whole_tensors_as_on_a_gpu_is_the_same_however_they_are_cut(monkeypatch):
     displacement = torch.from_numpy(np.random.RandomState(1).uniform(-1, 1, (1, 3, 19, 8, 9)))
-    whole = metrics.ndv_volume(displacement)
-    monkeypatch.setattr("lumirlib.metrics.jacobian.BLOCK", 3)
-    assert metrics.ndv_volume(displacement) == pytest.approx(whole, rel=1e-12)
+    mask = torch.rand(1, 1, 19, 8, 9, generator=torch.Generator().manual_seed(2)) > 0.3
+    compiled = metrics.ndv_volume(displacement, mask)
+    monkeypatch.setattr(jacobian, "BLOCK", 3)
+    assert jacobian._ndv_in_blocks(displacement, mask) == pytest.approx(compiled, rel=1e-12)
 
 
 def test_ndv_counts_only_inside_the_mask_and_never_at_the_border():
@@ -286,3 +311,14 @@ ZERO = torch.zeros(1, 3, *SHAPE)
 def test_input_that_does_not_fit_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_scores_and_warps_labels_as_the_cpu_does():
+    warped, fixed = random_labels(9), random_labels(10)
+    displacement = torch.randn(1, 3, *fixed.shape[2:], generator=torch.Generator().manual_seed(11))
+    assert metrics.dice(warped.cuda(), fixed.cuda()) == pytest.approx(metrics.dice(warped, fixed), abs=1e-12)
+    assert metrics.ndv_percent(displacement.cuda()) == pytest.approx(metrics.ndv_percent(displacement), rel=1e-9)
+    on_gpu = spatial.warp(warped.cuda(), displacement.cuda(), "nearest").cpu()
+    assert torch.equal(on_gpu, spatial.warp(warped, displacement, "nearest"))

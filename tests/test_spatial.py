@@ -82,6 +82,26 @@ def test_nearest_warp_equals_scipy_voxel_for_voxel_ties_and_borders_included():
     assert np.array_equal(warped[0, 0].numpy(), expected)
 
 
+def test_nearest_warp_equals_scipy_where_a_point_misses_a_tie_by_less_than_float32_resolves():
+    labels = np.arange(200, dtype=np.int16).reshape(200, 1, 1).repeat(2, 1).repeat(3, 2)
+    displacement = np.zeros((3, 200, 2, 3), dtype=np.float32)
+    displacement[0] = np.nextafter(np.float32(0.5), np.float32(0))  # in float32 its sum with 100 is 100.5
+    points = np.indices((200, 2, 3)) + displacement
+    expected = map_coordinates(labels, points, order=0, mode="constant", cval=0)
+    warped = spatial.warp(torch.from_numpy(labels)[None, None], torch.from_numpy(displacement)[None], "nearest")
+    assert np.array_equal(warped[0, 0].numpy(), expected)
+    assert np.array_equal(expected[:199, 0, 0], np.arange(199))
+
+
+def test_nearest_warp_on_a_gpu_gathers_the_same_voxels():
+    # what a GPU runs, here on the CPU
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 200, (1, 2, *SHAPE), generator=generator)
+    displacement = torch.randint(-8, 9, (1, 3, *SHAPE), generator=generator) / 2
+    gathered = spatial.sample_nearest(labels, spatial.identity_grid(SHAPE).double() + displacement)
+    assert torch.equal(gathered, spatial.warp(labels, displacement, "nearest"))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_nearest_warp_takes_a_point_that_is_not_finite_as_outside(axis, value):

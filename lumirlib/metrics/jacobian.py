@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 
-from lumirlib import spatial
+from lumirlib import _compiled, spatial
 from lumirlib._checks import check_displacement
 
 #: Slices of i that are worked on at once, so that memory stays far below that of the ten full volumes.
@@ -55,6 +56,25 @@ def ndv_volume(displacement: torch.Tensor, mask: torch.Tensor | None = None) -> 
         mask = torch.ones_like(displacement[:, :1])
     if mask.shape != (1, 1, *displacement.shape[2:]):
         raise ValueError(f"mask must be {(1, 1, *displacement.shape[2:])}, got {tuple(mask.shape)}")
+    if displacement.device.type == "cpu":
+        return _ndv_compiled(displacement, mask)
+    return _ndv_in_blocks(displacement, mask)
+
+
+def _ndv_compiled(displacement: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+    """:func:`ndv_volume` on the CPU: voxel by voxel, those outside the mask skipped."""
+    if displacement.dtype not in (torch.float32, torch.float64):
+        displacement = displacement.float()  # exact; NumPy lacks bfloat16
+    depth = displacement.shape[2]
+    volumes, counts = np.zeros(depth), np.zeros(depth, dtype=np.int64)
+    arrays = displacement[0].detach().contiguous().numpy(), (mask[0, 0] != 0).contiguous().numpy(), volumes, counts
+    parts = [(first + 1, last + 1) for first, last in _compiled.slabs(depth - 2)]
+    list(_compiled.in_threads(lambda part: _compiled.folded_volume(*arrays, *part), parts))
+    return float(volumes.sum()), float(counts.sum())
+
+
+def _ndv_in_blocks(displacement: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+    """:func:`ndv_volume` by whole tensors, as a GPU does it fast."""
     volume, counted = 0.0, 0.0
     depth = displacement.shape[2]
     grid = spatial.identity_grid(displacement.shape[2:], displacement.device, torch.float64)

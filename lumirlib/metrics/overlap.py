@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from lumirlib import _compiled
 from lumirlib._checks import check_labels
 from lumirlib.labels import LUMIR_LABELS
 
@@ -31,11 +32,24 @@ def check_label_volumes(
     return moving_labels
 
 
-def label_counts(volume: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:
-    """How many voxels carry each of `labels`; numbers outside the list are not counted."""
-    flat = volume.reshape(-1).to(torch.int64)
-    size = max(int(flat.max()) if flat.numel() else 0, max(labels)) + 1
-    return torch.bincount(flat, minlength=size)[torch.as_tensor(labels, device=flat.device)]
+def label_counts(
+    volume: torch.Tensor, labels: Sequence[int], agreeing_with: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How many voxels carry each of `labels`; numbers outside the list are not counted.
+
+    Args:
+        volume: integers from 0, any shape.
+        labels: label numbers.
+        agreeing_with: same shape; counts only the voxels where both carry the same label.
+    """
+    size = max(labels) + 1
+    if volume.device.type == "cpu":
+        arrays = [part.contiguous().view(-1).numpy() for part in (volume, agreeing_with) if part is not None]
+        counts = torch.from_numpy((_compiled.agreement if len(arrays) == 2 else _compiled.histogram)(*arrays, size))
+    else:
+        kept = volume if agreeing_with is None else volume[volume == agreeing_with]
+        counts = torch.bincount(kept.reshape(-1).to(torch.int64), minlength=size)
+    return counts[torch.as_tensor(labels, device=counts.device)]
 
 
 def dice_per_label(
@@ -57,8 +71,7 @@ def dice_per_label(
         One value in [0, 1] or NaN per label, higher is better.
     """
     moving_labels = check_label_volumes(warped_labels, fixed_labels, moving_labels)
-    agreeing = warped_labels[warped_labels == fixed_labels]
-    both = label_counts(agreeing, labels).double()
+    both = label_counts(warped_labels, labels, agreeing_with=fixed_labels).double()
     in_fixed, in_warped = label_counts(fixed_labels, labels), label_counts(warped_labels, labels)
     scored = (in_fixed > 0) & (label_counts(moving_labels, labels) > 0)
     value = 2 * both / (in_fixed + in_warped).clamp_min(1)
