@@ -82,6 +82,12 @@ def check_option_types(defaults: object, overrides: Mapping[str, object]) -> dic
     checked: dict[str, object] = {}
     for name, value in overrides.items():
         default = getattr(defaults, name)
+        if isinstance(default, tuple):
+            wanted = type(default[0])
+            if not isinstance(value, (list, tuple)) or any(type(part) is not wanted for part in value):
+                raise ValueError(f"{name} must be a list of {wanted.__name__}, got {value!r}")
+            checked[name] = tuple(value)
+            continue
         wanted = int if default is None else type(default)
         fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
         if (isinstance(value, bool) and wanted is not bool) or not (fits or (default is None and value is None)):

@@ -23,16 +23,20 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from lumirlib import losses, provenance
+from lumirlib import provenance
 from lumirlib.data.embedded import FRAME_SHAPE
 from lumirlib.evaluation import write_results
+from lumirlib.labels import LUMIR_LABELS
+from lumirlib.methods import parse_row
 from lumirlib.presets import PAPER, Preset, get_preset
-from lumirlib.sweep import variant_rows
-from lumirlib.training import pick_device, to_device
-from lumirlib.variants import Variant, build_model, parse_variant
+from lumirlib.rows import Row
+from lumirlib.sweep import table_rows
+from lumirlib.training import make_optimizer, pick_device, to_device, trained_row
+from lumirlib.variants import Variant
 
 MEBIBYTE = 2**20
 
@@ -42,25 +46,42 @@ def image_shape(resolution_mm: float) -> tuple[int, ...]:
     return tuple(math.ceil(side / resolution_mm) for side in FRAME_SHAPE)
 
 
-def multiply_adds(variant: Variant, shape: tuple[int, ...]) -> int:
+def multiply_adds(row: Row, shape: tuple[int, ...]) -> float:
     """Multiply-adds of the convolutions and attentions of one registration, by torch's counter; nothing is computed.
 
     Warping, integration, normalization and the bilateral filter are not among them.
 
     Args:
-        variant: at its final width.
+        row: at its final width.
         shape: sides of the images in voxels.
+
+    Returns:
+        A whole number; NaN for a method that is no network.
     """
+    if row.trains_on == "nothing":
+        return math.nan
     with torch.device("meta"):
-        model = build_model(variant)
+        model = row.build().eval()
+        image = torch.empty(1, 1, *shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.encoder(torch.empty(2, 1, *shape, device="meta"))
-        for level, sides in enumerate(model.level_shapes(shape)):
-            features = torch.empty(1, variant.start_channels, *sides, device="meta")
-            if str(level) in model.co_attention:
-                model.co_attention[str(level)](features, features)
-            model.estimators[level](features, features)
+        if not isinstance(row, Variant):
+            model(image, image)
+        else:  # without warping, which some of its levels check the values of
+            model.encoder(torch.cat([image, image]))
+            for level, sides in enumerate(model.level_shapes(shape)):
+                features = torch.empty(1, row.start_channels, *sides, device="meta")
+                if str(level) in model.co_attention:
+                    model.co_attention[str(level)](features, features)
+                model.estimators[level](features, features)
     return counter.get_total_flops() // 2
+
+
+def count_parameters(row: Row) -> int:
+    """Trainable numbers of a row's network; 0 for a method that is none."""
+    if row.trains_on == "nothing":
+        return 0
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in row.build().parameters())
 
 
 class PeakMemory:
@@ -106,11 +127,11 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> 
     return statistics.median(times[1:])
 
 
-def measure(variant: Variant, preset: Preset, device: str, repeats: int, training: bool = True) -> dict[str, float]:
-    """Cost of one variant, in this process.
+def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool = True) -> dict[str, float]:
+    """Cost of one row, in this process.
 
     Args:
-        variant: at its final width.
+        row: at its final width.
         preset: gives the size of the images and the loss.
         device: "cpu", "cuda" ...
         repeats: of each timing.
@@ -118,13 +139,12 @@ def measure(variant: Variant, preset: Preset, device: str, repeats: int, trainin
 
     Returns:
         "seconds_per_pair" and "seconds_per_step", medians, and "inference_mib" and "training_mib", peaks with the
-        weights; NaN for training that was not measured, or of a variant that is not trained ("BF-post").
+        weights; NaN for training that was not measured, or of a row that is not trained ("BF-post", deedsBCV).
     """
     chosen = pick_device(device)
     generator = torch.Generator().manual_seed(0)
-    fixed, moving = (
-        torch.rand(1, 1, *image_shape(preset.resolution_mm), generator=generator).to(chosen) for _ in range(2)
-    )
+    shape = (1, 1, *image_shape(preset.resolution_mm))
+    fixed, moving = (torch.rand(shape, generator=generator).to(chosen) for _ in range(2))
     torch.manual_seed(0)
     found = {"seconds_per_step": math.nan, "training_mib": math.nan}
 
@@ -133,26 +153,29 @@ def measure(variant: Variant, preset: Preset, device: str, repeats: int, trainin
             model(fixed, moving)
 
     with PeakMemory(chosen) as memory:
-        model = to_device(build_model(variant), chosen).eval()
+        model = row.build()
+        if isinstance(model, nn.Module):
+            model = to_device(model, chosen).eval()
         found["seconds_per_pair"] = _seconds(infer, chosen, repeats)
     found["inference_mib"] = memory.peak / MEBIBYTE
-    if not training or variant.without_post_filter() != variant:
+    if not training or row.trains_on == "nothing" or trained_row(row) != row:
         return found
     del model
+    if row.trains_on == "labels":
+        numbers = torch.tensor(LUMIR_LABELS, dtype=torch.int16)
+        fixed, moving = (
+            numbers[torch.randint(len(numbers), shape, generator=generator)].to(chosen) for _ in range(2)
+        )  # fmt: skip
 
     def step() -> None:
-        predicted = model.fields(fixed, moving)
-        terms = losses.registration_loss(
-            moving, fixed, predicted.displacements, predicted.velocities,
-            preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
-        )  # fmt: skip
+        terms = row.loss_terms(model, fixed, moving, preset, generator)
         optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         optimizer.step()
 
     with PeakMemory(chosen) as memory:
-        model = to_device(build_model(variant), chosen)
-        optimizer = torch.optim.Adam(model.parameters(), lr=preset.learning_rate, amsgrad=preset.amsgrad)
+        model = to_device(row.build(), chosen)
+        optimizer = make_optimizer(row, model, preset)
         found["seconds_per_step"] = _seconds(step, chosen, repeats)
     found["training_mib"] = memory.peak / MEBIBYTE
     return found
@@ -167,23 +190,23 @@ def measure_all(
     training: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Costs of several variants, each round one process after another.
+    """Costs of several rows, each round one process after another.
 
     Args:
-        rows: names of variants.
+        rows: names for :func:`lumirlib.methods.parse_row`.
         preset: gives widths, size of the images and the loss.
         device: "auto", "cpu", "cuda" ...
-        rounds: how often every variant is measured.
+        rounds: how often every row is measured.
         repeats: of each timing within a round.
         training: measure training steps too.
         progress: show a progress bar.
 
     Returns:
-        One row per variant and round: variant, start_channels, round, what :func:`measure` gives, parameters and
+        One row per method and round: variant, start_channels, round, what :func:`measure` gives, parameters and
         multiply_adds, and paper_parameters and paper_multiply_adds at the paper's width and 160x224x192 voxels.
 
     Raises:
-        MemoryError: the process of a variant was killed, most often for memory.
+        MemoryError: a measuring process was killed, most often for memory.
     """
     chosen = str(pick_device(device))
     paper_shape = image_shape(PAPER.resolution_mm)
@@ -191,27 +214,29 @@ def measure_all(
     with tqdm(total=rounds * len(rows), desc="costs", unit="measurement", disable=not progress) as bar:
         for number in range(rounds):
             for name in rows:
-                full = parse_variant(name)
-                variant = preset.apply(full)
+                full = parse_row(name)
+                row = preset.apply(full)
+                own = row.adapt(preset)
                 try:
                     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                        cost = pool.submit(measure, variant, preset, chosen, repeats, training).result()
+                        cost = pool.submit(measure, row, own, chosen, repeats, training).result()
                 except BrokenProcessPool as error:
                     raise MemoryError(f"measuring {name} at preset {preset.name!r} was killed: memory?") from error
-                with torch.device("meta"):
-                    sizes = [sum(p.numel() for p in build_model(one).parameters()) for one in (variant, full)]
                 found.append(
-                    {"variant": name, "start_channels": variant.start_channels, "round": number, **cost,
-                     "parameters": sizes[0],
-                     "multiply_adds": multiply_adds(variant, image_shape(preset.resolution_mm)),
-                     "paper_parameters": sizes[1], "paper_multiply_adds": multiply_adds(full, paper_shape)}
+                    {"variant": name, "start_channels": getattr(row, "start_channels", None), "round": number, **cost,
+                     "parameters": count_parameters(row),
+                     "multiply_adds": multiply_adds(row, image_shape(preset.resolution_mm)),
+                     "paper_parameters": count_parameters(full),
+                     "paper_multiply_adds": multiply_adds(full, paper_shape)}
                 )  # fmt: skip
                 bar.update()
     return pd.DataFrame(found)
 
 
-def write_costs(table: pd.DataFrame, preset: Preset, device: torch.device, out: Path, command: str) -> Path:
-    """Write `<out>/costs/<preset>_<cpu or cuda>.csv` with its provenance; the path."""
+def write_costs(
+    table: pd.DataFrame, preset: Preset, device: torch.device, out: Path, command: str, name: str = ""
+) -> Path:
+    """Write `<out>/costs/<name><preset>_<cpu or cuda>.csv` with its provenance; the path."""
     about = {
         "command": command,
         "commit": provenance.commit(),
@@ -219,13 +244,13 @@ def write_costs(table: pd.DataFrame, preset: Preset, device: torch.device, out: 
         "preset": preset.name,
         "images": "x".join(map(str, image_shape(preset.resolution_mm))),
     }
-    return write_results(table, out / "costs" / f"{preset.name}_{device.type}.csv", about)
+    return write_results(table, out / "costs" / f"{name}{preset.name}_{device.type}.csv", about)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(prog="python -m lumirlib.costs", description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--rows", nargs="+", default=["table2", "BF-post"], help="table2, or variants such as LK")
+    options.add_argument("--rows", nargs="+", default=["table2", "BF-post"], help="table1, table2, or rows such as LK")
     options.add_argument("--preset", default="demo", help="gives widths and the size of the images")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     options.add_argument("--rounds", type=int, default=3, help="how often each variant is measured")
@@ -242,14 +267,15 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("rounds", "repeats"):
             if getattr(given, name) < 1:
                 raise ValueError(f"--{name} must be 1 or more, got {getattr(given, name)}")
-        preset, rows, device = get_preset(given.preset), variant_rows(given.rows), pick_device(given.device)
+        preset, rows, device = get_preset(given.preset), table_rows(given.rows), pick_device(given.device)
         table = measure_all(rows, preset, str(device), given.rounds, given.repeats, not given.no_training)
     except (ValueError, MemoryError) as error:
         print(f"python -m lumirlib.costs: {error}", file=sys.stderr)
         return 2
     command = f"python -m lumirlib.costs --rows {' '.join(given.rows)} --preset {preset.name}"
     command += f" --rounds {given.rounds} --repeats {given.repeats}" + " --no-training" * given.no_training
-    path = write_costs(table, preset, device, provenance.results_folder(given.out), command)
+    name = "table1_" if given.rows == ["table1"] else ""
+    path = write_costs(table, preset, device, provenance.results_folder(given.out), command, name)
     columns = ["seconds_per_pair", "seconds_per_step", "inference_mib", "training_mib"]
     print(table.groupby("variant", sort=False)[columns].median().to_string(float_format="%.3f"))
     print(path)

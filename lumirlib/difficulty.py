@@ -11,13 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
-from tqdm.auto import tqdm
 
-from lumirlib.data import Cohort, Pair
-from lumirlib.evaluation import Method
+from lumirlib.data import Cohort, Subject
+from lumirlib.metrics.overlap import label_counts
 
 #: BrainCOLOR numbers of the third, fourth, inferior lateral and lateral ventricles.
 VENTRICLES = (4, 11, 49, 50, 51, 52)
@@ -35,59 +33,48 @@ def _ratio(first: float, second: float) -> float:
     return max(first, second) / min(first, second) if min(first, second) > 0 else math.nan
 
 
-def pair_table(
-    cohort: Cohort,
-    pairs: tuple[Pair, ...],
-    before: pd.DataFrame,
-    after: pd.DataFrame,
-    method: Method,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
-) -> pd.DataFrame:
+def pair_table(cohort: Cohort, before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """One row per labelled pair, hardest first.
 
     Args:
         cohort: of the pairs.
-        pairs: to describe; those without labels are left out.
         before: long table of zero displacement.
-        after: long table of a method.
-        method: the same method; its displacement is measured.
-        device: where it runs.
-        progress: show a progress bar.
+        after: long table of one or more runs of a method; several values of a pair are averaged.
 
     Returns:
         Columns pair, dice (after, percent), gain (points), dice_before (percent), brain_ratio and ventricle_ratio
         (larger volume over smaller, 1 or more), displacement_mm (mean length inside the fixed brain).
 
     Raises:
-        ValueError: no pair has labels on both sides, or a pair is not in the tables.
+        ValueError: no pair has a Dice, or a table lacks a figure of a pair.
     """
-    dices = [table[table["metric"] == "dice"].set_index("pair")["value"] * 100 for table in (before, after)]
+    values = after.groupby(["metric", "pair"])["value"].mean()
+    dice_before = before[before["metric"] == "dice"].set_index("pair")["value"]
     volumes: dict[str, tuple[float, float]] = {}
 
-    def measured(subject) -> tuple[float, float]:
+    def measured(subject: Subject) -> tuple[float, float]:
         if subject.name not in volumes:
             labels = cohort.label_volume(subject)
-            ventricles = torch.isin(labels, torch.tensor(VENTRICLES, dtype=labels.dtype)).sum()
+            ventricles = label_counts(labels, VENTRICLES).sum()
             volumes[subject.name] = (float((cohort.image(subject) > 0).sum()), float(ventricles))
         return volumes[subject.name]
 
-    labelled = [pair for pair in pairs if pair.fixed.labels and pair.moving.labels]
-    if not labelled:
-        raise ValueError(f"{cohort.path}: no pair has labels on both sides, so none has a Dice")
+    pairs = {pair.name: pair for pair in cohort.validation_pairs if pair.fixed.labels and pair.moving.labels}
+    names = [name for name in pairs if math.isfinite(values.get(("dice", name), math.nan))]
+    if not names:
+        raise ValueError(f"{cohort.path}: no pair of the tables has a Dice")
     rows = []
-    for pair in tqdm(labelled, desc="pairs", unit="pair", disable=not progress):
-        if not all(pair.name in dice.index for dice in dices):
-            raise ValueError(f"before and after must have a Dice for {pair.name}, but one of them lacks it")
-        fixed, moving = (cohort.image(subject).to(device) for subject in (pair.fixed, pair.moving))
-        with torch.no_grad():
-            length = method(fixed, moving).norm(dim=1, keepdim=True)[fixed > 0].mean()
-        (brain, ventricles), (other_brain, other_ventricles) = measured(pair.fixed), measured(pair.moving)
-        dice_before, dice = (float(found[pair.name]) for found in dices)
+    for name in names:
+        if name not in dice_before.index or ("displacement_mm", name) not in values.index:
+            raise ValueError(
+                f"the tables must have Dice before registration and displacement_mm for {name}, but lack one of them"
+            )
+        (brain, ventricles), (other_brain, other_ventricles) = map(measured, (pairs[name].fixed, pairs[name].moving))
+        dice = 100 * values["dice", name]
         rows.append(
-            {"pair": pair.name, "dice": dice, "gain": dice - dice_before, "dice_before": dice_before,
+            {"pair": name, "dice": dice, "gain": dice - 100 * dice_before[name], "dice_before": 100 * dice_before[name],
              "brain_ratio": _ratio(brain, other_brain), "ventricle_ratio": _ratio(ventricles, other_ventricles),
-             "displacement_mm": float(length) * cohort.resolution_mm}
+             "displacement_mm": values["displacement_mm", name]}
         )  # fmt: skip
     return pd.DataFrame(rows).sort_values("dice", kind="stable", ignore_index=True)
 

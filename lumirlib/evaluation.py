@@ -88,9 +88,9 @@ def score_displacement(
         ndv_mask: "moving" (the 2024 task) or "fixed" (2025).
 
     Returns:
-        The four of :func:`evaluate_pair`, and "tre_points_mm" (the textbook's form) and, for simulated pairs,
-        "displacement_error_mm" (mean distance to the true displacement inside the fixed brain); NaN where the
-        cohort lacks what a metric needs.
+        The four of :func:`evaluate_pair`, "tre_points_mm" (the textbook's form), "displacement_mm" (mean length
+        inside the fixed brain) and, for simulated pairs, "displacement_error_mm" (mean distance to the true
+        displacement, likewise); NaN where the cohort lacks what a metric needs.
     """
     check_choice(ndv_mask, NDV_MASKS, "ndv_mask")
     spacing = cohort.resolution_mm
@@ -108,9 +108,11 @@ def score_displacement(
         labels=cohort.labels,
     )
     found["tre_points_mm"] = metrics.tre_points_mm(displacement, *points, spacing) if points else math.nan
+    brain = fixed_image > 0
+    found["displacement_mm"] = float(displacement.norm(dim=1, keepdim=True)[brain].mean()) * spacing
     truth = cohort.true_displacement(pair)
     if truth is not None:
-        error = (displacement - truth).norm(dim=1, keepdim=True)[fixed_image > 0]
+        error = (displacement - truth).norm(dim=1, keepdim=True)[brain]
         found["displacement_error_mm"] = float(error.mean()) * spacing
     return found
 

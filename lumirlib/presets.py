@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 from lumirlib._checks import check_choice, check_option_types
 from lumirlib.losses import SIMILARITIES
-from lumirlib.variants import OPTIONS, Variant, check_options
+from lumirlib.rows import AnyRow, Row, check_options, option_names
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Preset:
             raise ValueError(f"window of preset {self.name!r} must be odd and positive, got {self.window}")
         check_choice(self.similarity, SIMILARITIES, f"similarity of preset {self.name!r}")
 
-    def apply(self, variant: Variant) -> Variant:
-        """The variant at this preset's width and depth."""
-        channels = max(1, round(variant.start_channels / self.channel_divisor))
-        return replace(variant, start_channels=channels, levels=self.levels)
+    def apply(self, row: AnyRow) -> AnyRow:
+        """The row at this preset's width, depth and resolution."""
+        return row.fitted(self)
 
-    def differences_from_paper(self) -> list[str]:
-        """What this preset changes about the paper's training, in words; empty for the paper's own."""
+    def differences_from_paper(self, row: Row | None = None) -> list[str]:
+        """What this preset changes about the paper's training, or a row's own at the paper's length, in words."""
+        paper = PAPER if row is None else row.adapt(PAPER)
         words = {
             "resolution_mm": "voxels of {0:g} mm instead of 1 mm",
             "epochs": "{0} epochs instead of {1}",
@@ -92,9 +92,9 @@ class Preset:
             "evaluation_pairs": "{0} pairs in the final evaluation",
         }
         return [
-            text.format(getattr(self, option), getattr(PAPER, option))
+            text.format(getattr(self, option), getattr(paper, option))
             for option, text in words.items()
-            if getattr(self, option) != getattr(PAPER, option)
+            if getattr(self, option) != getattr(paper, option)
         ]
 
 
@@ -142,18 +142,21 @@ def get_preset(name: str, **overrides: object) -> Preset:
     return replace(PRESETS[name], **check_option_types(PAPER, overrides))
 
 
-def split_options(preset: str, variant: str, options: Mapping[str, object]) -> tuple[Preset, dict[str, object]]:
-    """The preset of a name with those of `options` that are its own, and those that are the variant's, checked.
+def split_options(preset: str, row: Row, options: Mapping[str, object]) -> tuple[Preset, dict[str, object]]:
+    """The preset of a name as a row trains with it, with those of `options` that are its own, and the row's, checked.
 
     Raises:
         ValueError: an option that neither has, with the choices listed, or a value that does not fit.
     """
-    known = list(dict.fromkeys([*OPTIONS, *PRESET_OPTIONS]))
+    own = option_names(row)
+    known = list(dict.fromkeys([*own, *PRESET_OPTIONS]))
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)}: choose from {', '.join(known)}")
-    chosen = get_preset(preset, **{name: value for name, value in options.items() if name in PRESET_OPTIONS})
-    return chosen, check_options(variant, {name: value for name, value in options.items() if name in OPTIONS})
+    for_row = check_options(row, {name: value for name, value in options.items() if name in own})
+    overrides = {name: value for name, value in options.items() if name in PRESET_OPTIONS}
+    adapted = replace(row, **for_row).adapt(get_preset(preset))
+    return replace(adapted, **check_option_types(PAPER, overrides)), for_row
 
 
 def parse_setting(text: str) -> tuple[str, object]:

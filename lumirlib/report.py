@@ -12,8 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 from lumirlib.evaluation import data_title, summarize
+from lumirlib.methods import parse_row
 from lumirlib.presets import Preset, split_options
-from lumirlib.variants import Variant, parse_variant
+from lumirlib.rows import Row
 
 #: Column of paper.csv -> metric of ours, factor from our unit to the paper's, heading.
 COLUMNS: dict[str, tuple[str, float, str]] = {
@@ -179,8 +180,10 @@ class Runs:
         )
 
 
-def _same_variant(options: Mapping[str, object], wanted: Variant) -> bool:
-    return {**asdict(Variant()), **options} == asdict(wanted)
+def _same_row(options: Mapping[str, object], wanted: Row) -> bool:
+    """Whether the options in a results file, where those that came later may be lacking, are those of a row."""
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return {**asdict(type(wanted)()), **found} == asdict(wanted)
 
 
 def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
@@ -198,7 +201,7 @@ def load_runs(
 
     Args:
         folder: results folder, with `metrics/`.
-        variants: names for :func:`lumirlib.parse_variant`, in the order of the table.
+        variants: names for :func:`lumirlib.methods.parse_row`, in the order of the table.
         preset: name of the preset.
         cohort: short name of the cohort.
         options: what was set besides in these runs, as for :meth:`lumirlib.study.AblationRun.prepare`.
@@ -211,7 +214,8 @@ def load_runs(
         ValueError: two runs for one variant and seed, runs on different cohorts, or no zero displacement.
     """
     folder, given = Path(folder), dict(options or {})
-    names = [parse_variant(name).name for name in variants]
+    rows = {row.name: row for row in map(parse_row, variants)}
+    names = list(rows)
     sweep = ["python -m lumirlib.sweep --rows", *names, "--preset", preset, "--cohort", cohort]
     sweep += ["--set", *(shlex.quote(f"{name}={value}") for name, value in given.items())] if given else []
     command = " ".join([*sweep, "--seeds 0 1 2"])
@@ -223,10 +227,10 @@ def load_runs(
 
     tables, facts = [], []
     for name in names:
-        chosen, for_variant = split_options(preset, name, given)
-        wanted = replace(chosen.apply(parse_variant(name)), **for_variant)
+        chosen, for_row = split_options(preset, rows[name], given)
+        wanted = replace(chosen.apply(rows[name]), **for_row)
         for path, about in described:
-            if "options" not in about or not _same_variant(about["options"], wanted):
+            if "options" not in about or not _same_row(about["options"], wanted):
                 continue
             if not _same_preset(about["preset"], chosen):
                 continue
@@ -253,7 +257,7 @@ def load_runs(
     present = set(about["variant"])
     return Runs(
         tuple(name for name in names if name in present),
-        split_options(preset, names[0], given)[0],
+        split_options(preset, rows[names[0]], given)[0],
         given,
         values,
         about,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from lumirlib import provenance
 from lumirlib.data import Cohort, Pair, load_cohort
@@ -18,9 +19,10 @@ from lumirlib.data.cohort import SMALLEST_LABEL
 from lumirlib.evaluation import cohort_facts, data_title, evaluate_method, write_results, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.labels import LUMIR_LABELS
+from lumirlib.methods import parse_row
 from lumirlib.presets import split_options
-from lumirlib.training import RunConfig, TrainingResult, make_config, pick_device, spread, train
-from lumirlib.variants import parse_variant
+from lumirlib.training import RunConfig, TrainingResult, make_config, pick_device, spread, train, training_source
+from lumirlib.variants import Variant
 
 
 def without_folders(value: object) -> str:
@@ -40,7 +42,7 @@ def _written_by(path: Path) -> str:
 
 @dataclass(frozen=True)
 class AblationRun:
-    """A variant, to be trained and evaluated on a cohort.
+    """A row of Table 1 or 2, to be trained (where there is something to train) and evaluated on a cohort.
 
     Attributes:
         config: what is trained.
@@ -76,14 +78,14 @@ class AblationRun:
         """Check all parameters and open the cohort; nothing is trained yet.
 
         Args:
-            variant: a name for :func:`lumirlib.parse_variant`.
+            variant: a name for :func:`lumirlib.methods.parse_row`.
             preset: a name of :data:`lumirlib.presets.PRESETS`.
             cohort: "embedded", "lumir", "brains", or the path of a dataset JSON.
             seed: of weights and pairs, 0 or more.
             data_root: folder the JSON's paths are relative to; empty for its own.
             out: results folder; empty for :func:`lumirlib.provenance.results_folder`.
             device: "auto", "cpu", "cuda" ...
-            options: of :class:`lumirlib.presets.Preset` and :class:`lumirlib.Variant` to set besides, such as
+            options: of :class:`lumirlib.presets.Preset` and of the row to set besides, such as
                 ``{"start_channels": 16, "smoothness_weight": 0.5}``; None as a value leaves the option as it is. A
                 `start_channels` counts as it is, the preset's divisor is not applied to it.
             command: what was called; the parameters are added to it.
@@ -94,15 +96,20 @@ class AblationRun:
         """
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
-        chosen_variant = parse_variant(variant)
+        row = parse_row(variant)
         given = {name: value for name, value in (options or {}).items() if value is not None}
-        chosen_preset, for_variant = split_options(preset, variant, given)
+        chosen_preset, for_row = split_options(preset, row, given)
         chosen_device = pick_device(device)
         loaded = load_cohort(cohort, chosen_preset.resolution_mm, data_root or None)
         for pair in loaded.validation_pairs:
             loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
-        config = make_config(chosen_variant, chosen_preset, loaded, seed, **for_variant)
-        shown = {"variant": variant, "preset": preset, "cohort": without_folders(cohort), "seed": seed}
+        config = make_config(row, chosen_preset, loaded, seed, **for_row)
+        shown = {
+            "variant" if isinstance(row, Variant) else "method": variant,
+            "preset": preset,
+            "cohort": without_folders(cohort),
+            "seed": seed,
+        }
         shown |= {"data_root": without_folders(data_root)} if data_root else {}
         shown |= {"device": device} if device != "auto" else {}
         words = [f"-p {name} {shlex.quote(str(value))}" for name, value in shown.items()]
@@ -128,24 +135,32 @@ class AblationRun:
         cohort = self.cohort
         data = data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm)
         set_besides = "".join(f", {name}={value}" for name, value in self.options.items() if name != "start_channels")
-        return f"{self.config.variant.name} (sc:{self.config.variant.start_channels}){set_besides}, {data}"
+        row = self.config.variant
+        if isinstance(row, Variant):
+            return f"{row.name} (sc:{row.start_channels}){set_besides}, {data}"
+        return f"{row.name}{' (retrained here)' if row.trains_on != 'nothing' else ''}{set_besides}, {data}"
 
     def describe(self) -> str:
         """The run in a few lines of Markdown, with all that differs from the paper's training."""
-        variant, preset = self.config.variant, self.config.preset
+        row, preset = self.config.variant, self.config.preset
         lines = [
             f"**{self.title}**",
             "",
             f"- run `{self.config.run}`, preset *{preset.name}* ({preset.about}), seed {self.config.seed}, "
             f"on {provenance.describe_device(self.device)}",
-            f"- network: start channels {variant.start_channels}, head channels {variant.head_channels}, "
-            f"{variant.cascade} cascade, {variant.levels} levels{self._schemes()}",
+            f"- {'method' if row.trains_on == 'nothing' else 'network'}: {row.words}",
             f"- {len(self.cohort.train)} training scans, {len(self.pairs)} pairs to evaluate, "
             f"{'x'.join(map(str, self.cohort.shape))} voxels",
         ]
-        differences = preset.differences_from_paper()
-        if differences:
-            lines.append(f"- **not the paper's training**: {'; '.join(differences)}")
+        if row.trains_on == "labels":
+            source = training_source(row, self.cohort)
+            lines.append(
+                f"- trained on the label volumes of {len(source.train)} people of {source.name!r}, on no image"
+            )
+        differences = preset.differences_from_paper(row)
+        if differences and row.trains_on != "nothing":
+            whose = "the method's own" if row.retrained else "the paper's"
+            lines.append(f"- **not {whose} training**: {'; '.join(differences)}")
         if self.cohort.has_labels and len(self.cohort.labels) < len(LUMIR_LABELS):
             lines.append(
                 f"- {len(self.cohort.labels)} of the {len(LUMIR_LABELS)} labels are scored; the others have fewer "
@@ -156,15 +171,6 @@ class AblationRun:
         if self.cohort.credit:
             lines.append(f"- data: {self.cohort.credit}")
         return "\n".join(lines)
-
-    def _schemes(self) -> str:
-        variant = self.config.variant
-        words = [f", large kernel {variant.large_kernel}"] if variant.large_kernel else []
-        words += [f", co-attention at {variant.co_attention_levels} level(s)"] if variant.co_attention_levels else []
-        if variant.bilateral_window:
-            how = "trained with the network" if variant.bilateral_mode == "joint" else "put behind trained weights"
-            words.append(f", bilateral filter of window {variant.bilateral_window}, {how}")
-        return "".join(words)
 
     def train(self, resume: bool = True, progress: bool = True) -> TrainingResult:
         """Train, or go on from the last checkpoint; see :func:`lumirlib.training.train`."""
@@ -186,18 +192,28 @@ class AblationRun:
             "command": self.command,
             "commit": self.commit,
             "device": provenance.describe_device(self.device),
-            "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+            "parameters": sum(p.numel() for p in result.model.parameters())
+            if isinstance(result.model, nn.Module)
+            else 0,
             "trained_by": result.trained_by,
             "best_epoch": result.best_epoch,
             "val_dice": result.val_dice,
             "val_dice_before": float(result.history["val_dice"].iloc[0]),
-            "weights": result.checkpoint.parent.name,
-            "seconds_per_step": float(result.history["seconds"].mean()),
+            "weights": result.checkpoint.parent.name if result.checkpoint else None,
+            "trained_on": self._trained_on(),
+            "seconds_per_step": float(result.history["seconds"].mean()) if "seconds" in result.history else None,
             "evaluated_pairs": len(self.pairs),
         }
         table.insert(0, "run", self.config.run)
         write_results(table, self.metrics_path, {**about, **cohort_facts(self.cohort)})
         return table
+
+    def _trained_on(self) -> str:
+        row = self.config.variant
+        if row.trains_on == "nothing":
+            return "nothing"
+        source = training_source(row, self.cohort)
+        return f"{row.trains_on} of {len(source.train)} people, {source.name}, {source.digest}"
 
     @property
     def metrics_path(self) -> Path:

@@ -1,4 +1,4 @@
-"""Command line of many runs, `python -m lumirlib.sweep`: rows of Table 2 and seeds, each through the notebook.
+"""Command line of many runs, `python -m lumirlib.sweep`: rows of Tables 1 and 2 and seeds, each through a notebook.
 
     python -m lumirlib.sweep --rows table2 --seeds 0 1 2 --preset demo
 
@@ -23,9 +23,16 @@ import nbformat
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
+from lumirlib.methods import parse_row
 from lumirlib.presets import parse_setting, split_options
 from lumirlib.report import paper_table
-from lumirlib.variants import parse_variant
+from lumirlib.training import trained_row
+from lumirlib.variants import Variant
+
+#: What the sweep executes, by the parameter that names the row.
+NOTEBOOKS = {"variant": "run_ablation.ipynb", "method": "run_baseline.ipynb"}
+#: The variant that stands for the paper's submission in Table 1: its figures there are those of LC-2 in Table 2.
+NEXT_GEN_NN = "LC-2"
 
 
 def _relative(path: Path) -> str:
@@ -50,6 +57,11 @@ class SweepRun:
     output: Path
     parameters: dict[str, str]
     options: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def row(self) -> str:
+        """Name of the row that is run."""
+        return self.parameters.get("variant") or self.parameters["method"]
 
     @property
     def failed(self) -> Path:
@@ -91,21 +103,26 @@ class SweepRun:
         return done.stderr.strip() or f"papermill ended with status {done.returncode}"
 
 
-def needs_another(variant: str) -> bool:
-    """Whether the variant is a filter put behind another run's weights."""
-    chosen = parse_variant(variant)
-    return chosen.without_post_filter() != chosen
+def needs_another(name: str) -> bool:
+    """Whether the row is a filter put behind another run's weights."""
+    row = parse_row(name)
+    return trained_row(row) != row
 
 
-def table2_rows() -> list[str]:
-    """Variants of the paper's Table 2, in its order."""
-    methods = paper_table(2)["method"]
-    return [method.removeprefix("backbone+") for method in methods if method.startswith("backbone")]
+def rows_of_table(table: int) -> list[str]:
+    """Our rows of the paper's Table 1 or 2, in its order; zero displacement is measured with each of them."""
+    methods = paper_table(table)["method"]
+    if table == 2:
+        return [method.removeprefix("backbone+") for method in methods if method.startswith("backbone")]
+    return [NEXT_GEN_NN if method == "next-gen-nn" else method for method in methods if method != "Zero Displacement"]
 
 
-def variant_rows(rows: Sequence[str]) -> list[str]:
-    """Names of variants, each once, with "table2" replaced by those of the paper's Table 2."""
-    names = [name for row in rows for name in (table2_rows() if row == "table2" else [parse_variant(row).name])]
+def table_rows(rows: Sequence[str]) -> list[str]:
+    """Names of rows, each once, with "table1" and "table2" replaced by those of the paper's tables."""
+    tables = {"table1": 1, "table2": 2}
+    names = [
+        name for row in rows for name in (rows_of_table(tables[row]) if row in tables else [parse_row(row).name])
+    ]  # fmt: skip
     return list(dict.fromkeys(names))
 
 
@@ -122,7 +139,7 @@ def plan(
     """The runs of a sweep, row by row, each with all its seeds; variants with "BF-post" last, as they need others.
 
     Args:
-        rows: variants, or "table2" for those of the paper's Table 2.
+        rows: names for :func:`lumirlib.methods.parse_row`; "table1" and "table2" stand for those of the tables.
         seeds: of each.
         preset: of all.
         cohort: "embedded", "lumir", "brains" or the path of a dataset JSON.
@@ -135,14 +152,14 @@ def plan(
         ValueError: an unknown variant, preset or option, or a value that does not fit it.
         FileNotFoundError: the notebook is not there, as in a package installed without its checkout.
     """
-    variants = sorted(variant_rows(rows), key=needs_another)
+    names = sorted(table_rows(rows), key=needs_another)
     options = dict(options or {})
-    for variant in variants:
-        split_options(preset, variant, options)
-    root = provenance.project_root()
-    notebook = (root or Path.cwd()) / "notebooks" / "run_ablation.ipynb"
-    if not notebook.is_file():
-        raise FileNotFoundError(f"the sweep runs {notebook}, which does not exist: call it from a checkout")
+    for name in names:
+        split_options(preset, parse_row(name), options)
+    notebooks = (provenance.project_root() or Path.cwd()) / "notebooks"
+    for notebook in (notebooks / name for name in NOTEBOOKS.values()):
+        if not notebook.is_file():
+            raise FileNotFoundError(f"the sweep runs {notebook}, which does not exist: call it from a checkout")
     short = Path(cohort).resolve().parent.name if cohort.endswith(".json") else cohort
     # what is at its default is not injected: executed notebooks are committed, and hold no path of a machine unasked
     common = {"preset": preset, "cohort": cohort}
@@ -150,15 +167,16 @@ def plan(
     common |= {"device": device} if device != "auto" else {}
     tag = "".join(f"_{name}-{value}" for name, value in options.items())
     folder = provenance.results_folder(out) / "runs"
+    kinds = {name: "variant" if isinstance(parse_row(name), Variant) else "method" for name in names}
     return [
         SweepRun(
-            notebook,
-            folder / f"{variant.replace('+', '-')}_{short}_{preset}{tag}_seed{seed}.ipynb",
-            {"variant": variant, "seed": str(seed), **common},
+            notebooks / NOTEBOOKS[kinds[name]],
+            folder / f"{name.replace('+', '-')}_{short}_{preset}{tag}_seed{seed}.ipynb",
+            {kinds[name]: name, "seed": str(seed), **common},
             options,
         )
-        for variant in variants
-        for seed in seeds
+        for name in names
+        for seed in (seeds if parse_row(name).trains_on != "nothing" else seeds[:1])  # nothing in it is random
     ]
 
 
@@ -180,7 +198,7 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
     ):
         try:
             for later in (False, True):
-                group = [run for run in pending if needs_another(run.parameters["variant"]) == later]
+                group = [run for run in pending if needs_another(run.row) == later]
                 futures = {pool.submit(run.execute, threads): run for run in group}
                 for future in as_completed(futures):
                     error = future.result()
@@ -197,7 +215,7 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(prog="python -m lumirlib.sweep", description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--rows", nargs="+", default=["table2"], help="table2, or variants such as LK LC-2+BF")
+    options.add_argument("--rows", nargs="+", default=["table2"], help="table1, table2, or rows such as LK+BF")
     options.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of each row")
     options.add_argument("--preset", default="demo", help="preset of every run")
     options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")

@@ -29,16 +29,20 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lumirlib import losses, metrics, spatial
-from lumirlib.data import Cohort, Pair, Subject
+from lumirlib.data import Cohort, Pair, Subject, load_cohort
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.files import write_atomically
+from lumirlib.methods import row_from_options
 from lumirlib.presets import Preset
 from lumirlib.provenance import commit, describe_device
-from lumirlib.variants import Variant, build_model, check_options
+from lumirlib.rows import Row, check_options
+from lumirlib.variants import Variant
 
 CHECKPOINT_FORMAT = "lumirlib-checkpoint-1"
 #: Besides at the end of each epoch and on interruption, a checkpoint is written when the last one is this old.
 CHECKPOINT_SECONDS = 600.0
+#: Of AdamW, for the rows that are trained with it.
+WEIGHT_DECAY = 0.01
 
 
 class NonFiniteLossError(RuntimeError):
@@ -50,14 +54,15 @@ class RunConfig:
     """What names a run: the same configuration gives the same files, and resumes.
 
     Attributes:
-        variant: the variant at its final width, as :meth:`Preset.apply` gives it.
-        preset: how it is trained.
+        variant: the row at its final width, as :meth:`Preset.apply` gives it: a variant of the paper's network, or a
+            method of :mod:`lumirlib.methods`.
+        preset: how it is trained, as the row adapts it.
         cohort: short name of the cohort, for file names.
         cohort_digest: :attr:`lumirlib.data.Cohort.digest`.
         seed: of the weights and of the order of pairs.
     """
 
-    variant: Variant
+    variant: Row
     preset: Preset
     cohort: str
     cohort_digest: str
@@ -82,14 +87,14 @@ class RunConfig:
         return options.replace("+", "-")
 
 
-def make_config(variant: Variant, preset: Preset, cohort: Cohort, seed: int, **options: object) -> RunConfig:
-    """Configuration of a run; `variant` is given at the paper's width and gets the preset's here, then `options`."""
+def make_config(variant: Row, preset: Preset, cohort: Cohort, seed: int, **options: object) -> RunConfig:
+    """Configuration of a run; `variant` is given at its published width and gets the preset's here, then `options`."""
     if cohort.resolution_mm != preset.resolution_mm:
         raise ValueError(
             f"cohort {cohort.name!r} was loaded at {cohort.resolution_mm:g} mm, "
             f"preset {preset.name!r} works at {preset.resolution_mm:g} mm"
         )
-    chosen = replace(preset.apply(variant), **check_options(variant.name, options))
+    chosen = replace(preset.apply(variant), **check_options(variant, options))
     return RunConfig(chosen, preset, cohort.short_name, cohort.digest, seed)
 
 
@@ -121,23 +126,24 @@ class TrainingResult:
     """A finished training.
 
     Attributes:
-        model: the network with the weights of the best epoch, in evaluation mode.
+        model: the network with the weights of the best epoch, in evaluation mode, or what is run where nothing
+            is trained.
         history: of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, similarity,
             smoothness and seconds, means over the steps; val_dice, val_similarity, val_ndv_percent, learning_rate.
         best_epoch: whose weights these are.
         val_dice: Dice of `model` on the validation pairs that chose it, in [0, 1]; NaN without labels.
         trained_by: "commit, device" of every session that took part.
-        log: path of the CSV.
-        checkpoint: path of the best weights.
+        log: path of the CSV; None where nothing is trained.
+        checkpoint: path of the best weights; likewise.
     """
 
-    model: nn.Module
+    model: nn.Module | Method
     history: pd.DataFrame
     best_epoch: int
     val_dice: float
     trained_by: list[str]
-    log: Path
-    checkpoint: Path
+    log: Path | None
+    checkpoint: Path | None
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -159,6 +165,14 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device=device, memory_format=layout)
 
 
+def make_optimizer(row: Row, model: nn.Module, preset: Preset) -> torch.optim.Optimizer:
+    """The optimizer that a row's network is trained with, at the preset's initial learning rate."""
+    options = {"lr": preset.learning_rate, "amsgrad": preset.amsgrad}
+    if row.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, **options)
+    return torch.optim.Adam(model.parameters(), **options)
+
+
 def spread(items: tuple, count: int | None) -> tuple:
     """`count` items spread evenly over the sequence; all where it is None or larger."""
     if count is None or count >= len(items):
@@ -169,14 +183,18 @@ def spread(items: tuple, count: int | None) -> tuple:
 def epoch_pairs(train: tuple[Subject, ...], seed: int, epoch: int, limit: int | None = None) -> Iterator[Pair]:
     """The pairs of one epoch: each scan is the moving image once, in random order, with a random other one fixed.
 
-    They depend on nothing but the arguments, so that a run resumes in the middle of an epoch.
+    They depend on nothing but the arguments, so that a run resumes in the middle of an epoch. A `limit` above the
+    number of scans takes them again, in another order.
     """
     if len(train) < 2:
         raise ValueError(f"training needs at least 2 scans, the cohort has {len(train)}")
     generator = np.random.default_rng([seed, epoch])
-    for moving in generator.permutation(len(train))[:limit]:
-        fixed = (moving + 1 + generator.integers(len(train) - 1)) % len(train)
-        yield Pair(fixed=train[fixed], moving=train[moving])
+    left = len(train) if limit is None else limit
+    while left > 0:
+        for moving in generator.permutation(len(train))[:left]:
+            fixed = (moving + 1 + generator.integers(len(train) - 1)) % len(train)
+            yield Pair(fixed=train[fixed], moving=train[moving])
+        left -= len(train)
 
 
 @torch.no_grad()
@@ -250,13 +268,15 @@ def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> n
     """
     target = pick_device(device)
     content = load_checkpoint(path, target)
-    variant = Variant(**content["config"]["variant"])
+    variant = row_from_options(content["config"]["variant"])
     foreign = [name for name in bilateral if not name.startswith("bilateral_")]
     if foreign:
         raise ValueError(f"only a bilateral filter can be added to trained weights, got {', '.join(foreign)}")
+    if bilateral and not isinstance(variant, Variant):
+        raise ValueError(f"{path}: no bilateral filter can be put behind {variant.name}")
     if bilateral and variant.bilateral_window:
         raise ValueError(f"{path}: {variant.name} was trained with a bilateral filter; none can be put behind it")
-    model = to_device(build_model(replace(variant, **bilateral)), target)
+    model = to_device(replace(variant, **bilateral).build(), target)
     found = model.load_state_dict(content["model"], strict=False)
     missing = [key for key in found.missing_keys if not (bilateral and key.startswith("bilateral_filter."))]
     if missing or found.unexpected_keys:
@@ -314,14 +334,15 @@ class Trainer:
         self.config, self.cohort, self.device, self.progress = config, cohort, device, progress
         self.folder = out / "checkpoints" / config.run
         self.log = out / "logs" / f"{config.run}.csv"
-        preset = config.preset
-        if config.variant.without_post_filter() != config.variant:
-            raise ValueError(f"{config.variant.name} is not trained: train {config.variant.without_post_filter().name}")
+        preset, row = config.preset, config.variant
+        if row.trains_on == "nothing":
+            raise ValueError(f"{row.name} is not trained")
+        if trained_row(row) != row:
+            raise ValueError(f"{row.name} is not trained: train {trained_row(row).name}")
+        self.source, self.steps = training_source(row, cohort), min(len(cohort.train), preset.steps_per_epoch or 10**9)
         torch.manual_seed(config.seed)
-        self.model = to_device(build_model(config.variant), device)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=preset.learning_rate, amsgrad=preset.amsgrad
-        )  # fmt: skip
+        self.model = to_device(row.build(), device)
+        self.optimizer = make_optimizer(row, self.model, preset)
         self.state = TrainingState()
         self.validation = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
         self.saved_at = time.monotonic()
@@ -362,8 +383,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, or go on to it."""
         preset, state = self.config.preset, self.state
-        steps = min(len(self.cohort.train), preset.steps_per_epoch or len(self.cohort.train))
-        done = state.epoch * steps + state.step
+        done = state.epoch * self.steps + state.step
         if not state.history:
             before = validate(zero_displacement, self.cohort, self.validation, self.device, preset.window)
             if self.cohort.has_labels and math.isnan(before["val_dice"]):
@@ -374,7 +394,7 @@ class Trainer:
             state.trained_by.append(session)
         with (
             _StopRequest() as stop,
-            tqdm(total=preset.epochs * steps, initial=done, desc=f"train {self.config.variant.name}",
+            tqdm(total=preset.epochs * self.steps, initial=done, desc=f"train {self.config.variant.name}",
                  unit="pair", disable=not self.progress) as bar,
         ):  # fmt: skip
             while state.epoch < preset.epochs:
@@ -386,7 +406,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        pairs = epoch_pairs(self.cohort.train, self.config.seed, state.epoch, preset.steps_per_epoch)
+        pairs = epoch_pairs(self.source.train, self.config.seed, state.epoch, self.steps)
         for pair in itertools.islice(pairs, state.step, None):
             started = time.perf_counter()
             terms = self._step(pair)
@@ -419,14 +439,12 @@ class Trainer:
 
     def _step(self, pair: Pair) -> dict[str, float]:
         preset = self.config.preset
-        fixed, moving = (
-            self.cohort.image(subject).to(self.device, non_blocking=True) for subject in (pair.fixed, pair.moving)
-        )
-        predicted = self.model.fields(fixed, moving)
-        terms = losses.registration_loss(
-            moving, fixed, predicted.displacements, predicted.velocities,
-            preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
-        )  # fmt: skip
+        read = self.source.image if self.config.variant.trains_on == "images" else self.source.label_volume
+        fixed, moving = (read(subject).to(self.device, non_blocking=True) for subject in (pair.fixed, pair.moving))
+        # of this step alone, so that a run resumes in the middle of an epoch
+        seeds = np.random.SeedSequence([self.config.seed, self.state.epoch, self.state.step])
+        generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+        terms = self.config.variant.loss_terms(self.model, fixed, moving, preset, generator)
         loss = float(terms["total"].detach())
         if not math.isfinite(loss):
             raise NonFiniteLossError(
@@ -441,6 +459,43 @@ class Trainer:
             "similarity": float(terms["similarity"].detach()),
             "smoothness": float(terms["smoothness"].detach()),
         }
+
+
+def trained_row(row: Row) -> Row:
+    """The row whose weights a row uses: for "BF-post" the variant without the filter, else the row itself."""
+    return row.without_post_filter() if isinstance(row, Variant) else row
+
+
+def training_source(row: Row, cohort: Cohort) -> Cohort:
+    """The cohort whose training people a row learns from.
+
+    That is `cohort`, but for a row that trains on label volumes where training scans have none: then it is the
+    embedded cohort at the same resolution, so that no label of a validation person is used.
+
+    Raises:
+        ValueError: the embedded cohort's grid is not that of `cohort`.
+    """
+    if row.trains_on != "labels" or all(subject.labels for subject in cohort.train):
+        return cohort
+    embedded = load_cohort("embedded", cohort.resolution_mm)
+    if embedded.shape != cohort.shape:
+        raise ValueError(
+            f"{row.name} trains on label volumes, which the training scans of {cohort.path} lack; those of the "
+            f"embedded cohort are {embedded.shape} voxels, not {cohort.shape}"
+        )
+    return embedded
+
+
+def _run_as_it_is(config: RunConfig, cohort: Cohort, device: str) -> TrainingResult:
+    """The result of a method that is not trained: its figures on the validation pairs, beside zero displacement's."""
+    target, preset = pick_device(device), config.preset
+    pairs = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
+    method = config.variant.build()
+    history = [
+        {"epoch": epoch, "steps": 0} | validate(one, cohort, pairs, target, preset.window)
+        for epoch, one in enumerate((zero_displacement, method))
+    ]
+    return TrainingResult(method, pd.DataFrame(history), 1, float(history[1]["val_dice"]), [], None, None)
 
 
 def _filter_afterwards(config: RunConfig, trained: TrainingResult, cohort: Cohort, device: str) -> TrainingResult:
@@ -482,7 +537,9 @@ def train(
         NonFiniteLossError: the loss became NaN or infinite.
         ValueError: a checkpoint that is torn or foreign, or a cohort without validation pairs.
     """
-    base = config.variant.without_post_filter()
+    if config.variant.trains_on == "nothing":
+        return _run_as_it_is(config, cohort, device)
+    base = trained_row(config.variant)
     if base != config.variant:
         return _filter_afterwards(config, train(replace(config, variant=base), cohort, out, device, resume, progress),
                                   cohort, device)  # fmt: skip

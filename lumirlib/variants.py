@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lumirlib._checks import check_choice, check_option_types
+import torch
+
+from lumirlib import losses
+from lumirlib._checks import check_choice
 from lumirlib.models.backbone import CASCADES, RegistrationNetwork
+from lumirlib.rows import Row, check_options
+
+if TYPE_CHECKING:
+    from lumirlib.presets import Preset
 
 BILATERAL_MODES = ("joint", "post")
 #: Metadata of an option that came after the first runs: at its default it does not change a run's name.
@@ -14,8 +21,8 @@ ADDED_LATER = {"unnamed_at_default": True}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One network of the study. Every option is independent of the others.
+class Variant(Row):
+    """One network of the paper. Every option is independent of the others.
 
     Attributes:
         name: as in the paper's Table 2, without "backbone+".
@@ -46,6 +53,53 @@ class Variant:
     bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
 
+    optimizer: ClassVar[str] = "adam"
+    retrained: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice(self.cascade, CASCADES, "cascade")
+        check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
+
+    def fitted(self, preset: Preset) -> Variant:
+        """The variant at a preset's width and depth."""
+        channels = max(1, round(self.start_channels / preset.channel_divisor))
+        return replace(self, start_channels=channels, levels=preset.levels)
+
+    def build(self) -> RegistrationNetwork:
+        """The network, with fresh weights."""
+        options = asdict(self)
+        del options["name"], options["bilateral_mode"]  # how it is trained, not what it computes
+        return RegistrationNetwork(**options)
+
+    def loss_terms(
+        self,
+        model: RegistrationNetwork,
+        fixed: torch.Tensor,
+        moving: torch.Tensor,
+        preset: Preset,
+        generator: torch.Generator,
+    ) -> dict[str, torch.Tensor]:
+        """Similarity and smoothness at every level; see :func:`lumirlib.losses.registration_loss`."""
+        predicted = model.fields(fixed, moving)
+        return losses.registration_loss(
+            moving, fixed, predicted.displacements, predicted.velocities,
+            preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
+        )  # fmt: skip
+
+    @property
+    def words(self) -> str:
+        """Width, cascade and schemes for a reader."""
+        words = [
+            f"start channels {self.start_channels}, head channels {self.head_channels}, {self.cascade} cascade, "
+            f"{self.levels} levels"
+        ]
+        words += [f"large kernel {self.large_kernel}"] if self.large_kernel else []
+        words += [f"co-attention at {self.co_attention_levels} level(s)"] if self.co_attention_levels else []
+        if self.bilateral_window:
+            how = "trained with the network" if self.bilateral_mode == "joint" else "put behind trained weights"
+            words.append(f"bilateral filter of window {self.bilateral_window}, {how}")
+        return ", ".join(words)
+
     def without_post_filter(self) -> Variant:
         """The variant whose trained weights "BF-post" filters; the variant itself where nothing is filtered so."""
         if not self.bilateral_window or self.bilateral_mode != "post":
@@ -65,23 +119,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
 }
 
-OPTIONS = tuple(option.name for option in fields(Variant) if option.name != "name")
-
 
 def variant_choices() -> tuple[str, ...]:
     """Names that :func:`parse_variant` knows."""
     return ("backbone", *SCHEMES)
-
-
-def check_options(name: str, overrides: dict[str, object]) -> dict[str, object]:
-    """`overrides` ready for :class:`Variant`; ValueError, with the choices, unless all are options of its types."""
-    unknown = sorted(set(overrides) - set(OPTIONS))
-    if unknown:
-        raise ValueError(f"unknown option {', '.join(unknown)} of variant {name!r}: choose from {', '.join(OPTIONS)}")
-    checked = check_option_types(Variant(), overrides)
-    check_choice(overrides.get("cascade", "additive"), CASCADES, "cascade")
-    check_choice(overrides.get("bilateral_mode", "joint"), BILATERAL_MODES, "bilateral_mode")
-    return checked
 
 
 def parse_variant(name: str, **overrides: object) -> Variant:
@@ -121,8 +162,8 @@ def parse_variant(name: str, **overrides: object) -> Variant:
                 )
         chosen.append(scheme)
     chosen.sort(key=list(SCHEMES).index)
-    settings |= check_options(name, overrides)
-    return replace(Variant(name="+".join(chosen) or "backbone"), **settings)
+    row = Variant(name="+".join(chosen) or "backbone")
+    return replace(row, **(settings | check_options(row, overrides)))
 
 
 def build_model(variant: str | Variant = "backbone", **overrides: object) -> RegistrationNetwork:
@@ -136,10 +177,5 @@ def build_model(variant: str | Variant = "backbone", **overrides: object) -> Reg
         A module with ``model(fixed, moving) -> displacement``: images ``(B, 1, D, H, W)`` in [0, 1], displacement
         ``(B, 3, D, H, W)`` in voxels.
     """
-    if isinstance(variant, Variant):
-        chosen = replace(variant, **check_options(variant.name, overrides))
-    else:
-        chosen = parse_variant(variant, **overrides)
-    options = asdict(chosen)
-    del options["name"], options["bilateral_mode"]  # how it is trained, not what it computes
-    return RegistrationNetwork(**options)
+    chosen = variant if isinstance(variant, Variant) else parse_variant(variant)
+    return replace(chosen, **check_options(chosen, overrides)).build()

@@ -91,16 +91,16 @@ def test_pairs_are_described_and_ordered_from_the_hardest(embedded_cohort):
     pairs = embedded_cohort.validation_pairs[:4]
     before = evaluate_method(zero_displacement, embedded_cohort, pairs, progress=False)
     after = before.assign(value=before["value"] + 0.1)
-    found = difficulty.pair_table(embedded_cohort, pairs, before, after, zero_displacement, progress=False)
-    assert found["dice"].is_monotonic_increasing and found["gain"].tolist() == pytest.approx([10] * 4)
-    assert (found["displacement_mm"] == 0).all() and (found[["brain_ratio", "ventricle_ratio"]] >= 1).all().all()
+    found = difficulty.pair_table(embedded_cohort, before, pd.concat([after, before]))
+    assert found["dice"].is_monotonic_increasing and found["gain"].tolist() == pytest.approx([5] * 4)
+    assert found["displacement_mm"].tolist() == pytest.approx([0.05] * 4)
+    assert (found[["brain_ratio", "ventricle_ratio"]] >= 1).all().all()
     labels = [embedded_cohort.label_volume(subject) for subject in (pairs[0].fixed, pairs[0].moving)]
     volumes = [sum(int((volume == label).sum()) for label in (4, 11, 49, 50, 51, 52)) for volume in labels]
     row = found.set_index("pair").loc[pairs[0].name]
     assert row["ventricle_ratio"] == pytest.approx(max(volumes) / min(volumes))
-    with pytest.raises(ValueError, match=f"must have a Dice for {pairs[3].name}"):
-        difficulty.pair_table(embedded_cohort, pairs, before.query(f"pair != '{pairs[3].name}'"), after,
-                              zero_displacement, progress=False)  # fmt: skip
+    with pytest.raises(ValueError, match=f"displacement_mm for {pairs[3].name}, but lack one of them"):
+        difficulty.pair_table(embedded_cohort, before.query(f"pair != '{pairs[3].name}'"), after)
 
 
 def test_rank_correlations_are_those_of_ordered_columns():

@@ -288,7 +288,7 @@ def test_a_run_writes_one_row_per_pair_and_metric_with_provenance(small_cohort_j
     run = small_run(small_cohort_json, tmp_path)
     table = run.evaluate(run.train(progress=False), progress=False)
     written = pd.read_csv(run.metrics_path)
-    assert len(written) == len(table) == 3 * 6  # three pairs; four metrics, textbook TRE, seconds
+    assert len(written) == len(table) == 3 * 7  # three pairs; four metrics, textbook TRE, mean displacement, seconds
     assert not written.duplicated(["pair", "metric"]).any()
     facts = json.loads(run.metrics_path.with_suffix(".json").read_text())
     assert facts["trained_by"] == [f"{run.commit}, {facts['device']}"]

@@ -1,0 +1,42 @@
+"""The methods of Table 1, one file each: every one is ``method(fixed, moving) -> displacement``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lumirlib.rows import Row, check_options
+from lumirlib.variants import Variant, parse_variant
+
+#: Rows that are not variants of the paper's network, by name.
+BASELINES: dict[str, type[Row]] = {}
+
+
+def parse_row(name: str, **overrides: object) -> Row:
+    """The row that a name stands for: a method of :data:`BASELINES`, or a variant of the paper's network.
+
+    Args:
+        name: of a baseline, or as :func:`lumirlib.parse_variant` takes it; case does not matter.
+        overrides: options of the row to set besides.
+
+    Raises:
+        ValueError: an unknown name or option, with the choices listed.
+    """
+    known = {baseline.lower(): baseline for baseline in BASELINES}
+    baseline = known.get(str(name).strip().lower())
+    if baseline is not None:
+        row = BASELINES[baseline]()
+        return replace(row, **check_options(row, overrides))
+    try:
+        return parse_variant(name, **overrides)
+    except ValueError as error:
+        if "unknown variant" not in str(error):
+            raise
+        raise ValueError(f"{error}, nor a method: {', '.join(BASELINES)}") from None
+
+
+def row_from_options(options: Mapping[str, Any]) -> Row:
+    """The row that a checkpoint or a results file describes by all its options, its name among them."""
+    row = BASELINES.get(str(options["name"]), Variant)
+    return row(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})

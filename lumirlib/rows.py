@@ -1,0 +1,88 @@
+"""What a row of Table 1 or 2 is: a frozen dataclass of options that says how its method is built and trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from lumirlib._checks import check_option_types
+
+if TYPE_CHECKING:
+    from lumirlib.presets import Preset
+
+AnyRow = TypeVar("AnyRow", bound="Row")
+
+
+class Row:
+    """Base of :class:`lumirlib.Variant` and of the methods in :mod:`lumirlib.methods`, which are frozen dataclasses.
+
+    Attributes:
+        name: as the table has it.
+        trains_on: "images", "labels" (then training steps get label volumes instead of images), or "nothing": a
+            method that is run as it is.
+        optimizer: "adam" or "adamw" (weight decay 0.01).
+        retrained: whether the row is a network of another team, trained here by its recipe.
+    """
+
+    name: str
+    trains_on: ClassVar[str] = "images"
+    optimizer: ClassVar[str] = "adamw"
+    retrained: ClassVar[bool] = True
+
+    def fitted(self: AnyRow, preset: Preset) -> AnyRow:
+        """The row at a preset's width and resolution."""
+        raise NotImplementedError
+
+    def adapt(self, preset: Preset) -> Preset:
+        """The preset with this method's own learning rate and weights of losses; the number of steps stays."""
+        return preset
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights (seed with ``torch.manual_seed``): ``model(fixed, moving) -> displacement``.
+
+        A row that trains on nothing gives what it is run by, a callable of the same form.
+        """
+        raise NotImplementedError
+
+    def loss_terms(
+        self, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Loss of one training step.
+
+        Args:
+            model: from :meth:`build`.
+            fixed: ``(1, 1, D, H, W)`` image in [0, 1], or integer labels where the row trains on labels.
+            moving: likewise.
+            preset: as :meth:`adapt` gives it.
+            generator: on the CPU, seeded for this step, for all that is random in it.
+
+        Returns:
+            "total" (has gradients), "similarity" and "smoothness".
+        """
+        raise NotImplementedError
+
+    @property
+    def words(self) -> str:
+        """The options for a reader."""
+        shown = {name.replace("_", " "): getattr(self, name) for name in option_names(self)}
+        return ", ".join(f"{name} {value}" for name, value in shown.items()) or "no options"
+
+
+def option_names(row: Row) -> tuple[str, ...]:
+    """The options of a row, all fields but its name."""
+    return tuple(option.name for option in fields(row) if option.name != "name")  # type: ignore[arg-type]
+
+
+def check_options(row: Row, overrides: Mapping[str, Any]) -> dict[str, object]:
+    """`overrides` ready for ``replace(row, …)``; ValueError, with the choices, unless all are options of its types."""
+    known = option_names(row)
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ValueError(f"unknown option {', '.join(unknown)} of {row.name!r}: choose from {', '.join(known)}")
+    checked = check_option_types(row, overrides)
+    replace(row, **checked)  # values that the row itself refuses
+    return checked
