@@ -299,6 +299,33 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
     return figure
 
 
+def time_figure(runs: Runs, costs: pd.DataFrame, title: str, device: str) -> Figure:
+    """Dice against the time that a method takes for a pair, a mark per row.
+
+    Args:
+        runs: what is drawn; the bars are the standard deviation over pairs.
+        costs: as :mod:`lumirlib.costs` measures them, with the same names; rows without are left out.
+        title: of the figure.
+        device: on which the costs were measured.
+    """
+    figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    seconds = costs.groupby("variant")["seconds_per_pair"].median()
+    dice = runs.values[runs.values["metric"] == "dice"].groupby(["variant", "pair"])["value"].mean() * 100
+    names = [name for name in runs.variants if name in seconds.index]
+    colours = sns.color_palette("colorblind", len(names))
+    markers = "osD^vP*Xh<>"
+    for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        values = dice[name]
+        ax.errorbar(seconds[name], values.mean(), values.std(ddof=0), color=colour, marker=markers[number % 11],
+                    markersize=8, capsize=3, linestyle="none", label=name)  # fmt: skip
+    before = [name for name in runs.values["variant"].unique() if name not in runs.variants]
+    for name in before:
+        ax.axhline(dice[name].mean(), color="0.4", linestyle="--", linewidth=1.2, label="zero displacement")
+    ax.set(xscale="log", xlabel=f"seconds for a pair ({device})", ylabel="Dice (%)", title=title)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
 def folding_figure(folding: pd.DataFrame, title: str) -> Figure:
     """NDV against displacement of the same velocities, amplified and joined by either cascade.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from lumirlib.evaluation import data_title, summarize
 from lumirlib.methods import parse_row
 from lumirlib.presets import Preset, split_options
 from lumirlib.rows import Row
+from lumirlib.variants import Variant
 
 #: Column of paper.csv -> metric of ours, factor from our unit to the paper's, heading.
 COLUMNS: dict[str, tuple[str, float, str]] = {
@@ -55,39 +57,50 @@ def _ours(table: pd.DataFrame, val_dice: float) -> dict[str, float]:
 
 
 def beside_the_paper(
-    variant: str, table: pd.DataFrame, val_dice: float, before: pd.DataFrame, val_dice_before: float
+    name: str,
+    table: pd.DataFrame,
+    before: pd.DataFrame,
+    val_dice: float = math.nan,
+    val_dice_before: float = math.nan,
 ) -> pd.DataFrame:
-    """A variant's row beside the paper's, with the row before registration beside the paper's too.
+    """A row beside the paper's, with the row before registration beside the paper's too.
 
     Args:
-        variant: name as :func:`lumirlib.parse_variant` gives it.
+        name: of the row, as :func:`lumirlib.methods.parse_row` gives it.
         table: long table of the run, as `<out>/metrics/<run>.csv`.
-        val_dice: Dice on the pairs that choose the best epoch, in [0, 1].
         before: long table of zero displacement on the same pairs as `table`.
+        val_dice: Dice on the pairs that choose the best epoch, in [0, 1]; for variants, whose Table 2 has it.
         val_dice_before: of zero displacement, on the pairs of `val_dice`.
 
     Returns:
-        One row each for before registration (paper, ours), the variant (paper, ours, ours - paper, and how many pairs
+        One row each for before registration (paper, ours), the row (paper, ours, ours - paper, and how many pairs
         ours has a figure for), and the gain over zero displacement (paper, ours); columns as headed in the paper. NaN
         where the paper has no figure.
     """
+    is_variant = isinstance(parse_row(name), Variant)
     paper_before = _theirs(BEFORE)
     ours_before = _ours(before, val_dice_before)
-    paper = _theirs(paper_method(variant))
+    paper = _theirs(paper_method(name)) if is_variant else _theirs(name, 1)
     ours = _ours(table, val_dice)
     rows = {
         ("before registration", "paper"): paper_before,
         ("before registration", "ours"): ours_before,
-        (variant, "paper"): paper,
-        (variant, "ours"): ours,
-        (variant, "ours - paper"): _minus(ours, paper),
-        (variant, "our pairs"): _pairs(table),
+        (name, "paper"): paper,
+        (name, "ours"): ours,
+        (name, "ours - paper"): _minus(ours, paper),
+        (name, "our pairs"): _pairs(table),
         ("gain by registration", "paper"): _minus(paper, paper_before),
         ("gain by registration", "ours"): _minus(ours, ours_before),
     }
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.index = pd.MultiIndex.from_tuples(frame.index)
+    if not is_variant:
+        frame = frame.drop(columns="val_dice")
     return frame.rename(columns={column: heading for column, (_, _, heading) in COLUMNS.items()})
+
+
+#: Row of ours -> its row in the paper's Table 1, where they are named differently.
+TABLE_1_NAMES = {BEFORE: "Zero Displacement", "LC-2": "next-gen-nn"}
 
 
 def paper_method(variant: str) -> str:
@@ -95,9 +108,9 @@ def paper_method(variant: str) -> str:
     return variant if variant in ("backbone", BEFORE) else f"backbone+{variant.replace('BF-post', 'BF')}"
 
 
-def _theirs(method: str) -> dict[str, float]:
-    rows = paper_table(2).set_index("method")
-    if method not in rows.index:  # a combination that the paper never ran
+def _theirs(method: str, table: int = 2) -> dict[str, float]:
+    rows = paper_table(table).set_index("method")
+    if method not in rows.index:  # what the paper never ran
         return dict.fromkeys(COLUMNS, float("nan"))
     return {column: float(rows.loc[method, column]) for column in COLUMNS}
 
@@ -266,6 +279,11 @@ def load_runs(
     )
 
 
+def table1(runs: Runs) -> pd.DataFrame:
+    """The paper's Table 1 beside ours; as :func:`table2`, without "val_dice", which that table lacks."""
+    return _beside(runs, {name: TABLE_1_NAMES.get(name, name) for name in (BEFORE, *runs.variants)}, 1)
+
+
 def table2(runs: Runs) -> pd.DataFrame:
     """The paper's Table 2 beside ours, as numbers.
 
@@ -274,21 +292,27 @@ def table2(runs: Runs) -> pd.DataFrame:
         (ours), metric (key of :data:`COLUMNS`), paper, ours (mean over seeds), seed_std (sample standard deviation
         over seeds, NaN for one), difference (ours - paper), seeds, pairs (with a figure).
     """
+    names = {name: paper_method(name) for name in (BEFORE, *runs.variants)}
+    return _beside(runs, names, 2)
+
+
+def _beside(runs: Runs, names: Mapping[str, str], table: int) -> pd.DataFrame:
+    """Rows of :func:`table1` and :func:`table2`; `names` has the paper's name of each row of ours."""
     rows = []
-    for name in (BEFORE, *runs.variants):
-        paper = _theirs(paper_method(name))
+    for name, method in names.items():
+        paper = _theirs(method, table)
         seeds = []
-        for seed, table in runs.values[runs.values["variant"] == name].groupby("seed"):
+        for seed, values in runs.values[runs.values["variant"] == name].groupby("seed"):
             if name == BEFORE:
                 val_dice, sc = float(runs.facts["val_dice_before"].dropna().iloc[0]), None
             else:
                 fact = runs.facts[(runs.facts["variant"] == name) & (runs.facts["seed"] == seed)].iloc[0]
-                val_dice, sc = float(fact["val_dice"]), fact["options"]["start_channels"]
-            seeds.append((_ours(table, val_dice), _pairs(table)))
+                val_dice, sc = float(fact["val_dice"]), fact["options"].get("start_channels")
+            seeds.append((_ours(values, val_dice), _pairs(values)))
         ours = pd.DataFrame([values for values, _ in seeds])
-        for column in COLUMNS:
+        for column in COLUMNS if table == 2 else [column for column in COLUMNS if column != "val_dice"]:
             rows.append(
-                {"method": paper_method(name) if name != "BF-post" else "backbone+BF-post", "variant": name, "sc": sc,
+                {"method": method if name != "BF-post" else "backbone+BF-post", "variant": name, "sc": sc,
                  "metric": column, "paper": paper[column], "ours": ours[column].mean(),
                  "seed_std": ours[column].std(ddof=1), "difference": ours[column].mean() - paper[column],
                  "seeds": len(ours), "pairs": min(pairs[column] for _, pairs in seeds)}

@@ -24,14 +24,16 @@ class Row:
         name: as the table has it.
         trains_on: "images", "labels" (then training steps get label volumes instead of images), or "nothing": a
             method that is run as it is.
-        optimizer: "adam" or "adamw" (weight decay 0.01).
         retrained: whether the row is a network of another team, trained here by its recipe.
     """
 
     name: str
     trains_on: ClassVar[str] = "images"
-    optimizer: ClassVar[str] = "adamw"
     retrained: ClassVar[bool] = True
+
+    def available(self) -> str:
+        """Empty where the row can be run on this machine; else "not installed: " and the steps to install it."""
+        return ""
 
     def fitted(self: AnyRow, preset: Preset) -> AnyRow:
         """The row at a preset's width and resolution."""
@@ -70,6 +72,35 @@ class Row:
         """The options for a reader."""
         shown = {name.replace("_", " "): getattr(self, name) for name in option_names(self)}
         return ", ".join(f"{name} {value}" for name, value in shown.items()) or "no options"
+
+
+class Baseline(Row):
+    """A network of another team, retrained here with its own weights of the loss.
+
+    Attributes:
+        smoothness_weight: beside a similarity of weight 1.
+        learning_rate_factor: times the preset's learning rate, which is the paper's for its own network.
+    """
+
+    smoothness_weight: float
+    learning_rate_factor: float
+
+    def narrowed(self: AnyRow, divisor: int) -> AnyRow:
+        """The row with its widths divided."""
+        raise NotImplementedError
+
+    def fitted(self: AnyRow, preset: Preset) -> AnyRow:
+        """The row at a preset's width."""
+        return self.narrowed(preset.channel_divisor)
+
+    def adapt(self, preset: Preset) -> Preset:
+        """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
+        return replace(
+            preset,
+            similarity_weight=1.0,
+            smoothness_weight=self.smoothness_weight,
+            learning_rate=preset.learning_rate * self.learning_rate_factor,
+        )
 
 
 def option_names(row: Row) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from lumirlib.evaluation import cohort_facts, data_title, evaluate_method, write
 from lumirlib.files import write_atomically
 from lumirlib.labels import LUMIR_LABELS
 from lumirlib.methods import parse_row
+from lumirlib.metrics import inverse_consistency_error
 from lumirlib.presets import split_options
 from lumirlib.training import RunConfig, TrainingResult, make_config, pick_device, spread, train, training_source
 from lumirlib.variants import Variant
@@ -168,9 +170,45 @@ class AblationRun:
             )
         if not self.cohort.has_labels:
             lines.append("- no labels for the validation pairs: the best epoch is chosen by similarity, not Dice")
+        if self.missing:
+            lines.append(f"- **{self.missing}**")
         if self.cohort.credit:
             lines.append(f"- data: {self.cohort.credit}")
         return "\n".join(lines)
+
+    @property
+    def missing(self) -> str:
+        """Empty where the row can be run on this machine; else what to install."""
+        return self.config.variant.available()
+
+    def training_labels(self) -> torch.Tensor:
+        """A label volume ``(1, 1, D, H, W)`` of those that a row that trains on labels learns from."""
+        source = training_source(self.config.variant, self.cohort)
+        return source.label_volume(source.train[0])
+
+    def inverse_consistency(self, result: TrainingResult, count: int = 5) -> pd.DataFrame:
+        """Inverse consistency on `count` pairs, spread evenly, before training and after.
+
+        Returns:
+            Columns when, error_voxels (mean distance of both directions composed to the identity), displacement_voxels
+            (mean length), each a mean over the pairs, inside the brain.
+        """
+        stages = {"as run": result.model}
+        if result.log:
+            torch.manual_seed(self.config.seed)
+            stages = {"before training": self.config.variant.build().to(self.device).eval(), "after": result.model}
+        rows = []
+        for when, model in stages.items():
+            found = []
+            for pair in spread(self.pairs, count):
+                fixed, moving = (self.cohort.image(one).to(self.device) for one in (pair.fixed, pair.moving))
+                with torch.no_grad():
+                    forward, backward = model(fixed, moving), model(moving, fixed)
+                error = inverse_consistency_error(forward, backward, moving)
+                found.append((error, float(forward.norm(dim=1, keepdim=True)[fixed > 0].mean())))
+            error, length = np.mean(found, axis=0)
+            rows.append({"when": when, "error_voxels": error, "displacement_voxels": length})
+        return pd.DataFrame(rows)
 
     def train(self, resume: bool = True, progress: bool = True) -> TrainingResult:
         """Train, or go on from the last checkpoint; see :func:`lumirlib.training.train`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lumirlib import report
+from lumirlib import difficulty, ranking, report
 from lumirlib.evaluation import data_title
 from lumirlib.files import write_atomically, write_json
 from lumirlib.provenance import now, versions
@@ -24,16 +24,17 @@ def _number(value: float, digits: int, signed: bool = False) -> str:
     return f"{abs(value) if signed else value:.{digits}f}"
 
 
-def readable_table2(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
-    """:func:`table2` as text for a reader: three lines a method (paper, ours, ours − paper), best figures in bold.
+def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
+    """Table 1 or 2 as text for a reader: three lines a method (paper, ours, ours − paper), best figures in bold.
 
     Args:
-        table: as :func:`table2` gives it.
+        table: as :func:`lumirlib.report.table1` or :func:`lumirlib.report.table2` gives it.
         bold: pattern of a bold figure, ``"**{}**"`` for Markdown.
     """
     schemes = table[table["variant"] != BEFORE]
     best = {}
-    for column in COLUMNS:
+    columns = [column for column in COLUMNS if column in set(table["metric"])]
+    for column in columns:
         if column == "dice_std":
             continue
         for source in ("paper", "ours"):
@@ -45,9 +46,11 @@ def readable_table2(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
     for method, part in table.groupby("method", sort=False):
         by_metric = part.set_index("metric")
         variant, sc = part["variant"].iloc[0], part["sc"].iloc[0]
-        name = method if pd.isna(sc) else f"{method} (sc:{int(sc)})"
+        name = method if variant in (BEFORE, method) or method.startswith("backbone") else f"{method} ({variant})"
+        name += "" if pd.isna(sc) else f" (sc:{int(sc)})"
         lines: dict[str, dict[str, str]] = {"paper": {}, "ours": {}, "ours − paper": {}}
-        for column, (_, _, heading) in COLUMNS.items():
+        for column in columns:
+            heading = COLUMNS[column][2]
             row, digits = by_metric.loc[column], DIGITS[column]
             for source in ("paper", "ours"):
                 text = _number(row[source], digits)
@@ -103,15 +106,15 @@ def readable_costs(costs: pd.DataFrame, reference: str = "backbone") -> pd.DataF
     for name, row in middle.iterrows():
         trained = not pd.isna(row["seconds_per_step"])
         rows.append(
-            {"variant": name, "sc": str(int(row["start_channels"])), "parameters": f"{int(row['parameters']):,}",
-             "G multiply-adds": f"{row['multiply_adds'] / 1e9:.1f}",
+            {"variant": name, "sc": _number(row["start_channels"], 0), "parameters": f"{int(row['parameters']):,}",
+             "G multiply-adds": _number(row["multiply_adds"] / 1e9, 1),
              "s / pair": f"{row['seconds_per_pair']:.3f} ({ratio('seconds_per_pair', name)})",
              "s / training step": f"{row['seconds_per_step']:.2f} ({ratio('seconds_per_step', name)})" if trained
              else "–",
              "peak memory, inference (MiB)": f"{row['inference_mib']:.0f}",
              "peak memory, training (MiB)": f"{row['training_mib']:.0f}" if trained else "–",
              "parameters, paper's width": f"{int(row['paper_parameters']):,}",
-             "T multiply-adds, paper's width, 1 mm": f"{row['paper_multiply_adds'] / 1e12:.2f}"}
+             "T multiply-adds, paper's width, 1 mm": _number(row["paper_multiply_adds"] / 1e12, 2)}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -160,12 +163,37 @@ def publish(
     return text
 
 
-def publish_table2(runs: Runs, stem: str | Path) -> str:
-    """:func:`publish` Table 2 beside ours; the Markdown."""
-    table = report.table2(runs)
-    note = f"{runs.spread_note}. Best figures of the schemes in bold."
-    return publish(stem, table, readable_table2(table), f"Table 2, paper and ours ({runs.title})", note, runs.about(),
-                   readable_table2(table, r"\textbf{{{}}}"))  # fmt: skip
+def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
+    """:func:`publish` Table 1 or 2 beside ours; the Markdown."""
+    table = {1: report.table1, 2: report.table2}[number](runs)
+    note = f"{runs.spread_note}. Best figures in bold, zero displacement left out."
+    return publish(stem, table, readable_table(table), f"Table {number}, paper and ours ({runs.title})", note,
+                   runs.about(), readable_table(table, r"\textbf{{{}}}"))  # fmt: skip
+
+
+def publish_ranks(runs: Runs, stem: str | Path) -> str:
+    """:func:`publish` ranks by significance and the challenge's snapshot score of the rows; the Markdown.
+
+    Of each pair and metric the mean over a row's seeds counts.
+    """
+    keys = ["pair", "metric"]
+    long = {
+        name: runs.values[runs.values["variant"] == name].groupby(keys, sort=False, as_index=False)["value"].mean()
+        for name in runs.variants
+    }
+    ranks, scores = ranking.rank(long), ranking.snapshot_scores(long, runs.facts["cohort"].iloc[0])
+    table = ranks.join(scores["score"].rename("snapshot score")).rename_axis("method").reset_index()
+    shown = table.rename(columns={column: f"rank by {words[2]}" for column, words in COLUMNS.items()}).rename(
+        columns={"weighted": "weighted rank"}
+    )
+    shown = shown.map(lambda value: value if isinstance(value, str) else f"{value:.3g}")
+    note = (
+        "Rank by a metric: one plus the number of rows that are significantly better (Wilcoxon signed-rank test over "
+        "pairs, Holm-adjusted, 5 %); weighted 1/5 Dice, 2/5 TRE, 1/5 NDV, 1/5 HD95. Snapshot score: metrics from the "
+        "worst row (0) to the best (1), weighted 1/6 Dice, 1/3 TRE, 1/3 NDV, 1/6 HD95. Only these rows are ranked: "
+        "other teams' published figures are of LUMIR's own pairs."
+    )
+    return publish(stem, table, shown, f"Ranks as the challenge ranks ({runs.title})", note, runs.about())
 
 
 def publish_effects(runs: Runs, stem: str | Path, reference: str = "backbone") -> str:
@@ -200,17 +228,17 @@ def read_measured(folder: str | Path, kind: str, name: str) -> Measured:
     return Measured(pd.read_csv(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8")), how)
 
 
-def publish_costs(measured: Measured, stem: str | Path) -> str:
-    """:func:`publish` what every variant costs; the Markdown, or that it has not been measured."""
+def publish_costs(measured: Measured, stem: str | Path, reference: str = "backbone") -> str:
+    """:func:`publish` what every row costs, beside `reference`; the Markdown, or that it has not been measured."""
     costs, about = measured.table, measured.about
     if costs is None:
         return measured.how
     title = f"Costs at {about['images']} voxels, preset {about['preset']}, on {about['device']}"
     note = (
-        f"Medians of {costs['round'].nunique()} round(s); in parentheses the ratio to the backbone, the median over "
+        f"Medians of {costs['round'].nunique()} round(s); in parentheses the ratio to {reference}, the median over "
         f"rounds. Measured by {about['commit']} with {about['command']}."
     )
-    return publish(stem, costs, readable_costs(costs), title, note, about)
+    return publish(stem, costs, readable_costs(costs, reference), title, note, about)
 
 
 def publish_folding(measured: Measured, stem: str | Path) -> str:
@@ -237,6 +265,35 @@ def publish_folding(measured: Measured, stem: str | Path) -> str:
     )
     title = f"The same velocities joined additively and compositionally ({data}; preset {about['preset']})"
     return publish(stem, numbers, pd.DataFrame(rows), title, note, about)
+
+
+def publish_difficulty(pairs: pd.DataFrame, runs: Runs, stem: str | Path, shown: int = 5) -> str:
+    """:func:`publish` which pairs are hard, `<stem>_pairs`, and what goes with it, `<stem>_explained`; the Markdown.
+
+    Args:
+        pairs: as :func:`lumirlib.difficulty.pair_table` gives it.
+        runs: of the method.
+        stem: path without ending.
+        shown: how many of the hardest and of the easiest pairs the text lists; the CSV has all.
+    """
+    words = {"dice": "Dice after (%)", "gain": "gain (points)", **difficulty.FEATURES}
+    columns = {"pair": "pair", **words}
+    listed = pairs if len(pairs) <= 2 * shown else pd.concat([pairs.head(shown), pairs.tail(shown)])
+    text = listed[list(columns)].map(lambda value: value if isinstance(value, str) else f"{value:.2f}")
+    seeds = runs.facts["seed"].nunique()
+    note = f"The {shown} hardest and the {shown} easiest of {len(pairs)} pairs; means over {seeds} seed(s)."
+    title = f"Hard and easy pairs for {runs.variants[0]} ({runs.title})"
+    hard = publish(f"{stem}_pairs", pairs, text.rename(columns=columns), title, note, runs.about())
+    explained = difficulty.explain(pairs)
+    signed = {
+        outcome: [_number(value, 2, signed=True) for value in explained[outcome]] for outcome in difficulty.OUTCOMES
+    }
+    text = explained.assign(
+        feature=explained["feature"].map(words), pairs=explained["pairs"].astype(str), **signed
+    ).rename(columns={"feature": "known before or measured", **words})  # fmt: skip
+    note = "Spearman's rank correlation over pairs, from −1 to +1; pairs share people, so no p-value is given."
+    return hard + "\n" + publish(f"{stem}_explained", explained, text, f"What goes with Dice and gain ({runs.title})",
+                                 note, runs.about())  # fmt: skip
 
 
 def escape_latex(text: str) -> str:

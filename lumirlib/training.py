@@ -41,8 +41,6 @@ from lumirlib.variants import Variant
 CHECKPOINT_FORMAT = "lumirlib-checkpoint-1"
 #: Besides at the end of each epoch and on interruption, a checkpoint is written when the last one is this old.
 CHECKPOINT_SECONDS = 600.0
-#: Of AdamW, for the rows that are trained with it.
-WEIGHT_DECAY = 0.01
 
 
 class NonFiniteLossError(RuntimeError):
@@ -165,12 +163,9 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device=device, memory_format=layout)
 
 
-def make_optimizer(row: Row, model: nn.Module, preset: Preset) -> torch.optim.Optimizer:
-    """The optimizer that a row's network is trained with, at the preset's initial learning rate."""
-    options = {"lr": preset.learning_rate, "amsgrad": preset.amsgrad}
-    if row.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, **options)
-    return torch.optim.Adam(model.parameters(), **options)
+def make_optimizer(model: nn.Module, preset: Preset) -> torch.optim.Optimizer:
+    """The optimizer that every row is trained with, at the preset's initial learning rate."""
+    return torch.optim.Adam(model.parameters(), lr=preset.learning_rate, amsgrad=preset.amsgrad)
 
 
 def spread(items: tuple, count: int | None) -> tuple:
@@ -342,7 +337,7 @@ class Trainer:
         self.source, self.steps = training_source(row, cohort), min(len(cohort.train), preset.steps_per_epoch or 10**9)
         torch.manual_seed(config.seed)
         self.model = to_device(row.build(), device)
-        self.optimizer = make_optimizer(row, self.model, preset)
+        self.optimizer = make_optimizer(self.model, preset)
         self.state = TrainingState()
         self.validation = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
         self.saved_at = time.monotonic()

@@ -53,7 +53,6 @@ class Variant(Row):
     bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
 
-    optimizer: ClassVar[str] = "adam"
     retrained: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

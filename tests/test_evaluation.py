@@ -119,7 +119,7 @@ def test_the_papers_numbers_are_carried_whole():
 
 
 def test_table_sets_ours_beside_the_paper_in_the_papers_units():
-    table = report.beside_the_paper("backbone", long_table(0.7, 0.01), 0.6, long_table(0.5, 0.02), 0.5)
+    table = report.beside_the_paper("backbone", long_table(0.7, 0.01), long_table(0.5, 0.02), 0.6, 0.5)
     ours, paper = table.loc[("backbone", "ours")], table.loc[("backbone", "paper")]
     assert ours.tolist() == pytest.approx([60, 70, 1, 3.0, 0.1, 4.0])
     assert paper["Dice (%)"] == 77.31
@@ -131,7 +131,7 @@ def test_table_sets_ours_beside_the_paper_in_the_papers_units():
 
 
 def test_a_combination_that_the_paper_never_ran_has_an_empty_paper_row():
-    table = report.beside_the_paper("LC-2+LK", long_table(0.7), 0.6, long_table(0.5), 0.5)
+    table = report.beside_the_paper("LC-2+LK", long_table(0.7), long_table(0.5), 0.6, 0.5)
     assert table.loc[("LC-2+LK", "paper")].isna().all()
     assert table.loc[("LC-2+LK", "ours"), "Dice (%)"] == pytest.approx(70)
 

@@ -158,6 +158,22 @@ def test_hd95_of_a_lost_label_is_infinite_and_of_an_absent_one_nan():
     assert math.isinf(metrics.hd95_mm(volume(), fixed, moving, labels=(4, 11)))
 
 
+# inverse consistency -------------------------------------------------------------------------------------------------
+
+
+def test_inverse_consistency_error_is_the_length_that_is_left_inside_the_brain():
+    forward = torch.tensor([2.0, 0, 0]).view(1, 3, 1, 1, 1).expand(1, 3, 12, 13, 14).clone()
+    backward = torch.tensor([-1.0, 0, 0.5]).view(1, 3, 1, 1, 1).expand_as(forward).clone()
+    backward[..., :5] = 50  # outside the brain
+    moving = torch.zeros(1, 1, 12, 13, 14)
+    moving[..., 3:9, 3:9, 6:9] = 0.5
+    expected = math.hypot(1, 0.5)
+    assert metrics.inverse_consistency_error(forward, backward, moving) == pytest.approx(expected, rel=1e-6)
+    assert metrics.inverse_consistency_error(forward, -forward, moving) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="moving must have voxels above zero, got none"):
+        metrics.inverse_consistency_error(forward, backward, moving * 0)
+
+
 # TRE -----------------------------------------------------------------------------------------------------------------
 
 

@@ -109,7 +109,7 @@ def test_table_2_has_means_over_seeds_spread_and_difference_in_the_papers_units(
 
 
 def test_best_figures_are_bold_and_ties_of_all_are_not(runs):
-    shown = tables.readable_table2(report.table2(runs))
+    shown = tables.readable_table(report.table2(runs))
     ours = shown[shown["whose"] == "ours"]
     assert ours["Dice (%)"].tolist() == ["50.00", "71.00 (1.41)", "**72.00** (0.94)"]
     assert ours["TRE (mm)"].tolist() == ["5.0000", "3.0000 (0.0000)", "3.0000 (0.0000)"]
@@ -139,7 +139,7 @@ def test_a_filter_behind_trained_weights_is_set_beside_the_papers_bf(folder):
 
 
 def test_tables_are_written_in_three_forms_with_their_provenance(runs, tmp_path):
-    text = tables.publish_table2(runs, tmp_path / "tables" / "table2")
+    text = tables.publish_table(2, runs, tmp_path / "tables" / "table2")
     csv, md, tex, about = ((tmp_path / "tables" / f"table2.{end}").read_text() for end in ("csv", "md", "tex", "json"))
     assert md == text and "**72.00** (0.94)" in md and md.startswith("**Table 2, paper and ours (simulated people")
     assert r"\textbf{72.00} (0.94)" in tex and r"Dice (\%)" in tex and r"\caption{Table 2" in tex and "±" not in tex
