@@ -132,9 +132,7 @@ class UNet(nn.Module):
         for index, width_out in enumerate(decoder):
             self.decoder.append(nn.Conv3d(width, width_out, kernel_size=3, padding=1))
             width = width_out + (skips[-1 - index] if index < len(encoder) else 0)
-        self.out = (
-            None if out_channels is None else nn.Conv3d(width, out_channels, out_kernel, padding=out_kernel // 2)
-        )
+        self.out = None if out_channels is None else nn.Conv3d(width, out_channels, out_kernel, padding=out_kernel // 2)
         self.channels = width if out_channels is None else out_channels
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
