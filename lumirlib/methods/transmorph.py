@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from lumirlib.methods.voxelmorph import mean_terms, pair_loss
+from lumirlib.methods.voxelmorph import both_directions, pair_loss
 from lumirlib.models.transmorph import TransMorphTVF
 from lumirlib.models.unet import parse_widths
 from lumirlib.presets import Preset
@@ -92,6 +92,5 @@ class TransMorph:
         Returns:
             Scalars "total", "similarity" and "smoothness".
         """
-        forward = pair_loss(fixed, moving, model(fixed, moving, generator), preset)
-        backward = pair_loss(moving, fixed, model(moving, fixed, generator), preset)
-        return mean_terms([forward, backward])
+        fixed, moving = both_directions(fixed, moving)
+        return pair_loss(fixed, moving, model(fixed, moving, generator), preset)
