@@ -302,10 +302,15 @@ def test_wrong_options_are_named(call, message):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_forward_on_cuda_under_autocast_is_finite_float32():
-    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
-        displacement = narrow().cuda()(*(image.cuda() for image in pair()))
+def test_training_on_cuda_under_autocast_is_finite_and_float32():
+    row, model = TransMorph(), narrow(flow_std=0.1).cuda()
+    fixed, moving = (image.cuda() for image in pair())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        displacement = model(fixed, moving)
+        terms = row.loss_terms(model, fixed, moving, row.adapt(DEMO), torch.Generator())
+    terms["total"].backward()
     assert displacement.dtype == torch.float32 and torch.isfinite(displacement).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
 # row -----------------------------------------------------------------------------------------------------------------
