@@ -1,0 +1,112 @@
+"""VoxelMorph, retrained here: the row's network and recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from lumirlib import losses
+from lumirlib.models.unet import VoxelMorphNetwork, parse_widths
+from lumirlib.presets import Preset
+
+
+def pair_loss(
+    fixed: torch.Tensor, moving: torch.Tensor, displacement: torch.Tensor, preset: Preset
+) -> dict[str, torch.Tensor]:
+    """Similarity of the warped image and diffusion of its displacement, weighted as in the preset.
+
+    Args:
+        fixed: ``(B, 1, D, H, W)``.
+        moving: ``(B, 1, D, H, W)``.
+        displacement: ``(B, 3, D, H, W)`` in voxels, from fixed to moving.
+        preset: weights, similarity and window.
+
+    Returns:
+        Scalars "total", "similarity" and "smoothness" (without the weights).
+    """
+    return losses.registration_loss(
+        moving, fixed, [displacement], [displacement],
+        preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
+    )  # fmt: skip
+
+
+def mean_terms(terms: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Mean of each term over several losses."""
+    return {name: torch.stack([each[name] for each in terms]).mean() for name in terms[0]}
+
+
+@dataclass(frozen=True)
+class VoxelMorph:
+    """The row "VoxelMorph": the challenge organisers' VoxelMorph-2.
+
+    Attributes:
+        name: as in Table 1.
+        encoder: widths of the U-Net's encoder, joined by "-".
+        decoder: widths of its decoder.
+        squarings: of an integration; 0 for the organisers' plain displacement.
+        layout: "organisers" or "package", see :class:`~lumirlib.models.unet.VoxelMorphNetwork`.
+        both_directions: train on the mean loss of both directions of a pair.
+        smoothness_weight: of the diffusion, beside a similarity of weight 1.
+        learning_rate_factor: times the preset's learning rate; 1/4 makes the organisers' 1e-4 of the paper's 4e-4.
+    """
+
+    name: str = "VoxelMorph"
+    encoder: str = "16-32-32-32"
+    decoder: str = "32-32-32-32-32-16-16"
+    squarings: int = 0
+    layout: str = "organisers"
+    both_directions: bool = False
+    smoothness_weight: float = 1.0
+    learning_rate_factor: float = 0.25
+    trains_on: ClassVar[str] = "images"
+    optimizer: ClassVar[str] = "adamw"
+    #: The organisers' scripts switch AdamW's decay off, so that it is Adam.
+    weight_decay: ClassVar[float] = 0.0
+
+    def narrowed(self, divisor: int) -> VoxelMorph:
+        """The row with its widths divided, at least 2 each."""
+        if divisor < 1:
+            raise ValueError(f"divisor must be 1 or more, got {divisor}")
+        narrow = {
+            name: "-".join(str(max(2, round(width / divisor))) for width in parse_widths(getattr(self, name), name))
+            for name in ("encoder", "decoder")
+        }
+        return self if divisor == 1 else replace(self, **narrow)
+
+    def build(self) -> nn.Module:
+        """A fresh network, its weights drawn from torch's global generator."""
+        return VoxelMorphNetwork(
+            parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder"), self.squarings, self.layout
+        )
+
+    def adapt(self, preset: Preset) -> Preset:
+        """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
+        return replace(
+            preset,
+            similarity_weight=1.0,
+            smoothness_weight=self.smoothness_weight,
+            learning_rate=preset.learning_rate * self.learning_rate_factor,
+        )
+
+    def loss_terms(
+        self, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Loss of one training step.
+
+        Args:
+            model: from :meth:`build`.
+            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
+            moving: ``(B, 1, D, H, W)``, likewise.
+            preset: from :meth:`adapt`.
+            generator: not used: nothing here is random.
+
+        Returns:
+            Scalars "total", "similarity" and "smoothness".
+        """
+        terms = [pair_loss(fixed, moving, model(fixed, moving), preset)]
+        if self.both_directions:
+            terms.append(pair_loss(moving, fixed, model(moving, fixed), preset))
+        return mean_terms(terms)
