@@ -1,0 +1,201 @@
+"""uniGradICON's method, GradICON, retrained here on one cohort.
+
+Tian et al., "GradICON: Approximate Diffeomorphisms via Gradient Inverse Consistency", CVPR 2023, and "uniGradICON: A
+Foundation Model for Medical Image Registration", MICCAI 2024.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from lumirlib import losses, spatial
+from lumirlib._checks import check_displacement, check_image, check_same_grid
+from lumirlib.models.gradicon import GradICONNetwork
+from lumirlib.models.unet import parse_widths
+from lumirlib.presets import Preset
+
+#: Added to each variance, as in the original, so that constant regions have correlation 0 and not NaN.
+VARIANCE_EPSILON = 1e-5
+
+
+def gaussian_lncc_loss(warped: torch.Tensor, fixed: torch.Tensor, sigma: float = 5.0) -> torch.Tensor:
+    """One minus the mean local correlation coefficient of two images in Gaussian windows.
+
+    ``1 - mean(cov / sqrt((var_w + 1e-5) (var_f + 1e-5)))``, moments weighted by a Gaussian that reaches to two standard
+    deviations. Unlike :func:`lumirlib.losses.ncc_loss` the correlation is not squared: inverted contrast is worse than
+    none. Moments are float64 as there (float32 on Apple's GPUs).
+
+    Args:
+        warped: ``(B, 1, D, H, W)``.
+        fixed: ``(B, 1, D, H, W)``.
+        sigma: standard deviation of the window in voxels.
+
+    Returns:
+        A scalar in [0, 2], float32 (float64 for float64 images). Constant regions, such as a zero background, count
+        as 1.
+
+    Raises:
+        ValueError: shapes that differ, or a sigma that is not above 0.
+    """
+    check_image(warped, "warped", channels=1)
+    check_image(fixed, "fixed", channels=1)
+    if warped.shape != fixed.shape:
+        raise ValueError(f"warped and fixed must have one shape, got {tuple(warped.shape)} and {tuple(fixed.shape)}")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma must be above 0, got {sigma}")
+    with torch.autocast(warped.device.type, enabled=False):
+        result_dtype = torch.promote_types(torch.promote_types(warped.dtype, fixed.dtype), torch.float32)
+        working = result_dtype if warped.device.type == "mps" else torch.float64
+        warped, fixed = warped.to(working), fixed.to(working)
+        moments = torch.cat([warped, fixed, warped * warped, fixed * fixed, warped * fixed], dim=1)  # (B, 5, D, H, W)
+        means = losses.gaussian_smooth(moments, sigma, 2 * math.ceil(2 * sigma) + 1)
+        mean_w, mean_f, mean_ww, mean_ff, mean_wf = means.unbind(1)
+        variance_w = (mean_ww - mean_w * mean_w).clamp_min(0) + VARIANCE_EPSILON
+        variance_f = (mean_ff - mean_f * mean_f).clamp_min(0) + VARIANCE_EPSILON
+        correlation = (mean_wf - mean_w * mean_f) / (variance_w * variance_f).sqrt()
+        return (1 - correlation.mean()).to(result_dtype)
+
+
+def gradicon_loss(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:
+    """Gradient inverse consistency: ``||grad(Phi_AB o Phi_BA) - I||^2``, per voxel.
+
+    Forward differences of the composition's displacement by one voxel, squared; mean over voxels and components, sum
+    over the three axes, as in the original. Differences that reach a voxel which `backward` carries out of the grid,
+    where `forward` is unknown, are left out. In voxels, that is in mm for isotropic ones; the original's derivatives
+    are in units of the image's sides, the same on its cubic grid.
+
+    Args:
+        forward: displacement ``(B, 3, D, H, W)`` of Phi_AB in voxels.
+        backward: displacement of Phi_BA, which is applied first.
+
+    Returns:
+        A scalar, 0 or more; 0 where the composition is a translation.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check_displacement(forward, "forward")
+    check_displacement(backward, "backward")
+    check_same_grid(forward, backward, "forward", "backward")
+    error = spatial.compose(forward, backward)
+    shape = backward.shape[2:]
+    with torch.no_grad():
+        points = spatial.identity_grid(shape, backward.device, backward.dtype) + backward
+        last = torch.tensor([side - 1 for side in shape], device=points.device).view(1, 3, 1, 1, 1)
+        inside = ((points >= 0) & (points <= last)).all(dim=1, keepdim=True)  # (B, 1, D, H, W)
+    total = error.new_zeros(())
+    for axis in (2, 3, 4):
+        side = shape[axis - 2]
+        both = inside.narrow(axis, 0, side - 1) & inside.narrow(axis, 1, side - 1)
+        squares = torch.where(both, error.diff(dim=axis).square(), error.new_zeros(()))
+        total = total + squares.sum() / (3 * both.sum()).clamp_min(1)
+    return total
+
+
+@torch.no_grad()
+def inverse_consistency_error(model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor) -> float:
+    """Mean length of ``Phi_AB o Phi_BA - id`` in the brain, in voxels.
+
+    Phi_AB carries `moving` onto `fixed` and Phi_BA back; their composition lives on the moving image's grid, and the
+    brain is where that is above zero. A network that predicts nothing is perfectly consistent: look at the length of
+    the displacement too.
+
+    Args:
+        model: ``model(fixed, moving) -> displacement``; used as it is, in training or evaluation mode.
+        fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
+        moving: ``(B, 1, D, H, W)``, likewise.
+
+    Returns:
+        Voxels, 0 or more, lower is better.
+
+    Raises:
+        ValueError: a moving image without a voxel above zero.
+    """
+    check_image(fixed, "fixed", channels=1)
+    check_image(moving, "moving", channels=1)
+    brain = moving[:, 0] > 0
+    if not brain.any():
+        raise ValueError("moving must have voxels above zero, got none")
+    error = spatial.compose(model(fixed, moving), model(moving, fixed))
+    return float(torch.linalg.vector_norm(error, dim=1)[brain].mean())
+
+
+@dataclass(frozen=True)
+class GradICON:
+    """The row "uniGradICON" with its method retrained here.
+
+    Attributes:
+        name: as in Table 1; that it is retrained is for the table to say.
+        encoder: widths of each U-Net's encoder, joined by "-".
+        decoder: widths of its decoder.
+        coarse_steps: number of U-Nets below full resolution, see :class:`GradICONNetwork`.
+        fine_steps: number of U-Nets at full resolution.
+        smoothness_weight: lambda, of the gradient inverse consistency, beside the similarity of both directions.
+        learning_rate_factor: times the preset's learning rate; 1/8 makes the published 5e-5 of the paper's 4e-4.
+        lncc_sigma_mm: standard deviation of the similarity's window, at least one voxel. The original's 5 voxels of a
+            grid of 175^3 are 4.6, 6.4 and 5.5 mm along LUMIR's axes.
+    """
+
+    name: str = "uniGradICON"
+    encoder: str = "16-32-32-32"
+    decoder: str = "32-32-32-32-32-16-16"
+    coarse_steps: int = 2
+    fine_steps: int = 2
+    smoothness_weight: float = 1.5
+    learning_rate_factor: float = 0.125
+    lncc_sigma_mm: float = 5.0
+    trains_on: ClassVar[str] = "images"
+
+    def narrowed(self, divisor: int) -> GradICON:
+        """The row with its widths divided, at least 2 each."""
+        if divisor < 1:
+            raise ValueError(f"divisor must be 1 or more, got {divisor}")
+        narrow = {
+            name: "-".join(str(max(2, round(width / divisor))) for width in parse_widths(getattr(self, name), name))
+            for name in ("encoder", "decoder")
+        }
+        return replace(self, **narrow)
+
+    def build(self) -> nn.Module:
+        """A fresh network, its weights drawn from torch's global generator."""
+        encoder, decoder = parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder")
+        return GradICONNetwork(encoder, decoder, self.coarse_steps, self.fine_steps)
+
+    def adapt(self, preset: Preset) -> Preset:
+        """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
+        return replace(
+            preset,
+            similarity_weight=1.0,
+            smoothness_weight=self.smoothness_weight,
+            learning_rate=preset.learning_rate * self.learning_rate_factor,
+        )
+
+    def loss_terms(
+        self, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Loss of one training step, both directions of the pair in one pass.
+
+        Args:
+            model: from :meth:`build`.
+            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
+            moving: ``(B, 1, D, H, W)``, likewise.
+            preset: from :meth:`adapt`.
+            generator: not used: nothing here is random.
+
+        Returns:
+            Scalars "total", "similarity" (:func:`gaussian_lncc_loss`, the sum of both directions) and "smoothness"
+            (:func:`gradicon_loss`).
+        """
+        targets, sources = torch.cat([fixed, moving]), torch.cat([moving, fixed])
+        displacements = model(targets, sources)
+        sigma = max(1.0, self.lncc_sigma_mm / preset.resolution_mm)
+        # the mean over the batch of both directions is half their sum
+        similarity = 2 * gaussian_lncc_loss(spatial.warp(sources, displacements), targets, sigma)
+        smoothness = gradicon_loss(*displacements.chunk(2))
+        total = preset.similarity_weight * similarity + preset.smoothness_weight * smoothness
+        return {"total": total, "similarity": similarity, "smoothness": smoothness}

@@ -1,0 +1,204 @@
+"""SynthMorph, retrained here: trained on label maps and images synthesized from them, never on acquired images.
+
+Hoffmann et al., "SynthMorph: Learning Contrast-Invariant Registration Without Acquired Images", IEEE TMI 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lumirlib import losses, spatial
+from lumirlib._checks import check_displacement, check_labels, check_same_grid
+from lumirlib.data.synthesis import SynthesisOptions, deform_labels, synthesize
+from lumirlib.models.synthmorph import SynthMorphNetwork
+from lumirlib.models.unet import parse_widths
+from lumirlib.presets import Preset
+
+
+def _corner_values(volume: torch.Tensor, points: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Values of the eight voxels around each point and their trilinear weights.
+
+    Args:
+        volume: ``(D, H, W)``.
+        points: ``(3, N)`` in voxels; the weights have their gradient.
+
+    Yields:
+        Eight times values ``(N,)`` and weights ``(N,)``; outside the volume the weight is 0.
+    """
+    below = points.detach().floor()
+    upper = points - below
+    below = below.long()
+    flat = volume.flatten()
+    for corner in product((0, 1), repeat=3):
+        weight, index = torch.ones_like(upper[0]), torch.zeros_like(below[0])
+        inside = torch.ones_like(index, dtype=torch.bool)
+        for axis, (step, side) in enumerate(zip(corner, volume.shape, strict=True)):
+            weight = weight * (upper[axis] if step else 1 - upper[axis])
+            along = below[axis] + step
+            inside = inside & (along >= 0) & (along < side)
+            index = index * side + along.clamp(0, side - 1)
+        yield flat[index], torch.where(inside, weight, weight.new_zeros(()))
+
+
+def soft_dice_loss(
+    moving_labels: torch.Tensor, fixed_labels: torch.Tensor, displacement: torch.Tensor, between_voxels: bool = False
+) -> torch.Tensor:
+    """One minus the mean soft Dice of trilinearly warped one-hot labels.
+
+    Per label ``2 sum(w f) / sum(w + f)`` with w the warped and f the fixed one-hot volume, as in SynthMorph. The
+    one-hot volumes are never made: a value of w is the weight of those of eight voxels that have the label, so the
+    sums over all labels take eight passes over the grid whatever the number of labels.
+
+    On voxel centres w is as sharp as the labels where the displacement is zero, and any small one first costs overlap:
+    the loss has a kink there, and a network that has learned nothing yet stays at zero. `between_voxels` compares both
+    volumes half a voxel off the grid, where both are smooth.
+
+    Args:
+        moving_labels: ``(1, 1, D, H, W)`` integers.
+        fixed_labels: ``(1, 1, D, H, W)`` integers.
+        displacement: ``(1, 3, D, H, W)`` in voxels; has the gradient.
+        between_voxels: sum over the centres of the cells of eight voxels in place of the voxels.
+
+    Returns:
+        A scalar in [0, 1]. For labels that coincide it is 0 on voxels, and above 0 between them, where the labels
+        overlap with their neighbours. The mean is over the labels above 0 that both volumes have.
+
+    Raises:
+        ValueError: shapes that do not fit, or volumes without a label in common.
+    """
+    check_labels(moving_labels, "moving_labels")
+    check_labels(fixed_labels, "fixed_labels")
+    check_displacement(displacement)
+    check_same_grid(moving_labels, fixed_labels, "moving_labels", "fixed_labels")
+    check_same_grid(moving_labels, displacement, "moving_labels", "displacement")
+    if displacement.shape[0] != 1:
+        raise ValueError(f"displacement must be (1, 3, D, H, W), got {tuple(displacement.shape)}")
+    moving, fixed = moving_labels[0, 0].long(), fixed_labels[0, 0].long()
+    count = int(torch.maximum(fixed.max(), moving.max())) + 1
+    shared = (torch.bincount(fixed.flatten(), minlength=count) > 0) & (
+        torch.bincount(moving.flatten(), minlength=count) > 0
+    )
+    shared[0] = False
+    if not shared.any():
+        raise ValueError("moving_labels and fixed_labels must have a label above 0 in common, got none")
+    displacement = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
+    points = spatial.identity_grid(displacement.shape[2:], displacement.device, displacement.dtype) + displacement
+    # fixed labels that meet at each point, all with the same weight
+    meeting = [fixed.flatten()]
+    if between_voxels:
+        points = F.avg_pool3d(points, 2, stride=1)
+        meeting = [
+            fixed[tuple(slice(step, step - 1 or None) for step in corner)].flatten()
+            for corner in product((0, 1), repeat=3)
+        ]
+    share = 1 / len(meeting)
+    overlap, volume = displacement.new_zeros(count), displacement.new_zeros(count)
+    for own in meeting:
+        volume = volume + share * torch.bincount(own, minlength=count)
+    for label, weight in _corner_values(moving, points.flatten(2)[0]):
+        agreement = share * sum((label == own).to(weight.dtype) for own in meeting)
+        volume = volume.index_add(0, label, weight)
+        overlap = overlap.index_add(0, label, weight * agreement)
+    dice = 2 * overlap / volume.clamp_min(1e-6)
+    return 1 - dice[shared].mean()
+
+
+@dataclass(frozen=True)
+class SynthMorph:
+    """The row "SynthMorph".
+
+    Attributes:
+        name: as in Table 1.
+        encoder: widths of the U-Net's encoder, joined by "-".
+        decoder: widths of its decoder.
+        squarings: of the integration.
+        smoothness_weight: lambda, of the displacement's diffusion, beside a soft Dice of weight 1.
+        dice_between_voxels: see :func:`soft_dice_loss`.
+        learning_rate_factor: times the preset's learning rate; 1/4 makes the published 1e-4 of the paper's 4e-4.
+        warp_sigma_mm: of the random deformation of the label maps, see :class:`SynthesisOptions`; 0 for none.
+        warp_spacing_mm: see :class:`SynthesisOptions`.
+        zero_background: see :class:`SynthesisOptions`.
+        mirrored: likewise.
+        shared_cortex: likewise.
+    """
+
+    name: str = "SynthMorph"
+    encoder: str = "64-64-64-64"
+    decoder: str = "64-64-64-64-64-64"
+    squarings: int = 7
+    smoothness_weight: float = 1.0
+    dice_between_voxels: bool = True
+    learning_rate_factor: float = 0.25
+    warp_sigma_mm: float = 3.0
+    warp_spacing_mm: float = 16.0
+    zero_background: float = 0.5
+    mirrored: float = 0.5
+    shared_cortex: float = 0.5
+    trains_on: ClassVar[str] = "labels"
+
+    def narrowed(self, divisor: int) -> SynthMorph:
+        """The row with its widths divided, at least 2 each."""
+        if divisor < 1:
+            raise ValueError(f"divisor must be 1 or more, got {divisor}")
+        narrow = {
+            name: "-".join(str(max(2, round(width / divisor))) for width in parse_widths(getattr(self, name), name))
+            for name in ("encoder", "decoder")
+        }
+        return replace(self, **narrow)
+
+    def build(self) -> nn.Module:
+        """A fresh network, its weights drawn from torch's global generator."""
+        return SynthMorphNetwork(
+            parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder"), self.squarings
+        )
+
+    def adapt(self, preset: Preset) -> Preset:
+        """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
+        return replace(
+            preset,
+            similarity_weight=1.0,
+            smoothness_weight=self.smoothness_weight,
+            learning_rate=preset.learning_rate * self.learning_rate_factor,
+        )
+
+    def synthesis(self, resolution_mm: float) -> SynthesisOptions:
+        """The generator's options at a voxel size."""
+        return SynthesisOptions(
+            resolution_mm=resolution_mm,
+            warp_sigma_mm=self.warp_sigma_mm,
+            warp_spacing_mm=self.warp_spacing_mm,
+            zero_background=self.zero_background,
+            mirrored=self.mirrored,
+            shared_cortex=self.shared_cortex,
+        )
+
+    def loss_terms(
+        self, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Loss of one training step: both label maps are deformed, two images synthesized, their labels compared.
+
+        Args:
+            model: from :meth:`build`.
+            fixed: label map ``(1, 1, D, H, W)``, integers.
+            moving: likewise.
+            preset: from :meth:`adapt`.
+            generator: of all random numbers, on the CPU.
+
+        Returns:
+            Scalars "total", "similarity" (:func:`soft_dice_loss`) and "smoothness" (diffusion of the displacement).
+        """
+        options = self.synthesis(preset.resolution_mm)
+        fixed, moving = (deform_labels(labels, generator, options) for labels in (fixed, moving))
+        fixed_image, moving_image = (synthesize(labels, generator, options) for labels in (fixed, moving))
+        displacement = model(fixed_image, moving_image)
+        similarity = soft_dice_loss(moving, fixed, displacement, self.dice_between_voxels)
+        smoothness = losses.diffusion_loss(displacement)
+        total = preset.similarity_weight * similarity + preset.smoothness_weight * smoothness
+        return {"total": total, "similarity": similarity, "smoothness": smoothness}
