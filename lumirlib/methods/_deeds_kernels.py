@@ -39,36 +39,40 @@ def _popcount(typing_context, word):
 def _patch_distances(image, shift, radius, out):
     """Squared differences of the image and itself moved by `shift`, summed over boxes cut off at the border."""
     depth, height, width = image.shape
-    along_rows = np.empty_like(image)
+    first_k, last_k = max(0, -shift[2]), min(width, width - shift[2])
+    sums = np.empty_like(image)  # over the box's two last axes
     for plane in prange(depth):
         i = np.int64(plane)
         other_i = i + shift[0]
-        row = np.empty(width, np.float32)
-        columns = np.zeros((height, width), np.float32)
+        rows = np.zeros((height, width), np.float32)
+        padded = np.zeros(width + 2 * radius, np.float32)
         for j in range(height):
             other_j = j + shift[1]
-            for k in range(width):
-                other_k = k + shift[2]
-                row[k] = 0
-                if 0 <= other_i < depth and 0 <= other_j < height and 0 <= other_k < width:
-                    row[k] = (image[other_i, other_j, other_k] - image[i, j, k]) ** 2
-            for k in range(width):
-                total = np.float32(0)
-                for near in range(max(k - radius, 0), min(k + radius + 1, width)):
-                    total += row[near]
-                columns[j, k] = total
-        for j in range(height):
-            along_rows[i, j] = 0
-            for near in range(max(j - radius, 0), min(j + radius + 1, height)):
+            if not (0 <= other_i < depth and 0 <= other_j < height):
+                continue
+            here, there = image[i, j], image[other_i, other_j]
+            for k in range(first_k, last_k):
+                padded[radius + k] = (there[k + shift[2]] - here[k]) ** 2
+            row = rows[j]
+            for near in range(2 * radius + 1):
                 for k in range(width):
-                    along_rows[i, j, k] += columns[near, k]
+                    row[k] += padded[k + near]
+        for j in range(height):
+            total = sums[i, j]
+            total[:] = 0
+            for near in range(max(j - radius, 0), min(j + radius + 1, height)):
+                row = rows[near]
+                for k in range(width):
+                    total[k] += row[k]
     for plane in prange(depth):
         i = np.int64(plane)
-        out[i] = 0
-        for near in range(max(i - radius, 0), min(i + radius + 1, depth)):
-            for j in range(height):
+        for j in range(height):
+            total = out[i, j]
+            total[:] = 0
+            for near in range(max(i - radius, 0), min(i + radius + 1, depth)):
+                row = sums[near, j]
                 for k in range(width):
-                    out[i, j, k] += along_rows[near, j, k]
+                    total[k] += row[k]
 
 
 @njit(parallel=True, cache=True)
@@ -78,29 +82,37 @@ def _pack_entries(distances, sources, places, thresholds, floor, words):
     entries = len(sources)
     for plane in prange(depth):
         i = np.int64(plane)
-        found = np.empty(entries, np.float32)
+        found = np.empty((entries, width), np.float32)
+        smallest, noise = np.empty(width, np.float32), np.empty(width, np.float32)
+        bits = np.empty(width, np.uint64)
         for j in range(height):
+            smallest[:] = np.inf
+            noise[:] = 0
+            for entry in range(entries):
+                at_i, at_j, shift = i + places[entry, 0], j + places[entry, 1], places[entry, 2]
+                taken, own = found[entry], distances[sources[entry], i, j]
+                taken[:] = own
+                if 0 <= at_i < depth and 0 <= at_j < height:
+                    moved = distances[sources[entry], at_i, at_j]
+                    for k in range(max(0, -shift), min(width, width - shift)):
+                        taken[k] = moved[k + shift]
+                for k in range(width):
+                    smallest[k] = taken[k] if taken[k] < smallest[k] else smallest[k]
+                    noise[k] += taken[k]
             for k in range(width):
-                smallest = np.float32(np.inf)
-                total = np.float32(0)
-                for entry in range(entries):
-                    at_i, at_j, at_k = i + places[entry, 0], j + places[entry, 1], k + places[entry, 2]
-                    if not (0 <= at_i < depth and 0 <= at_j < height and 0 <= at_k < width):
-                        at_i, at_j, at_k = i, j, k
-                    found[entry] = distances[sources[entry], at_i, at_j, at_k]
-                    smallest = min(smallest, found[entry])
-                    total += found[entry]
-                noise = max(total / entries - smallest, floor)
-                word = np.uint64(0)
-                for entry in range(entries):
-                    distance = (found[entry] - smallest) / noise
-                    word <<= np.uint64(len(thresholds))
-                    bit = np.uint64(1)
-                    for threshold in thresholds:
-                        if distance < threshold:
-                            word |= bit
-                            bit <<= np.uint64(1)
-                words[i, j, k] = word
+                mean = noise[k] / np.float32(entries) - smallest[k]
+                noise[k] = mean if mean > floor else floor
+            line = words[i, j]
+            line[:] = 0
+            for entry in range(entries):
+                taken = found[entry]
+                bits[:] = 0
+                for threshold in thresholds:  # rising: the bits that are set are the lowest ones
+                    for k in range(width):
+                        below = taken[k] - smallest[k] < threshold * noise[k]
+                        bits[k] = (bits[k] << np.uint64(1)) | np.uint64(below)
+                for k in range(width):
+                    line[k] = (line[k] << np.uint64(len(thresholds))) | bits[k]
 
 
 def _context(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -137,9 +149,9 @@ def mind_ssc(image: np.ndarray, step: int) -> np.ndarray:
     distances = np.empty((len(shifts), *image.shape), np.float32)
     for shift, out in zip(shifts, distances, strict=True):
         _patch_distances(image, shift, step, out)
-    levels = (np.arange(ENTRY_BITS) + 1.5) / (ENTRY_BITS + 1)
+    thresholds = -np.log((np.arange(ENTRY_BITS, 0, -1) + 0.5) / (ENTRY_BITS + 1)).astype(np.float32)
     words = np.empty(image.shape, np.uint64)
-    _pack_entries(distances, sources, places, -np.log(levels).astype(np.float32), np.float32(NOISE_FLOOR), words)
+    _pack_entries(distances, sources, places, thresholds, np.float32(NOISE_FLOOR), words)
     return words
 
 
@@ -152,7 +164,7 @@ def _count_bits(fixed, padded, spacing, radius, step, places, offsets, scale, co
     labels = 2 * radius + 1
     rows, columns = padded.shape[1], padded.shape[2]
     flat = padded.reshape(-1)
-    samples = len(offsets)
+    samples = len(offsets)  # offsets are unsigned: no index has to be checked for its sign
     for line in prange(control_i * control_j):
         a, b = np.int64(line) // control_j, np.int64(line) % control_j
         block = np.empty(samples, np.uint64)
@@ -167,9 +179,10 @@ def _count_bits(fixed, padded, spacing, radius, step, places, offsets, scale, co
                 for j in range(labels):
                     start = ((a * spacing + i * step) * rows + b * spacing + j * step) * columns + c * spacing
                     for k in range(labels):
+                        begin = np.uint64(start + k * step)
                         bits = np.uint64(0)
                         for sample in range(samples):
-                            bits += _popcount(block[sample] ^ flat[start + k * step + offsets[sample]])
+                            bits += _popcount(block[sample] ^ flat[begin + offsets[sample]])
                         found[label] = np.float32(bits) * scale
                         label += 1
 
@@ -200,7 +213,7 @@ def data_costs(fixed: np.ndarray, moving: np.ndarray, spacing: int, radius: int,
     offsets = (places[:, 0] * padded.shape[1] + places[:, 1]) * padded.shape[2] + places[:, 2]
     costs = np.empty((*control_shape(fixed.shape, spacing), (2 * radius + 1) ** 3), np.float32)
     scale = np.float32(spacing / (2 * alpha * step) / len(places))
-    _count_bits(fixed, padded, spacing, radius, step, places, offsets, scale, costs)
+    _count_bits(fixed, padded, spacing, radius, step, places, offsets.astype(np.uint64), scale, costs)
     return costs
 
 
