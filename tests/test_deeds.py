@@ -364,6 +364,32 @@ def test_settings_are_the_lumir_rows():
     assert (row.grid_spacings, row.radii, row.quantisations) == ((6, 5, 4, 3, 2), (6, 5, 4, 3, 2), (5, 4, 3, 2, 1))
 
 
+@pytest.mark.parametrize("resolution", [0.8, 1, 2, 3, 4, 5.5])
+def test_settings_for_coarser_voxels_keep_the_reach_in_mm(resolution):
+    row = Deeds.for_resolution(resolution)
+    voxel = resolution / row.upsampling
+    assert voxel <= 2 and row.grid_spacings[-1] * voxel <= 4
+    assert 20 <= row.radii[0] * row.quantisations[0] * voxel <= 30
+    assert row.quantisations[-1] == 1 and (row.upsampling == 1) == (resolution <= 2)
+
+
+def test_at_one_mm_the_settings_are_the_rows_own_and_options_can_be_set():
+    assert Deeds.for_resolution(1) == Deeds()
+    assert Deeds.for_resolution(4, alpha=2.0, upsampling=1).alpha == 2
+    with pytest.raises(ValueError, match="resolution_mm must be above 0, got -1"):
+        Deeds.for_resolution(-1)
+
+
+def test_upsampling_finds_displacements_between_voxels_and_returns_them_on_the_images_grid():
+    fixed, moving, truth = pair_with_known_displacement()
+    coarse = [spatial.resize(image, (20, 22, 24)) for image in (fixed, moving)]
+    truth = spatial.resize_displacement(truth, (20, 22, 24))
+    options = {"grid_spacings": (4, 3, 2), "radii": (5, 3, 2), "quantisations": (2, 1, 1)}
+    fine = Deeds(**options, upsampling=2)(*coarse)
+    assert fine.shape == truth.shape
+    assert (fine - truth).norm(dim=1).mean() < 0.4
+
+
 GOOD = torch.rand(1, 1, 12, 13, 14, generator=torch.Generator().manual_seed(0))
 
 
@@ -393,6 +419,7 @@ def test_images_that_do_not_fit_are_refused(fixed, moving, error, message):
         ({"grid_spacings": (6, 5, 4, 3, 0)}, r"grid_spacings must be whole numbers of 1 or more, got \(6"),
         ({"quantisations": (5, 4, 3, 2, 0.5)}, "quantisations must be whole numbers"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
+        ({"upsampling": 0}, "upsampling must be a whole number of 1 or more, got 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(options, message):

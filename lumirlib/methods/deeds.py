@@ -14,9 +14,15 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from lumirlib import spatial
 from lumirlib._checks import check_finite, check_image, check_same_grid
 from lumirlib.methods import _deeds_kernels as kernels
 
+
+#: `Deeds.for_resolution` works on voxels of at most this edge in mm.
+COARSEST_MM = 2.0
+#: It takes the LUMIR settings for voxels below this edge in mm.
+COARSE_MM = 1.5
 #: Rounds of making the two fields of a pair consistent.
 CONSISTENCY_ROUNDS = 10
 
@@ -31,6 +37,8 @@ class Deeds:
         radii: labels on each side of zero along each axis, one per level.
         quantisations: step between labels in voxels, one per level. A level reaches radius times step.
         alpha: weight of smoothness against descriptors.
+        upsampling: images are first made so many times finer, trilinearly, and the result is brought back: steps
+            are whole voxels, which is too coarse for coarse voxels. The other options are in voxels of the finer grid.
         progress: show a progress bar.
     """
 
@@ -39,6 +47,7 @@ class Deeds:
     radii: tuple[int, ...] = (6, 5, 4, 3, 2)
     quantisations: tuple[int, ...] = (5, 4, 3, 2, 1)
     alpha: float = 1.6
+    upsampling: int = 1
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -51,6 +60,31 @@ class Deeds:
                 raise ValueError(f"{option} must be whole numbers of 1 or more, got {values}")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        if isinstance(self.upsampling, bool) or not isinstance(self.upsampling, int) or self.upsampling < 1:
+            raise ValueError(f"upsampling must be a whole number of 1 or more, got {self.upsampling!r}")
+
+    @classmethod
+    def for_resolution(cls, resolution_mm: float, **options: object) -> Deeds:
+        """The row for voxels of a given size: about the same reach in mm.
+
+        Voxels above 2 mm are upsampled by the least whole factor that brings them to 2 mm or less. Voxels below 1.5 mm
+        then take the LUMIR settings (at 1 mm, levels reach 30, 20, 12, 6 and 2 mm); others take four levels, grid and
+        radius 5-4-3-2 with steps 3-2-1-1 (at 2 mm: 30, 16, 6 and 4 mm).
+
+        Args:
+            resolution_mm: edge of a voxel.
+            options: of the row, taken instead of those chosen here.
+
+        Raises:
+            ValueError: a resolution that is not above 0.
+        """
+        if not 0 < resolution_mm < math.inf:
+            raise ValueError(f"resolution_mm must be above 0, got {resolution_mm}")
+        upsampling = max(1, math.ceil(resolution_mm / COARSEST_MM))
+        settings: dict[str, object] = {"upsampling": upsampling}
+        if resolution_mm / upsampling >= COARSE_MM:
+            settings |= {"grid_spacings": (5, 4, 3, 2), "radii": (5, 4, 3, 2), "quantisations": (3, 2, 1, 1)}
+        return cls(**{**settings, **options})
 
     def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """See :meth:`register`."""
@@ -60,7 +94,8 @@ class Deeds:
         """The displacement that warps `moving` onto `fixed`; computed on the CPU.
 
         Args:
-            fixed: ``(1, 1, D, H, W)`` in [0, 1], any device; sides of at least twice the widest grid spacing.
+            fixed: ``(1, 1, D, H, W)`` in [0, 1], any device; sides, upsampled, of at least twice the widest grid
+                spacing.
             moving: likewise, same shape.
 
         Returns:
@@ -81,7 +116,10 @@ class Deeds:
             Two displacements ``(1, 3, D, H, W)`` float32 in voxels, on the device of `fixed`.
         """
         self._check(fixed, moving)
-        images = [image[0, 0].detach().float().cpu().contiguous().numpy() for image in (fixed, moving)]
+        grid = [side * self.upsampling for side in fixed.shape[2:]]
+        images = [
+            spatial.resize(image.detach().float().cpu(), grid)[0, 0].contiguous().numpy() for image in (fixed, moving)
+        ]
         fields = [np.zeros((3, 1, 1, 1), np.float32)] * 2
         levels = list(zip(self.grid_spacings, self.radii, self.quantisations, strict=True))
         words: list[np.ndarray] = []
@@ -101,8 +139,11 @@ class Deeds:
                     )
                     bar.update()
                 fields = list(make_consistent(*found, spacing))
-        dense = [torch.from_numpy(resample(field, images[0].shape))[None] for field in fields]
-        return dense[0].to(fixed.device), dense[1].to(fixed.device)
+        forward, backward = (
+            spatial.resize_displacement(torch.from_numpy(resample(field, tuple(grid)))[None], fixed.shape[2:])
+            for field in fields
+        )
+        return forward.to(fixed.device), backward.to(fixed.device)
 
     def _search(
         self,
@@ -134,11 +175,11 @@ class Deeds:
             if image.min() == image.max():
                 raise ValueError(f"{name} must have contrast, got {float(image.min()):g} everywhere")
         check_same_grid(fixed, moving, "fixed", "moving")
-        needed = 2 * max(self.grid_spacings)
+        needed = math.ceil(2 * max(self.grid_spacings) / self.upsampling)
         if min(fixed.shape[2:]) < needed:
             raise ValueError(
-                f"fixed must have at least {needed} voxels along each axis for grid spacings {self.grid_spacings}, "
-                f"got {tuple(fixed.shape[2:])}"
+                f"fixed must have at least {needed} voxels along each axis for grid spacings {self.grid_spacings} "
+                f"and upsampling {self.upsampling}, got {tuple(fixed.shape[2:])}"
             )
 
 
