@@ -18,7 +18,6 @@ from lumirlib import spatial
 from lumirlib._checks import check_finite, check_image, check_same_grid
 from lumirlib.methods import _deeds_kernels as kernels
 
-
 #: `Deeds.for_resolution` works on voxels of at most this edge in mm.
 COARSEST_MM = 2.0
 #: It takes the LUMIR settings for voxels below this edge in mm.
