@@ -98,14 +98,14 @@ class AntsSyN:
         name: of the row.
         resolution_mm: edge of a voxel.
         transform: ANTsPy's ``type_of_transform``; "SyNOnly" skips the affine part, "SyNCC" takes cross-correlation.
-        iterations: of the deformable part, coarse to fine.
+        iterations: of the deformable part, coarse to fine; ANTsPy itself leaves out the finest level, (40, 20, 0).
         seed: of the random samples that the affine part takes.
     """
 
     name: str = "SyN of ANTs (not in the paper)"
     resolution_mm: float = 1.0
     transform: str = "SyN"
-    iterations: tuple[int, ...] = (40, 20, 0)
+    iterations: tuple[int, ...] = (40, 20, 20)
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -196,9 +196,9 @@ class ConvexAdam:
         """
         check_pair(fixed, moving)
         require(self)
-        with warnings.catch_warnings():  # importing it silences all warnings of the process
-            package = importlib.import_module("convexAdam.convex_adam_MIND")
-        with torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad():
+            package = importlib.import_module("convexAdam.convex_adam_MIND")  # silences the whole process's warnings
+            warnings.simplefilter("ignore", UserWarning)  # torch's, of the package's calls
             field = package.convex_adam_pt(
                 fixed[0, 0].detach(),
                 moving[0, 0].detach(),
