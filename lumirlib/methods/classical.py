@@ -1,0 +1,256 @@
+"""Classical registration programs from PyPI, as extra rows: none of them is in the paper.
+
+They come with ``pip install "lumirlib[classical]"``. antspyx 0.6.3 asks for numpy < 2.4 and scipy < 1.16, older than
+those of requirements.txt, so that extra needs an environment of its own; Greedy and ConvexAdam do not. Packages are
+imported when a method is called, not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from lumirlib.conventions import RAS_TO_LPS, channels_last_to_voxel, itk_to_voxel
+from lumirlib.data.nifti import read_nifti
+from lumirlib.methods.released import check_pair, check_resolution, grid_affine, require
+
+#: Why antspyx cannot stand beside requirements.txt, for its "not installed" sentence.
+ANTS_PINS = "antspyx 0.6.3 needs numpy < 2.4 and scipy < 1.16, older than those of requirements.txt"
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy diffeomorphic registration (Yushkevich et al., 2016), PyPI ``picsl-greedy``; not in the paper.
+
+    Attributes:
+        name: of the row.
+        resolution_mm: edge of a voxel.
+        metric: its ``-m``.
+        iterations: its ``-n``, coarse to fine.
+        smoothing: its ``-s``, of the updates and of the whole warp.
+        threads: 0 takes all cores.
+    """
+
+    name: str = "Greedy (not in the paper)"
+    resolution_mm: float = 1.0
+    metric: str = "NCC 2x2x2"
+    iterations: str = "100x50x10"
+    smoothing: str = "1.732vox 0.7071vox"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        check_resolution(self.resolution_mm)
+
+    def available(self) -> str:
+        """Empty where the package is installed, else what to do."""
+        if importlib.util.find_spec("picsl_greedy") is None:
+            return "not installed: run `pip install picsl-greedy==1.4.0.3`"
+        return ""
+
+    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
+
+        Args:
+            fixed: ``(1, 1, D, H, W)`` in [0, 1].
+            moving: same shape.
+
+        Returns:
+            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
+
+        Raises:
+            MethodUnavailableError: the package is missing.
+        """
+        check_pair(fixed, moving)
+        require(self)
+        toolkit = importlib.import_module("SimpleITK")
+        program = importlib.import_module("picsl_greedy").Greedy3D()
+        affine = grid_affine(fixed.shape[2:], self.resolution_mm)
+        threads = f"-threads {self.threads} " if self.threads else ""
+        program.execute(
+            f"-V 0 {threads}-i fixed moving -m {self.metric} -n {self.iterations} -s {self.smoothing} -o warp",
+            fixed=_sitk_image(toolkit, fixed, affine),
+            moving=_sitk_image(toolkit, moving, affine),
+            warp=None,
+        )
+        field = toolkit.GetArrayFromImage(program["warp"])  # (W, H, D, 3), LPS mm
+        return itk_to_voxel(field.transpose(2, 1, 0, 3), affine).to(fixed.device)
+
+
+@dataclass(frozen=True)
+class AntsSyN:
+    """Symmetric normalization of ANTs (Avants et al., MedIA 2008), PyPI ``antspyx``; not in the paper.
+
+    ANTs aligns affinely before it deforms; both are composed into one displacement. ITK takes all cores, or as many
+    as ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS says when the package is first used; with more than one the result
+    differs a little from run to run.
+
+    Attributes:
+        name: of the row.
+        resolution_mm: edge of a voxel.
+        transform: ANTsPy's ``type_of_transform``; "SyNOnly" skips the affine part, "SyNCC" takes cross-correlation.
+        iterations: of the deformable part, coarse to fine; ANTsPy itself leaves out the finest level, (40, 20, 0).
+        seed: of the random samples that the affine part takes.
+    """
+
+    name: str = "SyN of ANTs (not in the paper)"
+    resolution_mm: float = 1.0
+    transform: str = "SyN"
+    iterations: tuple[int, ...] = (40, 20, 20)
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        check_resolution(self.resolution_mm)
+
+    def available(self) -> str:
+        """Empty where the package is installed, else what to do."""
+        if importlib.util.find_spec("ants") is None:
+            return (
+                f'not installed: {ANTS_PINS}; run `pip install "lumirlib[classical]"` in a fresh environment, '
+                "without requirements.txt"
+            )
+        return ""
+
+    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
+
+        Args:
+            fixed: ``(1, 1, D, H, W)`` in [0, 1].
+            moving: same shape.
+
+        Returns:
+            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
+
+        Raises:
+            MethodUnavailableError: the package is missing.
+        """
+        check_pair(fixed, moving)
+        require(self)
+        ants = importlib.import_module("ants")
+        affine = grid_affine(fixed.shape[2:], self.resolution_mm)
+        fixed_image, moving_image = _ants_image(ants, fixed, affine), _ants_image(ants, moving, affine)
+        with tempfile.TemporaryDirectory(prefix="lumirlib-ants-") as folder, _environment(ANTS_RANDOM_SEED=self.seed):
+            found = ants.registration(
+                fixed_image, moving_image, type_of_transform=self.transform, reg_iterations=self.iterations,
+                outprefix=os.path.join(folder, "found_"),
+            )  # fmt: skip
+            composed = ants.apply_transforms(
+                fixed_image, moving_image, found["fwdtransforms"], compose=os.path.join(folder, "composed_")
+            )
+            field, _ = read_nifti(composed)
+            return itk_to_voxel(field, affine).to(fixed.device)
+
+
+@dataclass(frozen=True)
+class ConvexAdam:
+    """Coupled convex optimization and Adam on MIND features (Siebert et al., 2024), PyPI ``convexAdam``.
+
+    Not in the paper. Runs where the images are.
+
+    Attributes:
+        name: of the row.
+        resolution_mm: taken for the common interface; the method counts in voxels.
+        regularization: weight of the smoothness in the Adam part.
+        grid_spacing: of the discrete part's control points, in voxels.
+        search_radius: of the discrete part, in control points.
+        steps: of Adam.
+    """
+
+    name: str = "ConvexAdam (not in the paper)"
+    resolution_mm: float = 1.0
+    regularization: float = 1.25
+    grid_spacing: int = 6
+    search_radius: int = 4
+    steps: int = 80
+
+    def __post_init__(self) -> None:
+        check_resolution(self.resolution_mm)
+
+    def available(self) -> str:
+        """Empty where the package is installed, else what to do."""
+        if importlib.util.find_spec("convexAdam") is None:
+            return "not installed: run `pip install convexAdam==0.2.0`"
+        return ""
+
+    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
+
+        Args:
+            fixed: ``(1, 1, D, H, W)`` in [0, 1].
+            moving: same shape.
+
+        Returns:
+            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
+
+        Raises:
+            MethodUnavailableError: the package is missing.
+        """
+        check_pair(fixed, moving)
+        require(self)
+        with warnings.catch_warnings(), torch.enable_grad():
+            package = importlib.import_module("convexAdam.convex_adam_MIND")  # silences the whole process's warnings
+            warnings.simplefilter("ignore", UserWarning)  # torch's, of the package's calls
+            field = package.convex_adam_pt(
+                fixed[0, 0].detach(),
+                moving[0, 0].detach(),
+                lambda_weight=self.regularization,
+                grid_sp=self.grid_spacing,
+                disp_hw=self.search_radius,
+                selected_niter=self.steps,
+                dtype=torch.float32,
+                device=fixed.device,
+            )
+        return channels_last_to_voxel(field).to(fixed.device)
+
+
+@contextlib.contextmanager
+def _environment(**variables: object) -> Iterator[None]:
+    """Environment variables set for a while, and as before afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _lps_geometry(affine: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...], np.ndarray]:
+    """Spacing, origin and direction (3 x 3) that ITK gives a NIfTI file with this voxel-to-RAS matrix."""
+    to_world = RAS_TO_LPS @ affine[:3]
+    spacing = np.linalg.norm(to_world[:, :3], axis=0)
+    return tuple(spacing.tolist()), tuple(to_world[:, 3].tolist()), to_world[:, :3] / spacing
+
+
+def _array(image: torch.Tensor) -> np.ndarray:
+    return image[0, 0].detach().cpu().float().numpy()
+
+
+def _sitk_image(toolkit: ModuleType, image: torch.Tensor, affine: np.ndarray) -> object:
+    spacing, origin, direction = _lps_geometry(affine)
+    made = toolkit.GetImageFromArray(np.ascontiguousarray(_array(image).T))  # ITK's first index is the last here
+    made.SetSpacing(spacing)
+    made.SetOrigin(origin)
+    made.SetDirection(direction.ravel().tolist())
+    return made
+
+
+def _ants_image(ants: ModuleType, image: torch.Tensor, affine: np.ndarray) -> object:
+    spacing, origin, direction = _lps_geometry(affine)
+    return ants.from_numpy(_array(image), origin=origin, spacing=spacing, direction=direction)
+
+
+#: The methods by the name of their row.
+CLASSICAL: dict[str, type] = {method.name: method for method in (Greedy, AntsSyN, ConvexAdam)}
