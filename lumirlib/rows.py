@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -103,6 +104,26 @@ class Baseline(Row):
         )
 
 
+class Tool(Row):
+    """A program or algorithm that is run as it is, itself ``method(fixed, moving) -> displacement``.
+
+    Attributes:
+        resolution_mm: edge of the voxels that it is given.
+    """
+
+    trains_on: ClassVar[str] = "nothing"
+    retrained: ClassVar[bool] = False
+    resolution_mm: float
+
+    def fitted(self: AnyRow, preset: Preset) -> AnyRow:
+        """The row for voxels of a preset's size."""
+        return replace(self, resolution_mm=preset.resolution_mm)
+
+    def build(self: AnyRow) -> AnyRow:
+        """The row itself."""
+        return self
+
+
 def option_names(row: Row) -> tuple[str, ...]:
     """The options of a row, all fields but its name."""
     return tuple(option.name for option in fields(row) if option.name != "name")  # type: ignore[arg-type]
@@ -117,3 +138,8 @@ def check_options(row: Row, overrides: Mapping[str, Any]) -> dict[str, object]:
     checked = check_option_types(row, overrides)
     replace(row, **checked)  # values that the row itself refuses
     return checked
+
+
+def file_name(name: str) -> str:
+    """A row's name in names of files: "CA+BF" as "CA-BF", "SynthMorph (released)" as "SynthMorph-released"."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")

@@ -26,6 +26,7 @@ from lumirlib import provenance
 from lumirlib.methods import parse_row
 from lumirlib.presets import parse_setting, split_options
 from lumirlib.report import paper_table
+from lumirlib.rows import file_name
 from lumirlib.training import trained_row
 from lumirlib.variants import Variant
 
@@ -171,7 +172,7 @@ def plan(
     return [
         SweepRun(
             notebooks / NOTEBOOKS[kinds[name]],
-            folder / f"{name.replace('+', '-')}_{short}_{preset}{tag}_seed{seed}.ipynb",
+            folder / f"{file_name(name)}_{short}_{preset}{tag}_seed{seed}.ipynb",
             {kinds[name]: name, "seed": str(seed), **common},
             options,
         )

@@ -35,7 +35,7 @@ from lumirlib.files import write_atomically
 from lumirlib.methods import row_from_options
 from lumirlib.presets import Preset
 from lumirlib.provenance import commit, describe_device
-from lumirlib.rows import Row, check_options
+from lumirlib.rows import Row, check_options, file_name
 from lumirlib.variants import Variant
 
 CHECKPOINT_FORMAT = "lumirlib-checkpoint-1"
@@ -81,8 +81,8 @@ class RunConfig:
     @property
     def run(self) -> str:
         """Name of the run's files."""
-        options = f"{self.variant.name}_{self.cohort}_{self.preset.name}_seed{self.seed}_{self.digest()}"
-        return options.replace("+", "-")
+        name = file_name(self.variant.name)
+        return f"{name}_{self.cohort}_{self.preset.name}_seed{self.seed}_{self.digest()}".replace("+", "-")
 
 
 def make_config(variant: Row, preset: Preset, cohort: Cohort, seed: int, **options: object) -> RunConfig:

@@ -6,11 +6,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
+
+from lumirlib.methods.classical import CLASSICAL
+from lumirlib.methods.deeds import Deeds
+from lumirlib.methods.gradicon import GradICON
+from lumirlib.methods.released import RELEASED
+from lumirlib.methods.synthmorph import SynthMorph
+from lumirlib.methods.transmorph import TransMorph
+from lumirlib.methods.voxelmorph import VoxelMorph
 from lumirlib.rows import Row, check_options
 from lumirlib.variants import Variant, parse_variant
 
 #: Rows that are not variants of the paper's network, by name.
-BASELINES: dict[str, type[Row]] = {}
+BASELINES: dict[str, type[Row]] = {
+    **{row.name: row for row in (TransMorph, GradICON, SynthMorph, VoxelMorph, Deeds)},
+    **RELEASED,
+    **CLASSICAL,
+}
 
 
 def parse_row(name: str, **overrides: object) -> Row:
@@ -40,3 +53,9 @@ def row_from_options(options: Mapping[str, Any]) -> Row:
     """The row that a checkpoint or a results file describes by all its options, its name among them."""
     row = BASELINES.get(str(options["name"]), Variant)
     return row(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+
+
+def availability() -> pd.DataFrame:
+    """Which of the released models and classical tools this machine can run: columns row, state."""
+    states = {name: BASELINES[name]().available() or "installed" for name in (*RELEASED, *CLASSICAL)}
+    return pd.DataFrame({"row": list(states), "state": list(states.values())})

@@ -23,13 +23,14 @@ import torch
 from lumirlib.conventions import RAS_TO_LPS, channels_last_to_voxel, itk_to_voxel
 from lumirlib.data.nifti import read_nifti
 from lumirlib.methods.released import check_pair, check_resolution, grid_affine, require
+from lumirlib.rows import Tool
 
 #: Why antspyx cannot stand beside requirements.txt, for its "not installed" sentence.
 ANTS_PINS = "antspyx 0.6.3 needs numpy < 2.4 and scipy < 1.16, older than those of requirements.txt"
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(Tool):
     """Greedy diffeomorphic registration (Yushkevich et al., 2016), PyPI ``picsl-greedy``; not in the paper.
 
     Attributes:
@@ -87,7 +88,7 @@ class Greedy:
 
 
 @dataclass(frozen=True)
-class AntsSyN:
+class AntsSyN(Tool):
     """Symmetric normalization of ANTs (Avants et al., MedIA 2008), PyPI ``antspyx``; not in the paper.
 
     ANTs aligns affinely before it deforms; both are composed into one displacement. ITK takes all cores, or as many
@@ -151,7 +152,7 @@ class AntsSyN:
 
 
 @dataclass(frozen=True)
-class ConvexAdam:
+class ConvexAdam(Tool):
     """Coupled convex optimization and Adam on MIND features (Siebert et al., 2024), PyPI ``convexAdam``.
 
     Not in the paper. Runs where the images are.

@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 from lumirlib import spatial
 from lumirlib._checks import check_finite, check_image, check_same_grid
 from lumirlib.methods import _deeds_kernels as kernels
+from lumirlib.presets import Preset
+from lumirlib.rows import Tool
 
 #: `Deeds.for_resolution` works on voxels of at most this edge in mm.
 COARSEST_MM = 2.0
@@ -27,7 +29,7 @@ CONSISTENCY_ROUNDS = 10
 
 
 @dataclass(frozen=True)
-class Deeds:
+class Deeds(Tool):
     """deedsBCV; an instance is the method: ``Deeds()(fixed, moving) -> displacement``.
 
     Attributes:
@@ -84,6 +86,10 @@ class Deeds:
         if resolution_mm / upsampling >= COARSE_MM:
             settings |= {"grid_spacings": (5, 4, 3, 2), "radii": (5, 4, 3, 2), "quantisations": (3, 2, 1, 1)}
         return cls(**{**settings, **options})
+
+    def fitted(self, preset: Preset) -> Deeds:
+        """The row for voxels of a preset's size."""
+        return self.for_resolution(preset.resolution_mm, alpha=self.alpha, progress=self.progress)
 
     def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """See :meth:`register`."""

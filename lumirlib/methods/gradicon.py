@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from lumirlib._checks import check_displacement, check_image, check_same_grid
 from lumirlib.models.gradicon import GradICONNetwork
 from lumirlib.models.unet import parse_widths
 from lumirlib.presets import Preset
+from lumirlib.rows import Baseline
 
 #: Added to each variance, as in the original, so that constant regions have correlation 0 and not NaN.
 VARIANCE_EPSILON = 1e-5
@@ -126,7 +126,7 @@ def inverse_consistency_error(model: nn.Module, fixed: torch.Tensor, moving: tor
 
 
 @dataclass(frozen=True)
-class GradICON:
+class GradICON(Baseline):
     """The row "uniGradICON" with its method retrained here.
 
     Attributes:
@@ -149,7 +149,6 @@ class GradICON:
     smoothness_weight: float = 1.5
     learning_rate_factor: float = 0.125
     lncc_sigma_mm: float = 5.0
-    trains_on: ClassVar[str] = "images"
 
     def narrowed(self, divisor: int) -> GradICON:
         """The row with its widths divided, at least 2 each."""
@@ -165,15 +164,6 @@ class GradICON:
         """A fresh network, its weights drawn from torch's global generator."""
         encoder, decoder = parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder")
         return GradICONNetwork(encoder, decoder, self.coarse_steps, self.fine_steps)
-
-    def adapt(self, preset: Preset) -> Preset:
-        """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
-        return replace(
-            preset,
-            similarity_weight=1.0,
-            smoothness_weight=self.smoothness_weight,
-            learning_rate=preset.learning_rate * self.learning_rate_factor,
-        )
 
     def loss_terms(
         self, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset, generator: torch.Generator

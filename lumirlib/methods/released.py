@@ -31,6 +31,7 @@ from lumirlib import spatial
 from lumirlib._checks import check_choice, check_finite, check_image, check_same_grid
 from lumirlib.conventions import RAS_TO_LPS, channels_first_to_voxel, itk_to_voxel
 from lumirlib.data.nifti import read_nifti, write_nifti
+from lumirlib.rows import Tool
 
 UNIGRADICON_VARIABLE = "UNIGRADICON_WEIGHTS"
 DEEDS_VARIABLE = "DEEDS_BIN"
@@ -207,7 +208,7 @@ def run_program(command: Sequence[str], folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class ReleasedSynthMorph:
+class ReleasedSynthMorph(Tool):
     """FreeSurfer's ``mri_synthmorph``, deformable model (Hoffmann et al., TMI 2022; Imaging Neuroscience 2024).
 
     Calls ``mri_synthmorph -m deform``, which takes the images as affinely aligned. Its network sees them on voxels
@@ -285,7 +286,7 @@ class ReleasedSynthMorph:
 
 
 @dataclass(frozen=True)
-class ReleasedUniGradICON:
+class ReleasedUniGradICON(Tool):
     """The package ``unigradicon`` with its released weights (Tian et al., MICCAI 2024).
 
     Follows the package's own program: images clipped at a quantile and scaled to [0, 1], axes in the order of ITK's
@@ -435,7 +436,7 @@ def _unigradicon_network(path: str, changed: int) -> torch.nn.Module:
 
 
 @dataclass(frozen=True)
-class ReleasedDeeds:
+class ReleasedDeeds(Tool):
     """The original program ``deedsBCV`` (Heinrich et al., TMI 2013), compiled, with the settings of the LUMIR row.
 
     Images are written as grey levels from 0 to 255: the program adds 1024 to them in float32, which would cost images

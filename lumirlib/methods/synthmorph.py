@@ -20,6 +20,7 @@ from lumirlib.data.synthesis import SynthesisOptions, deform_labels, synthesize
 from lumirlib.models.synthmorph import SynthMorphNetwork
 from lumirlib.models.unet import parse_widths
 from lumirlib.presets import Preset
+from lumirlib.rows import Baseline
 
 
 def _corner_values(volume: torch.Tensor, points: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -111,7 +112,7 @@ def soft_dice_loss(
 
 
 @dataclass(frozen=True)
-class SynthMorph:
+class SynthMorph(Baseline):
     """The row "SynthMorph".
 
     Attributes:
@@ -157,15 +158,6 @@ class SynthMorph:
         """A fresh network, its weights drawn from torch's global generator."""
         return SynthMorphNetwork(
             parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder"), self.squarings
-        )
-
-    def adapt(self, preset: Preset) -> Preset:
-        """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
-        return replace(
-            preset,
-            similarity_weight=1.0,
-            smoothness_weight=self.smoothness_weight,
-            learning_rate=preset.learning_rate * self.learning_rate_factor,
         )
 
     def synthesis(self, resolution_mm: float) -> SynthesisOptions:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,10 +11,11 @@ from lumirlib.methods.voxelmorph import both_directions, pair_loss
 from lumirlib.models.transmorph import TransMorphTVF
 from lumirlib.models.unet import parse_widths
 from lumirlib.presets import Preset
+from lumirlib.rows import Baseline
 
 
 @dataclass(frozen=True)
-class TransMorph:
+class TransMorph(Baseline):
     """The row "TransMorph": the challenge organisers' TransMorph-TVF with three levels.
 
     Attributes:
@@ -42,10 +42,6 @@ class TransMorph:
     drop_path: float = 0.3
     smoothness_weight: float = 1.0
     learning_rate_factor: float = 0.25
-    trains_on: ClassVar[str] = "images"
-    optimizer: ClassVar[str] = "adamw"
-    #: The organisers' scripts switch AdamW's decay off, so that it is Adam.
-    weight_decay: ClassVar[float] = 0.0
 
     def narrowed(self, divisor: int) -> TransMorph:
         """The row with its number of heads and its widths divided; the width of a head stays."""
@@ -67,15 +63,6 @@ class TransMorph:
             self.embedding, parse_widths(self.depths, "depths"), self.heads, parse_widths(self.window, "window"),
             self.head_channels, self.time_steps, self.drop_path,
         )  # fmt: skip
-
-    def adapt(self, preset: Preset) -> Preset:
-        """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
-        return replace(
-            preset,
-            similarity_weight=1.0,
-            smoothness_weight=self.smoothness_weight,
-            learning_rate=preset.learning_rate * self.learning_rate_factor,
-        )
 
     def loss_terms(
         self, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset, generator: torch.Generator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from lumirlib import losses
 from lumirlib.models.unet import VoxelMorphNetwork, parse_widths
 from lumirlib.presets import Preset
+from lumirlib.rows import Baseline
 
 
 def pair_loss(
@@ -43,7 +43,7 @@ def both_directions(fixed: torch.Tensor, moving: torch.Tensor) -> tuple[torch.Te
 
 
 @dataclass(frozen=True)
-class VoxelMorph:
+class VoxelMorph(Baseline):
     """The row "VoxelMorph": the challenge organisers' VoxelMorph-2.
 
     Attributes:
@@ -65,10 +65,6 @@ class VoxelMorph:
     symmetric: bool = True
     smoothness_weight: float = 1.0
     learning_rate_factor: float = 0.25
-    trains_on: ClassVar[str] = "images"
-    optimizer: ClassVar[str] = "adamw"
-    #: The organisers' scripts switch AdamW's decay off, so that it is Adam.
-    weight_decay: ClassVar[float] = 0.0
 
     def narrowed(self, divisor: int) -> VoxelMorph:
         """The row with its widths divided, at least 2 each."""
@@ -84,15 +80,6 @@ class VoxelMorph:
         """A fresh network, its weights drawn from torch's global generator."""
         return VoxelMorphNetwork(
             parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder"), self.squarings, self.layout
-        )
-
-    def adapt(self, preset: Preset) -> Preset:
-        """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
-        return replace(
-            preset,
-            similarity_weight=1.0,
-            smoothness_weight=self.smoothness_weight,
-            learning_rate=preset.learning_rate * self.learning_rate_factor,
         )
 
     def loss_terms(
