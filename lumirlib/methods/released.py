@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def check_resolution(resolution_mm: float) -> None:
         raise ValueError(f"resolution_mm must be above 0, got {resolution_mm}")
 
 
-def require(method: object) -> None:
+def require(method: Any) -> None:
     """Raise MethodUnavailableError with the method's own sentence unless it can run here."""
     missing = method.available()
     if missing:
