@@ -75,11 +75,12 @@ class Preset:
     def differences_from_paper(self, row: Row | None = None) -> list[str]:
         """What this preset changes about the paper's training, or a row's own at the paper's length, in words."""
         paper = PAPER if row is None else row.adapt(PAPER)
+        own = () if row is None else option_names(row)
         words = {
             "resolution_mm": "voxels of {0:g} mm instead of 1 mm",
             "epochs": "{0} epochs instead of {1}",
             "steps_per_epoch": "at most {0} pairs an epoch",
-            "channel_divisor": "start channels divided by {0}",
+            "channel_divisor": "widths divided by {0}",
             "levels": "{0} pyramid levels instead of {1}",
             "learning_rate": "learning rate {0:g} instead of {1:g}",
             "decay_power": "learning rate falls with the power {0:g} instead of {1:g}",
@@ -95,6 +96,7 @@ class Preset:
             text.format(getattr(self, option), getattr(paper, option))
             for option, text in words.items()
             if getattr(self, option) != getattr(paper, option)
+            and (option != "levels" or row is None or "levels" in own)
         ]
 
 

@@ -56,7 +56,7 @@ def test_demo_says_what_it_reduces():
     assert demo.apply(parse_variant("backbone")).start_channels == 8
     assert demo.apply(parse_variant("LC-1")).start_channels == 16
     said = "; ".join(demo.differences_from_paper())
-    assert "start channels divided by 4" in said and "lambda1 = 1 instead of 6" in said and "4 mm" in said
+    assert "widths divided by 4" in said and "lambda1 = 1 instead of 6" in said and "4 mm" in said
 
 
 def test_a_misspelt_preset_lists_the_choices():
@@ -364,7 +364,7 @@ def test_a_run_is_described_with_what_it_is_not(small_cohort_json, tmp_path):
     assert "not LUMIR" in run.title and "not the paper's training" in run.describe()
     embedded = AblationRun.prepare(preset="demo", out=str(tmp_path))
     assert "simulated" in embedded.title and "not a LUMIR result" in embedded.title
-    assert "start channels divided by 4" in embedded.describe()
+    assert "widths divided by 4" in embedded.describe()
     assert embedded.config.run != AblationRun.prepare(preset="demo", out=str(tmp_path), seed=1).config.run
 
 

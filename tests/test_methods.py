@@ -1,0 +1,213 @@
+"""Rows of Table 1 in the engine: names, presets, training, resuming, methods that nothing is trained for."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lumirlib import load_cohort, methods, report, sweep, tables, training
+from lumirlib.methods.released import MethodUnavailableError
+from lumirlib.presets import PAPER, PRESETS, split_options
+from lumirlib.rows import Baseline, Tool
+from lumirlib.study import AblationRun
+from lumirlib.training import Trainer, make_config
+
+RETRAINED = ("TransMorph", "uniGradICON", "SynthMorph", "VoxelMorph")
+CPU = torch.device("cpu")
+TINY = replace(
+    PRESETS["smoke"], name="tiny", resolution_mm=1, epochs=2, steps_per_epoch=None, channel_divisor=16, levels=3
+)
+
+
+@pytest.fixture
+def cohort(small_cohort_json):
+    return load_cohort(small_cohort_json)
+
+
+def config_for(name, cohort, seed=0):
+    row = methods.parse_row(name)
+    return make_config(row, row.adapt(TINY), cohort, seed)
+
+
+def prepare(name, small_cohort_json, out, **options):
+    return AblationRun.prepare(
+        name, "smoke", str(small_cohort_json), out=str(out), device="cpu",
+        options={"resolution_mm": 1, "channel_divisor": 16, **options},
+    )  # fmt: skip
+
+
+def test_every_row_of_table_1_has_a_method():
+    table = report.paper_table(1)["method"].tolist()
+    assert sweep.rows_of_table(1) == ["TransMorph", "uniGradICON", "SynthMorph", "VoxelMorph", "deedsBCV", "LC-2"]
+    assert len(table) == len(sweep.rows_of_table(1)) + 1 and "Zero Displacement" in table
+    for name in sweep.rows_of_table(1):
+        assert methods.parse_row(name).name == name
+
+
+def test_names_are_found_whatever_their_case_and_unknown_ones_are_refused_with_the_choices():
+    assert methods.parse_row("voxelmorph") == methods.parse_row(" VoxelMorph ")
+    assert methods.parse_row("lc-2+bf").name == "LC-2+BF"
+    assert methods.parse_row("VoxelMorph", squarings=7).squarings == 7
+    with pytest.raises(ValueError, match=r"'VoxelMorf' is not one of backbone.*nor a method: TransMorph, uniGradICON"):
+        methods.parse_row("VoxelMorf")
+    with pytest.raises(ValueError, match="unknown option width of 'VoxelMorph': choose from encoder"):
+        methods.parse_row("VoxelMorph", width=3)
+    with pytest.raises(ValueError, match="grid_spacings must be a list of int, got 'wide'"):
+        methods.parse_row("deedsBCV", grid_spacings="wide")
+
+
+@pytest.mark.parametrize("name", methods.BASELINES)
+def test_a_row_is_rebuilt_from_its_options_as_json_keeps_them(name):
+    row = PRESETS["demo"].apply(methods.parse_row(name))
+    assert methods.row_from_options(json.loads(json.dumps(asdict(row)))) == row
+    assert isinstance(row, Baseline if name in RETRAINED else Tool)
+    assert row.words
+
+
+@pytest.mark.parametrize("name", RETRAINED)
+def test_a_method_keeps_the_presets_number_of_steps_and_has_its_own_weights_of_the_loss(name):
+    row = methods.parse_row(name)
+    for preset in PRESETS.values():
+        own = row.adapt(preset)
+        assert (own.epochs, own.steps_per_epoch, own.window) == (preset.epochs, preset.steps_per_epoch, preset.window)
+        assert own.similarity_weight == 1
+    assert row.adapt(PAPER).learning_rate == pytest.approx(PAPER.learning_rate * row.learning_rate_factor)
+    assert PAPER.apply(row) == row
+    assert row.adapt(PAPER).differences_from_paper(row) == []
+    preset, for_row = split_options("paper", row, {"smoothness_weight": 3, "epochs": 7})
+    assert (preset.smoothness_weight, preset.epochs, for_row) == (3, 7, {"smoothness_weight": 3})
+
+
+@pytest.mark.parametrize("name", RETRAINED)
+def test_every_network_trains_and_a_stopped_run_ends_in_the_same_weights(name, cohort, tmp_path, monkeypatch):
+    config = config_for(name, cohort)
+    whole = training.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
+    assert len(whole.history) == 3 and np.isfinite(whole.history["val_dice"]).all()
+    again = Trainer(config, cohort, tmp_path / "stopped", CPU, progress=False)
+    step, taken = again._step, []
+
+    def stop_after_three(pair):
+        if len(taken) == 3:
+            again.save()
+            raise KeyboardInterrupt
+        taken.append(pair)
+        return step(pair)
+
+    monkeypatch.setattr(again, "_step", stop_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        again.run()
+    training.train(config, cohort, tmp_path / "stopped", "cpu", progress=False)
+    first, second = (
+        training.load_checkpoint(tmp_path / where / "checkpoints" / config.run / "last.pt")["model"]
+        for where in ("whole", "stopped")
+    )
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_method_that_trains_on_labels_takes_simulated_ones_where_scans_have_none(small_cohort_json, embedded_cohort):
+    row = methods.parse_row("SynthMorph")
+    cohort = load_cohort(small_cohort_json)
+    assert training.training_source(row, cohort) is cohort  # its training scans have labels
+    bare = replace(embedded_cohort, train=tuple(replace(subject, labels=None) for subject in embedded_cohort.train))
+    source = training.training_source(row, bare)
+    assert source is not bare and source.simulated and all(subject.labels for subject in source.train)
+    assert training.training_source(methods.parse_row("VoxelMorph"), bare) is bare
+    assert not {subject.name for subject in source.train} & {
+        subject.name for pair in source.validation_pairs for subject in (pair.fixed, pair.moving)
+    }
+    small = replace(cohort, train=tuple(replace(subject, labels=None) for subject in cohort.train), resolution_mm=4)
+    with pytest.raises(ValueError, match=r"SynthMorph trains on label volumes, which the training scans of .* lack"):
+        training.training_source(row, small)
+
+
+def test_a_run_of_deeds_trains_nothing_and_is_scored_like_any_other(small_cohort_json, tmp_path):
+    options = {"grid_spacings": [4, 3, 2, 2, 2], "radii": [1, 1, 1, 1, 1], "evaluation_pairs": 1, "validation_pairs": 1}
+    run = prepare("deedsBCV", small_cohort_json, tmp_path, **options)
+    assert "retrained" not in run.title and "training**" not in run.describe()
+    result = run.train(progress=False)
+    assert result.log is None and not (tmp_path / "checkpoints").exists()
+    table = run.evaluate(result, progress=False)
+    assert np.isfinite(table.query("metric == 'dice'")["value"]).all()
+    facts = json.loads(run.metrics_path.with_suffix(".json").read_text())
+    assert (facts["parameters"], facts["trained_on"], facts["weights"]) == (0, "nothing", None)
+    with pytest.raises(ValueError, match="deedsBCV is not trained"):
+        Trainer(run.config, run.cohort, tmp_path, CPU)
+
+
+def test_a_retrained_row_says_so_and_what_it_learned_from(small_cohort_json, tmp_path):
+    run = prepare("SynthMorph", small_cohort_json, tmp_path, evaluation_pairs=1)
+    assert run.title.startswith("SynthMorph (retrained here)")
+    assert "trained on the label volumes of 4 people of 'Small blobs', on no image" in " ".join(run.describe().split())
+    assert "not the method's own training" in run.describe()
+    assert run.training_labels().dtype == torch.int16
+    result = run.train(progress=False)
+    consistency = run.inverse_consistency(result, 1)
+    assert consistency["when"].tolist() == ["before training", "after"] and (consistency["error_voxels"] >= 0).all()
+    run.evaluate(result, progress=False)
+    facts = json.loads(run.metrics_path.with_suffix(".json").read_text())
+    assert (
+        facts["trained_on"].startswith("labels of 4 people, Small blobs") and "-p method SynthMorph" in facts["command"]
+    )
+
+
+def test_what_is_not_installed_says_how_to_install_it_and_does_not_run(small_cohort_json, tmp_path, monkeypatch):
+    monkeypatch.delenv("DEEDS_BIN", raising=False)
+    run = prepare("deedsBCV (released)", small_cohort_json, tmp_path)
+    assert run.missing.startswith("not installed: ") and run.missing in run.describe()
+    assert run.config.run.startswith("deedsBCV-released_small_smoke_seed0_")
+    with pytest.raises(MethodUnavailableError, match="DEEDS_BIN"):
+        run.train(progress=False)
+    states = methods.availability().set_index("row")["state"]
+    assert states["deedsBCV (released)"] == run.missing and len(states) == len(methods.RELEASED) + len(
+        methods.CLASSICAL
+    )
+
+
+def test_more_pairs_than_scans_are_drawn_in_another_order(cohort):
+    few = list(training.epoch_pairs(cohort.train, 0, 0))
+    many = list(training.epoch_pairs(cohort.train, 0, 0, limit=10))
+    assert len(few) == 4 and many[:4] == few and len(many) == 10
+    assert sorted(pair.moving.name for pair in many[4:8]) == sorted(pair.moving.name for pair in few)
+    assert all(pair.fixed != pair.moving for pair in many)
+
+
+def test_table_1_sets_our_rows_beside_the_papers_under_its_names(tmp_path):
+    values = {"dice": 0.7, "tre_mm": 3.0, "ndv_percent": 0.0, "hd95_mm": 4.0, "seconds": 0.1}
+    facts = {"cohort": "embedded", "cohort_name": "Embedded cohort (simulated)", "cohort_digest": "d" * 16,
+             "simulated": True, "resolution_mm": 4.0, "evaluated_pairs": 6, "commit": "c" * 40,
+             "device": "x"}  # fmt: skip
+    for number, name in enumerate(("Zero Displacement", "VoxelMorph", "deedsBCV", "LC-2")):
+        table = pd.DataFrame(
+            [{"pair": f"P{pair}", "metric": metric, "value": value * (1 + 0.1 * number + 0.001 * pair)}
+             for metric, value in values.items() for pair in range(6)]
+        )  # fmt: skip
+        about = {**facts, "run": name.replace(" ", ""), "method": name, "seed": 0}
+        if number:
+            preset, _ = split_options("demo", methods.parse_row(name), {})
+            about |= {"options": asdict(preset.apply(methods.parse_row(name))), "preset": asdict(preset),
+                      "val_dice": 0.7, "val_dice_before": 0.5}  # fmt: skip
+        training.write_atomically(
+            tmp_path / "metrics" / f"{about['run']}.csv", lambda to, rows=table: rows.to_csv(to, index=False)
+        )
+        (tmp_path / "metrics" / f"{about['run']}.json").write_text(json.dumps(about))
+    runs = report.load_runs(tmp_path, sweep.table_rows(["table1"]))
+    assert runs.variants == ("VoxelMorph", "deedsBCV", "LC-2")
+    assert runs.missing == ("TransMorph", "uniGradICON", "SynthMorph")
+    table = report.table1(runs).set_index(["method", "metric"])
+    assert table.loc[("next-gen-nn", "dice"), "paper"] == 77.34
+    assert table.loc[("next-gen-nn", "dice"), "ours"] == pytest.approx(70 * 1.3025, abs=1e-6)
+    assert table.loc[("Zero Displacement", "dice"), "paper"] == 56.57
+    assert table.loc[("VoxelMorph", "tre_mm"), "difference"] == pytest.approx(3 * 1.1025 - 3.1545)
+    text = tables.publish_table(1, runs, tmp_path / "tables" / "table1")
+    assert "next-gen-nn (LC-2) (sc:16)" in text and "not a LUMIR result" in text and "Val Dice" not in text
+    assert (tmp_path / "tables" / "table1.tex").read_text().count("VoxelMorph") == 1
+    tables.publish_ranks(runs, tmp_path / "tables" / "ranks")
+    ranks = pd.read_csv(tmp_path / "tables" / "ranks.csv", index_col="method")
+    # six pairs, each of them better in Dice and worse in TRE: p = 1/32, and times 3 for three comparisons not below 5 %
+    assert (ranks["dice"] == 1).all() and (ranks["tre_mm"] == 1).all()
+    assert ranks.loc["LC-2", "snapshot score"] == pytest.approx(
+        1 / 6 + 1 / 3
+    )  # best Dice, worst TRE and HD95, equal NDV
