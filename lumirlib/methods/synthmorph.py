@@ -120,6 +120,9 @@ class SynthMorph:
         decoder: widths of its decoder.
         squarings: of the integration.
         smoothness_weight: lambda, of the displacement's diffusion, beside a soft Dice of weight 1.
+        draws: image pairs synthesized from each pair of label maps in a step, one batch. Every second one has fixed and
+            moving exchanged. Batches of one fall back to a slow convolution in PyTorch on the CPU: two take half the
+            time of one.
         dice_between_voxels: see :func:`soft_dice_loss`.
         learning_rate_factor: times the preset's learning rate; 1/4 makes the published 1e-4 of the paper's 4e-4.
         warp_sigma_mm: of the random deformation of the label maps, see :class:`SynthesisOptions`; 0 for none.
@@ -134,6 +137,7 @@ class SynthMorph:
     decoder: str = "64-64-64-64-64-64"
     squarings: int = 7
     smoothness_weight: float = 1.0
+    draws: int = 2
     dice_between_voxels: bool = True
     learning_rate_factor: float = 0.25
     warp_sigma_mm: float = 3.0
@@ -142,6 +146,10 @@ class SynthMorph:
     mirrored: float = 0.5
     shared_cortex: float = 0.5
     trains_on: ClassVar[str] = "labels"
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws must be 1 or more, got {self.draws}")
 
     def narrowed(self, divisor: int) -> SynthMorph:
         """The row with its widths divided, at least 2 each."""
@@ -192,13 +200,22 @@ class SynthMorph:
             generator: of all random numbers, on the CPU.
 
         Returns:
-            Scalars "total", "similarity" (:func:`soft_dice_loss`) and "smoothness" (diffusion of the displacement).
+            Scalars "total", "similarity" (:func:`soft_dice_loss`) and "smoothness" (diffusion of the displacement),
+            means over the draws.
         """
         options = self.synthesis(preset.resolution_mm)
-        fixed, moving = (deform_labels(labels, generator, options) for labels in (fixed, moving))
-        fixed_image, moving_image = (synthesize(labels, generator, options) for labels in (fixed, moving))
-        displacement = model(fixed_image, moving_image)
-        similarity = soft_dice_loss(moving, fixed, displacement, self.dice_between_voxels)
-        smoothness = losses.diffusion_loss(displacement)
+        pairs, images = [], []
+        for draw in range(self.draws):
+            ends = (moving, fixed) if draw % 2 else (fixed, moving)
+            pairs.append([deform_labels(labels, generator, options) for labels in ends])
+            images.append([synthesize(labels, generator, options) for labels in pairs[-1]])
+        displacements = model(*(torch.cat(ends) for ends in zip(*images, strict=True)))
+        similarity = torch.stack(
+            [
+                soft_dice_loss(source, target, displacement[None], self.dice_between_voxels)
+                for (target, source), displacement in zip(pairs, displacements, strict=True)
+            ]
+        ).mean()
+        smoothness = losses.diffusion_loss(displacements)
         total = preset.similarity_weight * similarity + preset.smoothness_weight * smoothness
         return {"total": total, "similarity": similarity, "smoothness": smoothness}
