@@ -341,19 +341,19 @@ def test_a_step_depends_on_the_generator_alone_and_weighs_as_the_preset_says():
 
 
 def test_training_on_labels_aligns_images_that_were_never_seen():
-    shape = (16, 20, 18)
+    shape = (12, 14, 16)
     grid = spatial.identity_grid(shape)
     labels = []
-    for centre in ((6.0, 8.0, 8.0), (9.0, 11.0, 9.0)):
+    for centre in ((4.5, 6.0, 7.0), (6.5, 8.0, 8.0)):
         distance = torch.linalg.vector_norm(grid - torch.tensor(centre).view(1, 3, 1, 1, 1), dim=1, keepdim=True)
-        labels.append(torch.where(distance < 3, 45, torch.where(distance < 5, 44, 0)).to(torch.int16))
+        labels.append(torch.where(distance < 2.5, 45, torch.where(distance < 4, 44, 0)).to(torch.int16))
     fixed, moving = labels
     row = SynthMorph(encoder="8-8-8", decoder="8-8-8-8", warp_sigma_mm=0.0, smoothness_weight=0.2, draws=1)
     torch.manual_seed(0)
     model, preset, generator = row.build(), row.adapt(get_preset("demo")), seeded()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     before = float(soft_dice_loss(moving, fixed, torch.zeros(1, 3, *shape)))
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         row.loss_terms(model, fixed, moving, preset, generator)["total"].backward()
         optimizer.step()
