@@ -56,9 +56,9 @@ def soft_dice_loss(
     one-hot volumes are never made: a value of w is the weight of those of eight voxels that have the label, so the
     sums over all labels take eight passes over the grid whatever the number of labels.
 
-    On voxel centres w is as sharp as the labels where the displacement is zero, and any small one first costs overlap:
-    the loss has a kink there, and a network that has learned nothing yet stays at zero. `between_voxels` compares both
-    volumes half a voxel off the grid, where both are smooth.
+    On voxel centres w is as sharp as the labels where the displacement is zero, and any small incoherent one costs
+    overlap: the loss has a kink there. `between_voxels` compares both volumes half a voxel off the grid, where both are
+    smooth, at the price of a blunter optimum.
 
     Args:
         moving_labels: ``(1, 1, D, H, W)`` integers.
@@ -138,7 +138,7 @@ class SynthMorph:
     squarings: int = 7
     smoothness_weight: float = 1.0
     draws: int = 2
-    dice_between_voxels: bool = True
+    dice_between_voxels: bool = False
     learning_rate_factor: float = 0.25
     warp_sigma_mm: float = 3.0
     warp_spacing_mm: float = 16.0
