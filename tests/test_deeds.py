@@ -355,6 +355,14 @@ def test_compiling_is_over_after_the_first_time():
     assert compile_kernels() < 2
 
 
+def test_a_function_that_numba_cannot_cache_is_compiled_all_the_same():
+    place: dict[str, object] = {}
+    exec(compile("def double(value):\n    return 2 * value", "no such file", "exec"), place)
+    with pytest.raises(RuntimeError, match="no locator"):
+        numba.njit(cache=True)(place["double"])
+    assert kernels._compiled()(place["double"])(21) == 42
+
+
 # settings and bad inputs ---------------------------------------------------------------------------------------------
 
 

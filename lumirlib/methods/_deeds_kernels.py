@@ -24,6 +24,20 @@ NOISE_FLOOR = 1e-6 / 255**2
 _SERIAL_WIDTH = 16
 
 
+def _compiled(**options: bool):
+    """Numba's njit, cached on disk; where no folder for that can be written, compiled anew in every process."""
+
+    def decorate(function):
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError as error:
+            if "no locator" not in str(error):
+                raise
+            return njit(**options)(function)
+
+    return decorate
+
+
 @intrinsic
 def _popcount(typing_context, word):
     def generate(context, builder, signature, arguments):
@@ -35,7 +49,7 @@ def _popcount(typing_context, word):
 # MIND-SSC ------------------------------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, cache=True)
+@_compiled(parallel=True)
 def _patch_distances(image, shift, radius, out):
     """Squared differences of the image and itself moved by `shift`, summed over boxes cut off at the border."""
     depth, height, width = image.shape
@@ -75,7 +89,7 @@ def _patch_distances(image, shift, radius, out):
                     total[k] += row[k]
 
 
-@njit(parallel=True, cache=True)
+@_compiled(parallel=True)
 def _pack_entries(distances, sources, places, thresholds, floor, words):
     """Twelve distances per voxel to one word; `places` outside the image fall back on the voxel itself."""
     depth, height, width = words.shape
@@ -158,7 +172,7 @@ def mind_ssc(image: np.ndarray, step: int) -> np.ndarray:
 # data costs ----------------------------------------------------------------------------------------------------------
 
 
-@njit(parallel=True, cache=True)
+@_compiled(parallel=True)
 def _count_bits(fixed, padded, spacing, radius, step, places, offsets, scale, costs):
     control_i, control_j, control_k, _ = costs.shape
     labels = 2 * radius + 1
@@ -274,7 +288,7 @@ def grid_edges(image: np.ndarray, spacing: int) -> tuple[np.ndarray, np.ndarray]
     return np.concatenate(ends), np.exp(-np.concatenate(differences) / spread).astype(np.float32)
 
 
-@njit(cache=True)
+@_compiled()
 def _top(leaders, node):
     while leaders[node] != node:
         leaders[node] = leaders[leaders[node]]
@@ -282,7 +296,7 @@ def _top(leaders, node):
     return node
 
 
-@njit(cache=True)
+@_compiled()
 def _join(ends, ranking, nodes):
     """Kruskal: the edges that join two parts, in the order of `ranking`."""
     leaders = np.arange(nodes)
@@ -301,7 +315,7 @@ def _join(ends, ranking, nodes):
     return kept[:count]
 
 
-@njit(cache=True)
+@_compiled()
 def _walk(ends, kept, nodes, root):
     """Breadth first over the kept edges: order, parents, children, and the edge to each one's parent."""
     starts = np.zeros(nodes + 2, np.int64)
@@ -369,7 +383,7 @@ def image_tree(image: np.ndarray, spacing: int) -> Tree:
 # min-sum -------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@_compiled()
 def _lower(costs, offset, labels, lowest, out):
     """Along the first axis: out[rest, i] = min over j of costs[j, rest] + (i - j + offset)^2; the axes are rotated."""
     rest = labels * labels
@@ -388,7 +402,7 @@ def _lower(costs, offset, labels, lowest, out):
             out[place * labels + i] = lowest[place]
 
 
-@njit(cache=True)
+@_compiled()
 def _message(costs, weight, offset_i, offset_j, offset_k, labels, scratch):
     """Message of a child in scratch[1]: the min-convolution of its weighted costs, less its minimum."""
     for label in range(len(costs)):
@@ -401,7 +415,7 @@ def _message(costs, weight, offset_i, offset_j, offset_k, labels, scratch):
         scratch[1, label] -= smallest
 
 
-@njit(cache=True)
+@_compiled()
 def _collect(position, costs, previous, order, children, weights, labels, scratch):
     """Add the messages of its children to a node's costs."""
     node = order[position]
@@ -421,7 +435,7 @@ def _collect(position, costs, previous, order, children, weights, labels, scratc
             own[label] += scratch[1, label]
 
 
-@njit(parallel=True, cache=True)
+@_compiled(parallel=True)
 def _leaves_to_root(costs, previous, order, children, depths, weights, labels, threads):
     scratch = np.empty((threads, 3, costs.shape[1]), np.float32)
     for depth in range(len(depths) - 2, -1, -1):
@@ -435,7 +449,7 @@ def _leaves_to_root(costs, previous, order, children, depths, weights, labels, t
                     _collect(position, costs, previous, order, children, weights, labels, scratch[np.int64(thread)])
 
 
-@njit(cache=True)
+@_compiled()
 def _root_to_leaves(costs, previous, order, parents, weights, labels, chosen):
     penalties = np.empty((3, labels), np.float32)
     chosen[order[0]] = costs[order[0]].argmin()
@@ -509,12 +523,12 @@ def label_vectors(radius: int) -> np.ndarray:
 # sampling ------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@_compiled()
 def _along_row(row, low, high, part):
     return row[low] + part * (row[high] - row[low])
 
 
-@njit(parallel=True, cache=True)
+@_compiled(parallel=True)
 def _sample(volumes, displacement, out):
     channels, depth, height, width = volumes.shape
     for plane in prange(displacement.shape[1]):

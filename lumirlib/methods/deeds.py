@@ -137,11 +137,8 @@ class Deeds(Tool):
                     last_patch = patch
                 found = []
                 for target, source in ((0, 1), (1, 0)):
-                    found.append(
-                        self._search(
-                            images[target], images[source], words[target], fields[target], spacing, radius, step
-                        )
-                    )
+                    level = (fields[target], spacing, radius, step)
+                    found.append(self._search(images[target], images[source], words[target], *level))
                     bar.update()
                 fields = list(make_consistent(*found, spacing))
         forward, backward = (
