@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lumirlib.presets import Preset
 
 AnyRow = TypeVar("AnyRow", bound="Row")
+#: From this voxel size on, presets are so short that published learning rates would not leave the start.
+COARSE_MM = 4.0
 
 
 class Row:
@@ -80,11 +82,13 @@ class Baseline(Row):
 
     Attributes:
         smoothness_weight: beside a similarity of weight 1.
-        learning_rate_factor: times the preset's learning rate, which is the paper's for its own network.
+        learning_rate_factor: times the preset's learning rate, which is that of the paper's own network.
+        coarse_learning_rate_factor: the same for presets at :data:`COARSE_MM` or more, a few hundred steps long.
     """
 
     smoothness_weight: float
     learning_rate_factor: float
+    coarse_learning_rate_factor: float
 
     def narrowed(self: AnyRow, divisor: int) -> AnyRow:
         """The row with its widths divided."""
@@ -96,11 +100,13 @@ class Baseline(Row):
 
     def adapt(self, preset: Preset) -> Preset:
         """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
+        coarse = preset.resolution_mm >= COARSE_MM
+        factor = self.coarse_learning_rate_factor if coarse else self.learning_rate_factor
         return replace(
             preset,
             similarity_weight=1.0,
             smoothness_weight=self.smoothness_weight,
-            learning_rate=preset.learning_rate * self.learning_rate_factor,
+            learning_rate=preset.learning_rate * factor,
         )
 
 

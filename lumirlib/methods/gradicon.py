@@ -137,6 +137,7 @@ class GradICON(Baseline):
         fine_steps: number of U-Nets at full resolution.
         smoothness_weight: lambda, of the gradient inverse consistency, beside the similarity of both directions.
         learning_rate_factor: times the preset's learning rate; 1/8 makes the published 5e-5 of the paper's 4e-4.
+        coarse_learning_rate_factor: see :class:`lumirlib.rows.Baseline`.
         lncc_sigma_mm: standard deviation of the similarity's window, at least one voxel. The original's 5 voxels of a
             grid of 175^3 are 4.6, 6.4 and 5.5 mm along LUMIR's axes.
     """
@@ -148,6 +149,7 @@ class GradICON(Baseline):
     fine_steps: int = 2
     smoothness_weight: float = 1.5
     learning_rate_factor: float = 0.125
+    coarse_learning_rate_factor: float = 4.0
     lncc_sigma_mm: float = 5.0
 
     def narrowed(self, divisor: int) -> GradICON:
@@ -159,6 +161,10 @@ class GradICON(Baseline):
             for name in ("encoder", "decoder")
         }
         return replace(self, **narrow)
+
+    def fitted(self, preset: Preset) -> GradICON:
+        """The row at a preset's width; small as it is, it is divided by half of what the others are."""
+        return self.narrowed(max(1, preset.channel_divisor // 2))
 
     def build(self) -> nn.Module:
         """A fresh network, its weights drawn from torch's global generator."""

@@ -126,6 +126,7 @@ class SynthMorph(Baseline):
             time of one.
         dice_between_voxels: see :func:`soft_dice_loss`.
         learning_rate_factor: times the preset's learning rate; 1/4 makes the published 1e-4 of the paper's 4e-4.
+        coarse_learning_rate_factor: see :class:`lumirlib.rows.Baseline`.
         warp_sigma_mm: of the random deformation of the label maps, see :class:`SynthesisOptions`; 0 for none.
         warp_spacing_mm: see :class:`SynthesisOptions`.
         zero_background: see :class:`SynthesisOptions`.
@@ -141,6 +142,7 @@ class SynthMorph(Baseline):
     draws: int = 2
     dice_between_voxels: bool = False
     learning_rate_factor: float = 0.25
+    coarse_learning_rate_factor: float = 2.0
     warp_sigma_mm: float = 3.0
     warp_spacing_mm: float = 16.0
     zero_background: float = 0.5

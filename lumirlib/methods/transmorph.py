@@ -30,6 +30,7 @@ class TransMorph(Baseline):
         drop_path: largest probability of leaving a block's path out in training.
         smoothness_weight: of the diffusion, beside a similarity of weight 1.
         learning_rate_factor: times the preset's learning rate; 1/4 makes the organisers' 1e-4 of the paper's 4e-4.
+        coarse_learning_rate_factor: see :class:`lumirlib.rows.Baseline`.
     """
 
     name: str = "TransMorph"
@@ -42,6 +43,7 @@ class TransMorph(Baseline):
     drop_path: float = 0.3
     smoothness_weight: float = 1.0
     learning_rate_factor: float = 0.25
+    coarse_learning_rate_factor: float = 1.0
 
     def narrowed(self, divisor: int) -> TransMorph:
         """The row with its number of heads and its widths divided; the width of a head stays."""

@@ -55,6 +55,7 @@ class VoxelMorph(Baseline):
         symmetric: train on the mean loss of both directions of a pair, as the organisers take both.
         smoothness_weight: of the diffusion, beside a similarity of weight 1.
         learning_rate_factor: times the preset's learning rate; 1/4 makes the organisers' 1e-4 of the paper's 4e-4.
+        coarse_learning_rate_factor: see :class:`lumirlib.rows.Baseline`.
     """
 
     name: str = "VoxelMorph"
@@ -65,6 +66,7 @@ class VoxelMorph(Baseline):
     symmetric: bool = True
     smoothness_weight: float = 1.0
     learning_rate_factor: float = 0.25
+    coarse_learning_rate_factor: float = 4.0
 
     def narrowed(self, divisor: int) -> VoxelMorph:
         """The row with its widths divided, at least 2 each."""
@@ -75,6 +77,10 @@ class VoxelMorph(Baseline):
             for name in ("encoder", "decoder")
         }
         return self if divisor == 1 else replace(self, **narrow)
+
+    def fitted(self, preset: Preset) -> VoxelMorph:
+        """The row at a preset's width; small as it is, it is divided by half of what the others are."""
+        return self.narrowed(max(1, preset.channel_divisor // 2))
 
     def build(self) -> nn.Module:
         """A fresh network, its weights drawn from torch's global generator."""
