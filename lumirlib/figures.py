@@ -16,10 +16,13 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lumirlib import spatial
+from lumirlib._checks import check_labels
+from lumirlib.data.synthesis import SynthesisOptions, deform_labels, synthesize
 from lumirlib.files import write_atomically
 from lumirlib.report import Runs, paper_table
 
@@ -249,6 +252,47 @@ def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
         plot_pair(axes[row], fixed, moving, displacement, cohort.resolution_mm, titles=row == 0)
         axes[row, 0].set_ylabel(f"{by_name[name].fixed.name} ← {by_name[name].moving.name}", fontsize=8)
     figure.suptitle(title)
+    return figure
+
+
+def plot_labels(ax: Axes, labels: torch.Tensor, slice_index: int) -> Axes:
+    """Axial slice of a label map (1, 1, D, H, W): a colour for each label, the background black."""
+    present, place = labels.unique(return_inverse=True)
+    colours = np.array(sns.color_palette("husl", len(present)))
+    # neighbouring numbers are often neighbours in the brain: spread the hues
+    colours = colours[np.random.default_rng(0).permutation(len(present))]
+    colours[present.cpu().numpy() == 0] = 0.0
+    plot_slice(ax, place, slice_index)
+    ax.images[-1].set(cmap=ListedColormap(colours), clim=(-0.5, len(present) - 0.5))
+    return ax
+
+
+def synthesis_figure(
+    labels: torch.Tensor, generator: torch.Generator, n: int = 6, options: SynthesisOptions | None = None
+) -> Figure:
+    """A label map and images synthesized from it, middle axial slices in one row, as training sees them.
+
+    Args:
+        labels: ``(1, 1, D, H, W)`` integers.
+        generator: of random numbers, on the CPU.
+        n: number of images.
+        options: see :class:`lumirlib.data.synthesis.SynthesisOptions`; its `resolution_mm` must be that of `labels`.
+
+    Returns:
+        The figure; each image has its own deformation and contrast.
+
+    Raises:
+        ValueError: `n` below 1, or `labels` that are not a label map.
+    """
+    check_labels(labels)
+    if n < 1:
+        raise ValueError(f"n must be 1 or more, got {n}")
+    middle = labels.shape[4] // 2
+    figure, axes = plt.subplots(1, n + 1, figsize=(1.9 * (n + 1), 2.9), layout="constrained")
+    plot_labels(axes[0], labels, middle).set_title("label map")
+    for number, ax in enumerate(axes[1:], start=1):
+        moved = deform_labels(labels, generator, options)
+        plot_slice(ax, synthesize(moved, generator, options), middle).set_title(f"synthetic {number}")
     return figure
 
 

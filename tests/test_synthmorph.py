@@ -16,7 +16,7 @@ from lumirlib.data.synthesis import (
     random_deformation,
     synthesize,
 )  # fmt: skip
-from lumirlib.figures_synthesis import synthesis_figure
+from lumirlib.figures import synthesis_figure
 from lumirlib.labels import LUMIR_LABELS
 from lumirlib.methods.synthmorph import SynthMorph, soft_dice_loss
 from lumirlib.models.synthmorph import SynthMorphNetwork

@@ -221,7 +221,8 @@ def test_for_the_papers_preset_the_row_has_the_organisers_recipe():
     assert (adapted.window, adapted.amsgrad, adapted.decay_power) == (9, True, 0.9)
     assert (adapted.epochs, adapted.steps_per_epoch) == (PAPER.epochs, PAPER.steps_per_epoch)
     assert (row.name, row.trains_on) == ("VoxelMorph", "images")
-    assert row.adapt(PRESETS["demo"]).learning_rate == PRESETS["demo"].learning_rate * row.coarse_learning_rate_factor
+    demo = get_preset("demo")
+    assert row.adapt(demo).learning_rate == demo.learning_rate * row.coarse_learning_rate_factor
 
 
 def test_a_narrowed_row_has_its_widths_divided():

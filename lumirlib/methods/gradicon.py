@@ -97,34 +97,6 @@ def gradicon_loss(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor
     return total
 
 
-@torch.no_grad()
-def inverse_consistency_error(model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor) -> float:
-    """Mean length of ``Phi_AB o Phi_BA - id`` in the brain, in voxels.
-
-    Phi_AB carries `moving` onto `fixed` and Phi_BA back; their composition lives on the moving image's grid, and the
-    brain is where that is above zero. A network that predicts nothing is perfectly consistent: look at the length of
-    the displacement too.
-
-    Args:
-        model: ``model(fixed, moving) -> displacement``; used as it is, in training or evaluation mode.
-        fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
-        moving: ``(B, 1, D, H, W)``, likewise.
-
-    Returns:
-        Voxels, 0 or more, lower is better.
-
-    Raises:
-        ValueError: a moving image without a voxel above zero.
-    """
-    check_image(fixed, "fixed", channels=1)
-    check_image(moving, "moving", channels=1)
-    brain = moving[:, 0] > 0
-    if not brain.any():
-        raise ValueError("moving must have voxels above zero, got none")
-    error = spatial.compose(model(fixed, moving), model(moving, fixed))
-    return float(torch.linalg.vector_norm(error, dim=1)[brain].mean())
-
-
 @dataclass(frozen=True)
 class GradICON(Baseline):
     """The row "uniGradICON" with its method retrained here.
