@@ -1,6 +1,7 @@
 """Table 2 from the files of many runs: what is read, counted, set beside the paper, written and drawn."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
@@ -266,3 +267,31 @@ def test_notebook_makes_the_table_of_any_results_folder(folder, tmp_path):
     made = {path.name for path in (tmp_path / "elsewhere" / "tables").iterdir()}
     assert {f"table2_embedded_demo.{end}" for end in ("csv", "md", "tex", "json", "png", "pdf")} <= made
     assert "table2_embedded_demo_effects.csv" in made
+
+
+# hard pairs and time -------------------------------------------------------------------------------------------------
+
+
+def test_hard_pairs_are_listed_with_what_goes_with_them(runs, tmp_path):
+    pairs = pd.DataFrame(
+        {"pair": [f"P{n}" for n in range(12)], "dice": np.linspace(60, 71, 12), "gain": np.linspace(12, 1, 12),
+         "dice_before": np.linspace(48, 70, 12), "brain_ratio": 1.1, "ventricle_ratio": np.linspace(2, 1, 12),
+         "displacement_mm": np.linspace(5, 3, 12)}
+    )  # fmt: skip
+    text = tables.publish_difficulty(pairs, runs, tmp_path / "hard")
+    assert "The 5 hardest and the 5 easiest of 12 pairs" in text and "| P0 " in text and "| P11 " in text
+    assert "| P5 " not in text and len(pd.read_csv(tmp_path / "hard_pairs.csv")) == 12
+    explained = pd.read_csv(tmp_path / "hard_explained.csv", index_col="feature")
+    assert explained.loc["dice_before", "dice"] == pytest.approx(1)
+    assert explained.loc["ventricle_ratio", "dice"] == pytest.approx(-1)
+    assert math.isnan(explained.loc["brain_ratio", "dice"])
+    assert "not a LUMIR result" in (tmp_path / "hard_explained.md").read_text()
+
+
+def test_time_figure_has_a_mark_for_each_measured_row(runs):
+    measured = pd.DataFrame({"variant": ["backbone", "backbone", "LC-2"], "seconds_per_pair": [0.1, 0.3, 2.0]})
+    figure = figures.time_figure(runs, measured, "t", "cpu")
+    (ax,) = figure.axes
+    marks = {bars.get_label(): bars.lines[0].get_xydata()[0] for bars in ax.containers}
+    assert marks["backbone"].tolist() == pytest.approx([0.2, 71.0]) and marks["LC-2"][0] == 2.0
+    assert ax.get_xscale() == "log"
