@@ -134,10 +134,6 @@ class GradICON(Baseline):
         }
         return replace(self, **narrow)
 
-    def fitted(self, preset: Preset) -> GradICON:
-        """The row at a preset's width; small as it is, it is divided by half of what the others are."""
-        return self.narrowed(max(1, preset.channel_divisor // 2))
-
     def build(self) -> nn.Module:
         """A fresh network, its weights drawn from torch's global generator."""
         encoder, decoder = parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder")

@@ -78,10 +78,6 @@ class VoxelMorph(Baseline):
         }
         return self if divisor == 1 else replace(self, **narrow)
 
-    def fitted(self, preset: Preset) -> VoxelMorph:
-        """The row at a preset's width; small as it is, it is divided by half of what the others are."""
-        return self.narrowed(max(1, preset.channel_divisor // 2))
-
     def build(self) -> nn.Module:
         """A fresh network, its weights drawn from torch's global generator."""
         return VoxelMorphNetwork(
