@@ -1,12 +1,18 @@
 """Ranks of several methods on the same pairs: by significance, and by the challenge's snapshot score.
 
+    python -m lumirlib.ranking results/metrics/LC-2_*.csv results/metrics/TransMorph_*.csv
+
 The published rows of other teams are means only: they can take part in the snapshot score, not in the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -165,3 +171,59 @@ def snapshot_scores(tables: Mapping[str, pd.DataFrame], cohort: str = "", with_p
         spread = values.max() - values.min()
         score = score + weight * ((values - values.min()) / spread if spread > 0 else 1.0)
     return means.assign(score=score).sort_values("score", ascending=False, kind="stable")
+
+
+def read_results(paths: Sequence[str | Path]) -> tuple[dict[str, pd.DataFrame], str]:
+    """Tables of metrics by the name of their run, and the short name of the cohort that they are all of.
+
+    Raises:
+        FileNotFoundError: a CSV, or the provenance beside it, that is not there.
+        ValueError: a CSV without the columns pair, metric and value, a run named twice, or runs on different cohorts.
+    """
+    tables, cohorts = {}, {}
+    for path in map(Path, paths):
+        for needed in (path, path.with_suffix(".json")):
+            if not needed.is_file():
+                raise FileNotFoundError(f"no such file: {needed}")
+        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        table = pd.read_csv(path)
+        lacking = {"pair", "metric", "value"} - set(table.columns)
+        if lacking:
+            raise ValueError(f"{path} lacks the column(s) {', '.join(sorted(lacking))} of a table of metrics")
+        name = str(about.get("run", path.stem))
+        if name in tables:
+            raise ValueError(f"{path}: the run {name} is given twice")
+        tables[name], cohorts[name] = table, (about.get("cohort", ""), about.get("cohort_digest", ""))
+    if len(set(cohorts.values())) > 1:
+        raise ValueError(
+            f"the runs are on different cohorts: {', '.join(sorted({name for name, _ in cohorts.values()}))}"
+        )
+    return tables, next(iter(cohorts.values()))[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print ranks and scores; the exit status is 0, or 2 for files that cannot be used."""
+    options = argparse.ArgumentParser(prog="python -m lumirlib.ranking", description=(__doc__ or "").splitlines()[0])
+    options.add_argument("results", nargs="+", help="CSVs of metrics, each with its provenance (.json) beside it")
+    options.add_argument(
+        "--published", action="store_true", help="score among the published rows; results on LUMIR only"
+    )
+    given = options.parse_args(arguments)
+    try:
+        tables, cohort = read_results(given.results)
+        ranks = rank(tables)
+        scores = snapshot_scores(tables, cohort, given.published)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"python -m lumirlib.ranking: {error}", file=sys.stderr)
+        return 2
+    print(f"ranks by significance, cohort {cohort}")
+    print(ranks.to_string(float_format="%.3g"))
+    print(
+        "\nsnapshot score, 1 is best" + ("; rows marked published are other teams' figures" if given.published else "")
+    )
+    print(scores.to_string(float_format="%.4g"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

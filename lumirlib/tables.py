@@ -181,17 +181,26 @@ def publish_ranks(runs: Runs, stem: str | Path) -> str:
         name: runs.values[runs.values["variant"] == name].groupby(keys, sort=False, as_index=False)["value"].mean()
         for name in runs.variants
     }
-    ranks, scores = ranking.rank(long), ranking.snapshot_scores(long, runs.facts["cohort"].iloc[0])
-    table = ranks.join(scores["score"].rename("snapshot score")).rename_axis("method").reset_index()
+    cohort = runs.facts["cohort"].iloc[0]
+    on_lumir = cohort == "lumir"
+    ranks, scores = ranking.rank(long), ranking.snapshot_scores(long, cohort, with_published=on_lumir)
+    scores.index = [f"{name} (published)" if theirs else name for name, theirs in scores["published"].items()]
+    table = ranks.join(scores["score"].rename("snapshot score"), how="outer" if on_lumir else "left")
+    table = table.sort_values(["weighted", "snapshot score"], ascending=[True, False])
+    table = table.rename_axis("method").reset_index()
     shown = table.rename(columns={column: f"rank by {words[2]}" for column, words in COLUMNS.items()}).rename(
         columns={"weighted": "weighted rank"}
     )
-    shown = shown.map(lambda value: value if isinstance(value, str) else f"{value:.3g}")
+    shown = shown.map(lambda value: value if isinstance(value, str) else "–" if pd.isna(value) else f"{value:.3g}")
+    theirs = (
+        "Rows marked as published are other teams' figures, which take part in the score alone."
+        if on_lumir
+        else "Only these rows are ranked: other teams' published figures are of LUMIR's own pairs."
+    )
     note = (
         "Rank by a metric: one plus the number of rows that are significantly better (Wilcoxon signed-rank test over "
         "pairs, Holm-adjusted, 5 %); weighted 1/5 Dice, 2/5 TRE, 1/5 NDV, 1/5 HD95. Snapshot score: metrics from the "
-        "worst row (0) to the best (1), weighted 1/6 Dice, 1/3 TRE, 1/3 NDV, 1/6 HD95. Only these rows are ranked: "
-        "other teams' published figures are of LUMIR's own pairs."
+        f"worst row (0) to the best (1), weighted 1/6 Dice, 1/3 TRE, 1/3 NDV, 1/6 HD95. {theirs}"
     )
     return publish(stem, table, shown, f"Ranks as the challenge ranks ({runs.title})", note, runs.about())
 

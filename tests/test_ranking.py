@@ -1,5 +1,6 @@
 """Ranks by significance, the snapshot score, and what makes pairs hard."""
 
+import json
 import math
 
 import matplotlib.pyplot as plt
@@ -82,6 +83,29 @@ def test_published_rows_stand_beside_results_on_lumir_alone():
     scores = ranking.snapshot_scores({"ours": table(0.9, 2.0, 0.0, 3.0)}, "lumir", with_published=True)
     assert scores.index[0] == "ours" and not scores["published"].iloc[0] and scores["published"].iloc[1:].all()
     assert len(scores) == 1 + 7 + 7 and scores.index[-1] == "VoxelMorph"  # it folds most
+
+
+def test_the_command_line_ranks_result_files_and_refuses_what_cannot_be_ranked(tmp_path, capsys):
+    paths = []
+    for name, dice, cohort in (("better", 0.8, "embedded"), ("worse", 0.7, "embedded"), ("foreign", 0.7, "brains")):
+        paths.append(tmp_path / f"{name}.csv")
+        table(dice).to_csv(paths[-1], index=False)
+        paths[-1].with_suffix(".json").write_text(json.dumps({"run": name, "cohort": cohort}))
+    better, worse, foreign = map(str, paths)
+    assert ranking.main([better, worse]) == 0
+    printed = capsys.readouterr().out
+    assert "cohort embedded" in printed and printed.index("better") < printed.index("worse")
+    for arguments, message in (
+        ([better, foreign], "the runs are on different cohorts: brains, embedded"),
+        ([better, better], "the run better is given twice"),
+        ([better, str(tmp_path / "none.csv")], "no such file"),
+        ([better, worse, "--published"], "ours are of the cohort 'embedded' and cannot be placed among them"),
+        ([better], "two methods or more"),
+    ):
+        assert ranking.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    paths[1].write_text("a,b\n1,2\n")
+    assert ranking.main([better, worse]) == 2 and "lacks the column(s) metric, pair, value" in capsys.readouterr().err
 
 
 # difficulty ----------------------------------------------------------------------------------------------------------
