@@ -22,15 +22,14 @@ import torch
 
 from lumirlib.conventions import RAS_TO_LPS, channels_last_to_voxel, itk_to_voxel
 from lumirlib.data.nifti import read_nifti
-from lumirlib.methods.released import check_pair, check_resolution, grid_affine, require
-from lumirlib.rows import Tool
+from lumirlib.methods.released import ExternalTool, grid_affine
 
 #: Why antspyx cannot stand beside requirements.txt, for its "not installed" sentence.
 ANTS_PINS = "antspyx 0.6.3 needs numpy < 2.4 and scipy < 1.16, older than those of requirements.txt"
 
 
 @dataclass(frozen=True)
-class Greedy(Tool):
+class Greedy(ExternalTool):
     """Greedy diffeomorphic registration (Yushkevich et al., 2016), PyPI ``picsl-greedy``; not in the paper.
 
     Attributes:
@@ -49,30 +48,14 @@ class Greedy(Tool):
     smoothing: str = "1.732vox 0.7071vox"
     threads: int = 0
 
-    def __post_init__(self) -> None:
-        check_resolution(self.resolution_mm)
-
     def available(self) -> str:
         """Empty where the package is installed, else what to do."""
         if importlib.util.find_spec("picsl_greedy") is None:
             return "not installed: run `pip install picsl-greedy==1.4.0.3`"
         return ""
 
-    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
-
-        Args:
-            fixed: ``(1, 1, D, H, W)`` in [0, 1].
-            moving: same shape.
-
-        Returns:
-            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
-
-        Raises:
-            MethodUnavailableError: the package is missing.
-        """
-        check_pair(fixed, moving)
-        require(self)
+    def register(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ExternalTool.register`."""
         toolkit = importlib.import_module("SimpleITK")
         program = importlib.import_module("picsl_greedy").Greedy3D()
         affine = grid_affine(fixed.shape[2:], self.resolution_mm)
@@ -84,11 +67,11 @@ class Greedy(Tool):
             warp=None,
         )
         field = toolkit.GetArrayFromImage(program["warp"])  # (W, H, D, 3), LPS mm
-        return itk_to_voxel(field.transpose(2, 1, 0, 3), affine).to(fixed.device)
+        return itk_to_voxel(field.transpose(2, 1, 0, 3), affine)
 
 
 @dataclass(frozen=True)
-class AntsSyN(Tool):
+class AntsSyN(ExternalTool):
     """Symmetric normalization of ANTs (Avants et al., MedIA 2008), PyPI ``antspyx``; not in the paper.
 
     ANTs aligns affinely before it deforms; both are composed into one displacement. ITK takes all cores, or as many
@@ -109,9 +92,6 @@ class AntsSyN(Tool):
     iterations: tuple[int, ...] = (40, 20, 20)
     seed: int = 1
 
-    def __post_init__(self) -> None:
-        check_resolution(self.resolution_mm)
-
     def available(self) -> str:
         """Empty where the package is installed, else what to do."""
         if importlib.util.find_spec("ants") is None:
@@ -121,21 +101,8 @@ class AntsSyN(Tool):
             )
         return ""
 
-    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
-
-        Args:
-            fixed: ``(1, 1, D, H, W)`` in [0, 1].
-            moving: same shape.
-
-        Returns:
-            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
-
-        Raises:
-            MethodUnavailableError: the package is missing.
-        """
-        check_pair(fixed, moving)
-        require(self)
+    def register(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ExternalTool.register`."""
         ants = importlib.import_module("ants")
         affine = grid_affine(fixed.shape[2:], self.resolution_mm)
         fixed_image, moving_image = _ants_image(ants, fixed, affine), _ants_image(ants, moving, affine)
@@ -148,11 +115,11 @@ class AntsSyN(Tool):
                 fixed_image, moving_image, found["fwdtransforms"], compose=os.path.join(folder, "composed_")
             )
             field, _ = read_nifti(composed)
-            return itk_to_voxel(field, affine).to(fixed.device)
+            return itk_to_voxel(field, affine)
 
 
 @dataclass(frozen=True)
-class ConvexAdam(Tool):
+class ConvexAdam(ExternalTool):
     """Coupled convex optimization and Adam on MIND features (Siebert et al., 2024), PyPI ``convexAdam``.
 
     Not in the paper. Runs where the images are.
@@ -173,30 +140,14 @@ class ConvexAdam(Tool):
     search_radius: int = 4
     steps: int = 80
 
-    def __post_init__(self) -> None:
-        check_resolution(self.resolution_mm)
-
     def available(self) -> str:
         """Empty where the package is installed, else what to do."""
         if importlib.util.find_spec("convexAdam") is None:
             return "not installed: run `pip install convexAdam==0.2.0`"
         return ""
 
-    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
-
-        Args:
-            fixed: ``(1, 1, D, H, W)`` in [0, 1].
-            moving: same shape.
-
-        Returns:
-            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
-
-        Raises:
-            MethodUnavailableError: the package is missing.
-        """
-        check_pair(fixed, moving)
-        require(self)
+    def register(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ExternalTool.register`."""
         with warnings.catch_warnings(), torch.enable_grad():
             package = importlib.import_module("convexAdam.convex_adam_MIND")  # silences the whole process's warnings
             warnings.simplefilter("ignore", UserWarning)  # torch's, of the package's calls
@@ -210,7 +161,7 @@ class ConvexAdam(Tool):
                 dtype=torch.float32,
                 device=fixed.device,
             )
-        return channels_last_to_voxel(field).to(fixed.device)
+        return channels_last_to_voxel(field)
 
 
 @contextlib.contextmanager

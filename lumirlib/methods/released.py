@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,19 +57,6 @@ def check_pair(fixed: torch.Tensor, moving: torch.Tensor) -> None:
         raise ValueError(f"fixed and moving must be one pair (1, 1, D, H, W), got a batch of {fixed.shape[0]}")
     check_finite(fixed, "fixed")
     check_finite(moving, "moving")
-
-
-def check_resolution(resolution_mm: float) -> None:
-    """Raise ValueError unless the edge of a voxel is a finite number above 0."""
-    if not 0 < resolution_mm < math.inf:
-        raise ValueError(f"resolution_mm must be above 0, got {resolution_mm}")
-
-
-def require(method: Any) -> None:
-    """Raise MethodUnavailableError with the method's own sentence unless it can run here."""
-    missing = method.available()
-    if missing:
-        raise MethodUnavailableError(f"{method.name}: {missing}")
 
 
 def grid_affine(shape: Sequence[int], resolution_mm: float, orientation: str = "RAS") -> np.ndarray:
@@ -208,8 +194,41 @@ def run_program(command: Sequence[str], folder: Path) -> str:
     return said
 
 
+class ExternalTool(Tool):
+    """A row that another team's program, package or weights are run for, where the user has them."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.resolution_mm < math.inf:
+            raise ValueError(f"resolution_mm must be above 0, got {self.resolution_mm}")
+
+    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
+
+        Args:
+            fixed: ``(1, 1, D, H, W)`` in [0, 1].
+            moving: same shape.
+
+        Returns:
+            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
+
+        Raises:
+            MethodUnavailableError: what the row needs is not on this machine; the message says what to do.
+            RuntimeError: it failed; the message has the program's last lines.
+            TypeError, ValueError: images that do not fit.
+        """
+        check_pair(fixed, moving)
+        missing = self.available()
+        if missing:
+            raise MethodUnavailableError(f"{self.name}: {missing}")
+        return self.register(fixed, moving).to(fixed.device)
+
+    def register(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """What :meth:`__call__` returns, on any device; the images are checked and the program is there."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class ReleasedSynthMorph(Tool):
+class ReleasedSynthMorph(ExternalTool):
     """FreeSurfer's ``mri_synthmorph``, deformable model (Hoffmann et al., TMI 2022; Imaging Neuroscience 2024).
 
     Calls ``mri_synthmorph -m deform``, which takes the images as affinely aligned. Its network sees them on voxels
@@ -234,7 +253,7 @@ class ReleasedSynthMorph(Tool):
     gpu: bool = False
 
     def __post_init__(self) -> None:
-        check_resolution(self.resolution_mm)
+        super().__post_init__()
         grid_affine((2, 2, 2), self.resolution_mm, self.orientation)
         if not 0 <= self.regularization < 1:
             raise ValueError(f"regularization must be in [0, 1), got {self.regularization}")
@@ -249,22 +268,8 @@ class ReleasedSynthMorph(Tool):
             "mri_synthmorph is on the PATH"
         )
 
-    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
-
-        Args:
-            fixed: ``(1, 1, D, H, W)`` in [0, 1].
-            moving: same shape.
-
-        Returns:
-            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
-
-        Raises:
-            MethodUnavailableError: the program is not on the PATH.
-            RuntimeError: it failed; the message has its last lines.
-        """
-        check_pair(fixed, moving)
-        require(self)
+    def register(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ExternalTool.register`."""
         shape = tuple(fixed.shape[2:])
         affine = grid_affine(shape, self.resolution_mm, self.orientation)
         with tempfile.TemporaryDirectory(prefix="lumirlib-synthmorph-") as made:
@@ -283,11 +288,11 @@ class ReleasedSynthMorph(Tool):
             if field.shape[:3] != shape:
                 raise RuntimeError(f"mri_synthmorph wrote a field of shape {field.shape} for images of {shape}")
             displacement = ras_to_voxel(field, affine)
-        return displacement.to(fixed.device)
+        return displacement
 
 
 @dataclass(frozen=True)
-class ReleasedUniGradICON(Tool):
+class ReleasedUniGradICON(ExternalTool):
     """The package ``unigradicon`` with its released weights (Tian et al., MICCAI 2024).
 
     Follows the package's own program: images clipped at a quantile and scaled to [0, 1], axes in the order of ITK's
@@ -316,7 +321,7 @@ class ReleasedUniGradICON(Tool):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_resolution(self.resolution_mm)
+        super().__post_init__()
         check_choice(self.array_order, ("kji", "ijk"), "array_order")
         if self.io_steps < 0:
             raise ValueError(f"io_steps must be 0 or more, got {self.io_steps}")
@@ -343,22 +348,8 @@ class ReleasedUniGradICON(Tool):
             return f"not installed: there is no weights file {path}; set {UNIGRADICON_VARIABLE} to the path of one"
         return ""
 
-    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
-
-        Args:
-            fixed: ``(1, 1, D, H, W)`` in [0, 1].
-            moving: same shape.
-
-        Returns:
-            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
-
-        Raises:
-            MethodUnavailableError: the package or the weights are missing.
-            ValueError: shapes that do not fit, or a constant image.
-        """
-        check_pair(fixed, moving)
-        require(self)
+    def register(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ExternalTool.register`."""
         path = Path(self._weights_path()).resolve()
         network = _unigradicon_network(str(path), path.stat().st_mtime_ns)
         identity = network.identity_map
@@ -370,7 +361,7 @@ class ReleasedUniGradICON(Tool):
         displacement = self._reorder(icon_to_voxel(phi, identity, shape))
         if self.array_order == "kji":
             displacement = displacement.flip(1)
-        return displacement.float().contiguous().to(fixed.device)
+        return displacement.float().contiguous()
 
     def _weights_path(self) -> str:
         return self.weights or os.environ.get(UNIGRADICON_VARIABLE, "")
@@ -437,7 +428,7 @@ def _unigradicon_network(path: str, changed: int) -> torch.nn.Module:
 
 
 @dataclass(frozen=True)
-class ReleasedDeeds(Tool):
+class ReleasedDeeds(ExternalTool):
     """The original program ``deedsBCV`` (Heinrich et al., TMI 2013), compiled, with the settings of the LUMIR row.
 
     Images are written as grey levels from 0 to 255: the program adds 1024 to them in float32, which would cost images
@@ -462,7 +453,7 @@ class ReleasedDeeds(Tool):
     quantization: tuple[int, ...] = (5, 4, 3, 2, 1)
 
     def __post_init__(self) -> None:
-        check_resolution(self.resolution_mm)
+        super().__post_init__()
         lengths = {len(self.grid_spacing), len(self.search_radius), len(self.quantization)}
         if lengths != {5}:  # the program prints five descriptor steps, whether there are as many or not
             raise ValueError(
@@ -482,22 +473,8 @@ class ReleasedDeeds(Tool):
             return f"not installed: {path} is no executable file; set {DEEDS_VARIABLE} to the path of deedsBCV"
         return ""
 
-    def __call__(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
-
-        Args:
-            fixed: ``(1, 1, D, H, W)`` in [0, 1].
-            moving: same shape.
-
-        Returns:
-            ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.
-
-        Raises:
-            MethodUnavailableError: there is no executable.
-            RuntimeError: it failed; the message has its last lines.
-        """
-        check_pair(fixed, moving)
-        require(self)
+    def register(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ExternalTool.register`."""
         shape = tuple(fixed.shape[2:])
         affine = grid_affine(shape, self.resolution_mm)
         with tempfile.TemporaryDirectory(prefix="lumirlib-deeds-") as made:

@@ -18,7 +18,7 @@ from lumirlib import losses, spatial
 from lumirlib._checks import check_displacement, check_labels, check_same_grid
 from lumirlib.data.synthesis import SynthesisOptions, deform_labels, synthesize
 from lumirlib.models.synthmorph import SynthMorphNetwork
-from lumirlib.models.unet import parse_widths
+from lumirlib.models.unet import divide_widths, parse_widths
 from lumirlib.presets import Preset
 from lumirlib.rows import Baseline
 
@@ -156,13 +156,10 @@ class SynthMorph(Baseline):
 
     def narrowed(self, divisor: int) -> SynthMorph:
         """The row with its widths divided, at least 2 each."""
-        if divisor < 1:
-            raise ValueError(f"divisor must be 1 or more, got {divisor}")
-        narrow = {
-            name: "-".join(str(max(2, round(width / divisor))) for width in parse_widths(getattr(self, name), name))
-            for name in ("encoder", "decoder")
-        }
-        return replace(self, **narrow)
+        if divisor == 1:
+            return self
+        encoder = divide_widths(self.encoder, divisor, "encoder")
+        return replace(self, encoder=encoder, decoder=divide_widths(self.decoder, divisor, "decoder"))
 
     def build(self) -> nn.Module:
         """A fresh network, its weights drawn from torch's global generator."""

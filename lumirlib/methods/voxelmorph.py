@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lumirlib import losses
-from lumirlib.models.unet import VoxelMorphNetwork, parse_widths
+from lumirlib.models.unet import VoxelMorphNetwork, divide_widths, parse_widths
 from lumirlib.presets import Preset
 from lumirlib.rows import Baseline
 
@@ -70,13 +70,10 @@ class VoxelMorph(Baseline):
 
     def narrowed(self, divisor: int) -> VoxelMorph:
         """The row with its widths divided, at least 2 each."""
-        if divisor < 1:
-            raise ValueError(f"divisor must be 1 or more, got {divisor}")
-        narrow = {
-            name: "-".join(str(max(2, round(width / divisor))) for width in parse_widths(getattr(self, name), name))
-            for name in ("encoder", "decoder")
-        }
-        return self if divisor == 1 else replace(self, **narrow)
+        if divisor == 1:
+            return self
+        encoder = divide_widths(self.encoder, divisor, "encoder")
+        return replace(self, encoder=encoder, decoder=divide_widths(self.decoder, divisor, "decoder"))
 
     def build(self) -> nn.Module:
         """A fresh network, its weights drawn from torch's global generator."""

@@ -43,6 +43,17 @@ def parse_widths(text: str, name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def divide_widths(text: str, divisor: int, name: str = "widths") -> str:
+    """Widths joined by "-", each divided and rounded, at least 2.
+
+    Raises:
+        ValueError: a divisor below 1, or what :func:`parse_widths` refuses.
+    """
+    if divisor < 1:
+        raise ValueError(f"divisor must be 1 or more, got {divisor}")
+    return "-".join(str(max(2, round(width / divisor))) for width in parse_widths(text, name))
+
+
 def check_pair(fixed: torch.Tensor, moving: torch.Tensor, weights: torch.dtype) -> None:
     """Raise unless both images are finite, of one shape (B, 1, D, H, W) and of the weights' dtype.
 
