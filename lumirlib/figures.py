@@ -244,7 +244,8 @@ def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
     """
     by_name = {pair.name: pair for pair in cohort.validation_pairs}
     figure, axes = plt.subplots(len(names), 5, figsize=(13, 3.1 * len(names)), layout="constrained", squeeze=False)
-    device = next((parameter.device for parameter in model.parameters()), "cpu")
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    device = next((parameter.device for parameter in parameters), "cpu")
     for row, name in enumerate(names):
         fixed, moving = (cohort.image(subject) for subject in (by_name[name].fixed, by_name[name].moving))
         with torch.no_grad():

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lumirlib import load_cohort, methods, report, sweep, tables, training
+from lumirlib import figures, load_cohort, methods, report, sweep, tables, training
 from lumirlib.methods.released import MethodUnavailableError
 from lumirlib.presets import PAPER, PRESETS, split_options
 from lumirlib.rows import Baseline, Tool
@@ -134,6 +134,8 @@ def test_a_run_of_deeds_trains_nothing_and_is_scored_like_any_other(small_cohort
     assert np.isfinite(table.query("metric == 'dice'")["value"]).all()
     facts = json.loads(run.metrics_path.with_suffix(".json").read_text())
     assert (facts["parameters"], facts["trained_on"], facts["weights"]) == (0, "nothing", None)
+    assert figures.pairs_figure(result.model, run.cohort, [run.pairs[0].name], run.title).axes
+    assert run.inverse_consistency(result, 1)["when"].tolist() == ["as run"]
     with pytest.raises(ValueError, match="deedsBCV is not trained"):
         Trainer(run.config, run.cohort, tmp_path, CPU)
 
