@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 
 from lumirlib.data import Cohort, Subject
@@ -116,6 +117,7 @@ def difficulty_figure(table: pd.DataFrame, title: str) -> Figure:
         for column, (feature, words) in enumerate(FEATURES.items()):
             ax = axes[row, column]
             sns.scatterplot(table, x=feature, y=outcome, ax=ax, s=22)
+            ax.xaxis.set_major_locator(MaxNLocator(4))
             rho = correlations.loc[feature, outcome]
             ax.set(xlabel=words, ylabel=outcome_words, title="" if math.isnan(rho) else f"rank correlation {rho:+.2f}")
     figure.suptitle(title)

@@ -167,6 +167,10 @@ def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
     """:func:`publish` Table 1 or 2 beside ours; the Markdown."""
     table = {1: report.table1, 2: report.table2}[number](runs)
     note = f"{runs.spread_note}. Best figures in bold, zero displacement left out."
+    dice = table[table["metric"] == "dice"].set_index("variant")["ours"].round(DIGITS["dice"])
+    idle = [name for name in runs.variants if dice[name] <= dice[BEFORE]]
+    if idle:
+        note += f" Not better than zero displacement in Dice, so it has learned nothing yet: {', '.join(idle)}."
     return publish(stem, table, readable_table(table), f"Table {number}, paper and ours ({runs.title})", note,
                    runs.about(), readable_table(table, r"\textbf{{{}}}"))  # fmt: skip
 

@@ -288,6 +288,13 @@ def test_hard_pairs_are_listed_with_what_goes_with_them(runs, tmp_path):
     assert "not a LUMIR result" in (tmp_path / "hard_explained.md").read_text()
 
 
+def test_a_row_that_learned_nothing_is_said_to_have_learned_nothing(folder, tmp_path):
+    assert "has learned nothing" not in tables.publish_table(2, report.load_runs(folder, ["backbone"]), tmp_path / "a")
+    write_run(folder, "LK", 0, [0.5, 0.4, 0.6])
+    text = tables.publish_table(2, report.load_runs(folder, ["backbone", "LK"]), tmp_path / "b")
+    assert text.strip().endswith("so it has learned nothing yet: LK.")
+
+
 def test_time_figure_has_a_mark_for_each_measured_row(runs):
     measured = pd.DataFrame({"variant": ["backbone", "backbone", "LC-2"], "seconds_per_pair": [0.1, 0.3, 2.0]})
     figure = figures.time_figure(runs, measured, "t", "cpu")
