@@ -19,6 +19,7 @@ This module is the only caller of ``grid_sample``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -91,8 +92,9 @@ def sample(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         ``(B, C, d, h, w)`` in the dtype of `image`.
     """
     working = torch.promote_types(image.dtype, torch.float32)
-    # autocast must not touch coordinates: bfloat16 resolves whole voxels only beyond 128
-    with torch.autocast(image.device.type, enabled=False):
+    # autocast must not touch coordinates: bfloat16 resolves whole voxels only beyond 128; "meta" knows no autocast
+    kind = image.device.type
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
         grid = voxel_to_normalized(points.to(working).movedim(1, -1), image.shape[2:])  # (B, d, h, w, 3)
         return F.grid_sample(image.to(working), grid, mode="bilinear", padding_mode="zeros", align_corners=True).to(
             image.dtype

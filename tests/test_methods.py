@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lumirlib import figures, load_cohort, methods, report, sweep, tables, training
+from lumirlib import costs, figures, load_cohort, methods, report, sweep, tables, training
 from lumirlib.methods.released import MethodUnavailableError
 from lumirlib.presets import PAPER, PRESETS, split_options
 from lumirlib.rows import Baseline, Tool
@@ -167,6 +167,26 @@ def test_what_is_not_installed_says_how_to_install_it_and_does_not_run(small_coh
     assert states["deedsBCV (released)"] == run.missing and len(states) == len(methods.RELEASED) + len(
         methods.CLASSICAL
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("TransMorph", 17_448_285), ("uniGradICON", 4 * 301_411), ("SynthMorph", 1_336_387), ("VoxelMorph", 301_411),
+     ("deedsBCV", 0), ("LC-2", 4_567_370)],
+)  # fmt: skip
+def test_costs_are_counted_for_every_row(name, parameters):
+    row = methods.parse_row(name)
+    assert costs.count_parameters(row) == parameters
+    counted = costs.multiply_adds(PRESETS["demo"].apply(row), (16, 20, 24))
+    assert math.isnan(counted) if name == "deedsBCV" else counted > 1e6
+
+
+def test_training_costs_are_measured_by_a_rows_own_loss():
+    preset = replace(PRESETS["smoke"], resolution_mm=8)
+    for name in ("SynthMorph", "VoxelMorph"):
+        row = methods.parse_row(name)
+        found = costs.measure(preset.apply(row), row.adapt(preset), "cpu", repeats=1)
+        assert found["seconds_per_step"] > 0 and found["seconds_per_pair"] > 0
 
 
 def test_more_pairs_than_scans_are_drawn_in_another_order(cohort):

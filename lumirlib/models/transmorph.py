@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -207,7 +208,7 @@ class SwinTransformer(nn.Module):
         super().__init__()
         self.embed = nn.Conv3d(in_channels, embedding, kernel_size=PATCH, stride=PATCH)
         self.embed_norm = nn.LayerNorm(embedding)
-        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
         widths = [embedding * 2**level for level in range(len(depths))]
         self.levels = nn.ModuleList(
             nn.ModuleList(SwinBlock(width, heads, window, index % 2 == 1, next(rates)) for index in range(depth))

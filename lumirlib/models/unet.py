@@ -70,7 +70,9 @@ def check_pair(fixed: torch.Tensor, moving: torch.Tensor, weights: torch.dtype) 
     check_image(moving, "moving", channels=1)
     if fixed.shape != moving.shape:
         raise ValueError(f"fixed and moving must have one shape, got {tuple(fixed.shape)} and {tuple(moving.shape)}")
-    if not torch.is_autocast_enabled(fixed.device.type) and not fixed.dtype == moving.dtype == weights:
+    kind = fixed.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    if not autocast and not fixed.dtype == moving.dtype == weights:
         raise TypeError(f"fixed and moving must have the network's {weights}, got {fixed.dtype} and {moving.dtype}")
     check_finite(fixed, "fixed")
     check_finite(moving, "moving")
