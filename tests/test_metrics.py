@@ -278,6 +278,32 @@ def test_ndv_volume_of_one_voxel_pushed_along_i_grows_with_the_push():
     assert metrics.ndv_volume(pushed(0, 3.0))[0] == pytest.approx(5 / 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ndv_equals_a_slow_direct_version(dtype):
+    generator = np.random.default_rng(12)
+    displacement = torch.from_numpy(generator.normal(0, 0.6, (1, 3, 6, 7, 8))).to(dtype)
+    mask = torch.from_numpy(generator.random((1, 1, 6, 7, 8)) < 0.7)
+    moved = displacement[0].double().numpy() + np.indices((6, 7, 8))
+    volume = count = 0
+    for place in itertools.product(range(1, 5), range(1, 6), range(1, 7)):
+        if not mask[(0, 0, *place)]:
+            continue
+        count += 1
+
+        def edge(*by, place=place):
+            return moved[(slice(None), *np.add(place, by))] - moved[(slice(None), *place)]
+
+        tetrahedra = [
+            [sign * edge(*(sign * axis)) for sign, axis in zip(signs, np.eye(3, dtype=int), strict=True)]
+            for signs in itertools.product((1, -1), repeat=3)
+        ]
+        tetrahedra.append([edge(-1, -1, 0), edge(-1, 0, -1), edge(0, -1, -1)])
+        tetrahedra.append([edge(1, 1, 0), edge(0, 1, 1), edge(1, 0, 1)])
+        volume += sum(0.5 * max(-np.linalg.det(np.stack(columns, 1)), 0) / 6 for columns in tetrahedra)
+    assert volume > 1
+    assert metrics.ndv_volume(displacement, mask) == pytest.approx((volume, count), rel=1e-10)
+
+
 def test_ndv_of_whole_tensors_as_on_a_gpu_is_the_same_however_they_are_cut(monkeypatch):
     displacement = torch.from_numpy(np.random.RandomState(1).uniform(-1, 1, (1, 3, 19, 8, 9)))
     mask = torch.rand(1, 1, 19, 8, 9, generator=torch.Generator().manual_seed(2)) > 0.3
