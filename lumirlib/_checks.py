@@ -56,6 +56,23 @@ def check_same_grid(first: torch.Tensor, second: torch.Tensor, first_name: str, 
         )
 
 
+def check_network_images(fixed: torch.Tensor, moving: torch.Tensor, weights: torch.dtype) -> None:
+    """Raise unless both images have one shape (B, 1, D, H, W) and, without autocast, the dtype of a network's weights.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: other shapes, or a side below 2 voxels.
+    """
+    check_image(fixed, "fixed", channels=1)
+    check_image(moving, "moving", channels=1)
+    if fixed.shape != moving.shape:
+        raise ValueError(f"fixed and moving must have one shape, got {tuple(fixed.shape)} and {tuple(moving.shape)}")
+    kind = fixed.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    if not autocast and not fixed.dtype == moving.dtype == weights:
+        raise TypeError(f"fixed and moving must have the network's {weights}, got {fixed.dtype} and {moving.dtype}")
+
+
 def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raise ValueError if `tensor` holds NaN or infinite values, saying how many; on "meta" it holds none."""
     if tensor.device.type == "meta":

@@ -27,12 +27,10 @@ class Row:
         name: as the table has it.
         trains_on: "images", "labels" (then training steps get label volumes instead of images), or "nothing": a
             method that is run as it is.
-        retrained: whether the row is a network of another team, trained here by its recipe.
     """
 
     name: str
     trains_on: ClassVar[str] = "images"
-    retrained: ClassVar[bool] = True
 
     def available(self) -> str:
         """Empty where the row can be run on this machine; else "not installed: " and the steps to install it."""
@@ -118,7 +116,6 @@ class Tool(Row):
     """
 
     trains_on: ClassVar[str] = "nothing"
-    retrained: ClassVar[bool] = False
     resolution_mm: float
 
     def fitted(self: AnyRow, preset: Preset) -> AnyRow:

@@ -23,6 +23,7 @@ from lumirlib.labels import LUMIR_LABELS
 from lumirlib.methods import parse_row
 from lumirlib.metrics import inverse_consistency_error
 from lumirlib.presets import split_options
+from lumirlib.rows import Baseline
 from lumirlib.training import RunConfig, TrainingResult, make_config, pick_device, spread, train, training_source
 from lumirlib.variants import Variant
 
@@ -161,7 +162,7 @@ class AblationRun:
             )
         differences = preset.differences_from_paper(row)
         if differences and row.trains_on != "nothing":
-            whose = "the method's own" if row.retrained else "the paper's"
+            whose = "the method's own" if isinstance(row, Baseline) else "the paper's"
             lines.append(f"- **not {whose} training**: {'; '.join(differences)}")
         if self.cohort.has_labels and len(self.cohort.labels) < len(LUMIR_LABELS):
             lines.append(

@@ -334,7 +334,10 @@ class Trainer:
             raise ValueError(f"{row.name} is not trained")
         if trained_row(row) != row:
             raise ValueError(f"{row.name} is not trained: train {trained_row(row).name}")
-        self.source, self.steps = training_source(row, cohort), min(len(cohort.train), preset.steps_per_epoch or 10**9)
+        self.source, self.steps = (
+            training_source(row, cohort),
+            min(len(cohort.train), preset.steps_per_epoch or len(cohort.train)),
+        )
         torch.manual_seed(config.seed)
         self.model = to_device(row.build(), device)
         self.optimizer = make_optimizer(self.model, preset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,8 +52,6 @@ class Variant(Row):
     bilateral_mode: str = field(default="joint", metadata=ADDED_LATER)
     bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
-
-    retrained: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice(self.cascade, CASCADES, "cascade")

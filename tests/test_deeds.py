@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 
 from lumirlib import spatial
 from lumirlib.methods import _deeds_kernels as kernels
-from lumirlib.methods.deeds import Deeds, compile_kernels, make_consistent, resample
+from lumirlib.methods.deeds import Deeds, make_consistent, resample
 
 SHAPE = (9, 10, 12)
 
@@ -348,11 +348,6 @@ def test_register_call_and_symmetric_agree_and_leave_their_arguments_alone():
     swapped = quick.symmetric(moving, fixed)
     assert torch.equal(swapped[0], backward) and torch.equal(swapped[1], forward)
     assert torch.equal(fixed, kept[0]) and torch.equal(moving, kept[1])
-
-
-def test_compiling_is_over_after_the_first_time():
-    compile_kernels()
-    assert compile_kernels() < 2
 
 
 def test_a_function_that_numba_cannot_cache_is_compiled_all_the_same():

@@ -7,7 +7,6 @@ MIND-SSC descriptors (MICCAI 2013), in our own code; the settings are those of t
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -225,14 +224,3 @@ def make_consistent(forward: np.ndarray, backward: np.ndarray, spacing: int) -> 
     for _ in range(CONSISTENCY_ROUNDS):
         there, back = (there - kernels.sample_at(back, there)) / 2, (back - kernels.sample_at(there, back)) / 2
     return there * np.float32(spacing), back * np.float32(spacing)
-
-
-def compile_kernels() -> float:
-    """Compile what is not in Numba's cache yet, by registering a tiny pair; returns the seconds that took.
-
-    For timings: the first registration in a fresh installation compiles otherwise.
-    """
-    started = time.perf_counter()
-    images = torch.rand(2, 1, 1, 8, 9, 10, generator=torch.Generator().manual_seed(0))
-    Deeds(grid_spacings=(2,), radii=(1,), quantisations=(1,))(images[0], images[1])
-    return time.perf_counter() - started

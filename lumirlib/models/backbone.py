@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lumirlib import spatial
-from lumirlib._checks import check_choice, check_finite, check_image
+from lumirlib._checks import check_choice, check_finite, check_image, check_network_images
 from lumirlib.models.bilateral_filter import JointBilateralFilter
 from lumirlib.models.co_attention import CoAttention
 from lumirlib.models.large_kernel import LargeKernelBlock
@@ -203,15 +203,7 @@ class RegistrationNetwork(nn.Module):
             ValueError: shapes that differ or are not (B, 1, D, H, W), or a side below 2 voxels.
             TypeError: a dtype other than the weights', unless autocast is on.
         """
-        check_image(fixed, "fixed", channels=1)
-        check_image(moving, "moving", channels=1)
-        if fixed.shape != moving.shape:
-            raise ValueError(
-                f"fixed and moving must have one shape, got {tuple(fixed.shape)} and {tuple(moving.shape)}"
-            )
-        weights = self.encoder.dtype
-        if not torch.is_autocast_enabled(fixed.device.type) and not fixed.dtype == moving.dtype == weights:
-            raise TypeError(f"fixed and moving must have the network's {weights}, got {fixed.dtype} and {moving.dtype}")
+        check_network_images(fixed, moving, self.encoder.dtype)
         shapes = self.level_shapes(tuple(fixed.shape[2:]))
         fixed_features, moving_features = self.encode(fixed, moving)
         pyramid = [(fixed_features, moving_features)]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lumirlib import spatial
-from lumirlib._checks import check_choice, check_finite, check_image
+from lumirlib._checks import check_choice, check_finite, check_network_images
 
 DOWNSAMPLINGS = ("stride", "pool")
 UPSAMPLINGS = ("nearest", "trilinear")
@@ -66,14 +66,7 @@ def check_pair(fixed: torch.Tensor, moving: torch.Tensor, weights: torch.dtype) 
         ValueError: shapes that differ or are not (B, 1, D, H, W), a side below 2 voxels, voxels that are not finite.
         TypeError: no tensor, or another dtype.
     """
-    check_image(fixed, "fixed", channels=1)
-    check_image(moving, "moving", channels=1)
-    if fixed.shape != moving.shape:
-        raise ValueError(f"fixed and moving must have one shape, got {tuple(fixed.shape)} and {tuple(moving.shape)}")
-    kind = fixed.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    if not autocast and not fixed.dtype == moving.dtype == weights:
-        raise TypeError(f"fixed and moving must have the network's {weights}, got {fixed.dtype} and {moving.dtype}")
+    check_network_images(fixed, moving, weights)
     check_finite(fixed, "fixed")
     check_finite(moving, "moving")
 
