@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from lumirlib._checks import check_choice, check_option_types
 from lumirlib.losses import SIMILARITIES
-from lumirlib.rows import AnyRow, Row, check_options, option_names
+from lumirlib.rows import ADDED_LATER, AnyRow, Row, check_options, option_names
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Preset:
         validation_pairs: how many pairs, spread evenly over the list, measure each epoch's Dice; None takes all.
         evaluation_pairs: how many pairs the final evaluation takes, likewise; None takes all.
         about: one line for the reader: what it is for.
+        batch_size: pairs per optimizer step, over all processes. An epoch's last batch is filled up with further pairs.
     """
 
     name: str
@@ -51,10 +52,11 @@ class Preset:
     validation_pairs: int | None = None
     evaluation_pairs: int | None = None
     about: str = ""
+    batch_size: int = field(default=1, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         for option in ("epochs", "steps_per_epoch", "channel_divisor", "levels", "validation_pairs",
-                       "evaluation_pairs"):  # fmt: skip
+                       "evaluation_pairs", "batch_size"):  # fmt: skip
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ValueError(f"{option} of preset {self.name!r} must be 1 or more, got {value}")
@@ -80,6 +82,7 @@ class Preset:
             "resolution_mm": "voxels of {0:g} mm instead of 1 mm",
             "epochs": "{0} epochs instead of {1}",
             "steps_per_epoch": "at most {0} pairs an epoch",
+            "batch_size": "batches of {0} pairs instead of {1}",
             "channel_divisor": "widths divided by {0}",
             "levels": "{0} pyramid levels instead of {1}",
             "learning_rate": "learning rate {0:g} instead of {1:g}",

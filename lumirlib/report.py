@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -200,7 +200,9 @@ def _same_row(options: Mapping[str, object], wanted: Row) -> bool:
 
 
 def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
-    return {**given, "about": ""} == {**asdict(wanted), "about": ""}
+    """Whether a preset in a results file, where options that came later may be lacking, is a preset."""
+    later = {option.name: option.default for option in fields(wanted) if option.metadata.get("unnamed_at_default")}
+    return {**later, **given, "about": ""} == {**asdict(wanted), "about": ""}
 
 
 def load_runs(

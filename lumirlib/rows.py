@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 AnyRow = TypeVar("AnyRow", bound="Row")
 #: From this voxel size on, presets are so short that published learning rates would not leave the start.
 COARSE_MM = 4.0
+#: Metadata of an option that came after the first runs: at its default it does not change a run's name.
+ADDED_LATER = {"unnamed_at_default": True}
 
 
 class Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import nn
 from lumirlib import provenance
 from lumirlib.data import Cohort, Pair, load_cohort
 from lumirlib.data.cohort import SMALLEST_LABEL
+from lumirlib.engine import Engine
 from lumirlib.evaluation import cohort_facts, data_title, evaluate_method, write_results, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.labels import LUMIR_LABELS
@@ -24,7 +25,15 @@ from lumirlib.methods import parse_row
 from lumirlib.metrics import inverse_consistency_error
 from lumirlib.presets import split_options
 from lumirlib.rows import Baseline
-from lumirlib.training import RunConfig, TrainingResult, make_config, pick_device, spread, train, training_source
+from lumirlib.training import (
+    RunConfig,
+    TrainingResult,
+    make_config,
+    spread,
+    train,
+    train_in_processes,
+    training_source,
+)
 from lumirlib.variants import Variant
 
 
@@ -51,19 +60,21 @@ class AblationRun:
         config: what is trained.
         cohort: on what.
         out: the results folder.
-        device: where.
+        engine: how it is computed.
         options: what was set besides the variant's and the preset's own values.
         command: how it can be repeated.
         commit: of the code when the run was prepared; that it was trained by stands in the checkpoint.
+        arguments: the same run for `python -m lumirlib.train`.
     """
 
     config: RunConfig
     cohort: Cohort
     out: Path
-    device: torch.device
+    engine: Engine
     options: dict[str, object]
     command: str
     commit: str
+    arguments: tuple[str, ...] = ()
 
     @classmethod
     def prepare(
@@ -74,7 +85,7 @@ class AblationRun:
         seed: int = 0,
         data_root: str = "",
         out: str = "",
-        device: str = "auto",
+        engine: Engine | str = "auto",
         options: Mapping[str, object] | None = None,
         command: str = "papermill notebooks/run_ablation.ipynb <output>.ipynb",
     ) -> AblationRun:
@@ -87,7 +98,7 @@ class AblationRun:
             seed: of weights and pairs, 0 or more.
             data_root: folder the JSON's paths are relative to; empty for its own.
             out: results folder; empty for :func:`lumirlib.provenance.results_folder`.
-            device: "auto", "cpu", "cuda" ...
+            engine: how to compute it, or a device's name: "auto", "cpu", "cuda" ...
             options: of :class:`lumirlib.presets.Preset` and of the row to set besides, such as
                 ``{"start_channels": 16, "smoothness_weight": 0.5}``; None as a value leaves the option as it is. A
                 `start_channels` counts as it is, the preset's divisor is not applied to it.
@@ -102,8 +113,9 @@ class AblationRun:
         row = parse_row(variant)
         given = {name: value for name, value in (options or {}).items() if value is not None}
         chosen_preset, for_row = split_options(preset, row, given)
-        chosen_device = pick_device(device)
-        loaded = load_cohort(cohort, chosen_preset.resolution_mm, data_root or None)
+        engine = engine if isinstance(engine, Engine) else Engine(engine)
+        with engine.first_alone():  # the embedded cohort and a cache are made by one process
+            loaded = load_cohort(cohort, chosen_preset.resolution_mm, data_root or None)
         for pair in loaded.validation_pairs:
             loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
         config = make_config(row, chosen_preset, loaded, seed, **for_row)
@@ -114,18 +126,28 @@ class AblationRun:
             "seed": seed,
         }
         shown |= {"data_root": without_folders(data_root)} if data_root else {}
-        shown |= {"device": device} if device != "auto" else {}
+        shown |= engine.as_parameters()
         words = [f"-p {name} {shlex.quote(str(value))}" for name, value in shown.items()]
         words += [f"-y {shlex.quote(json.dumps({'options': given}))}"] if given else []
         return cls(
             config=config,
             cohort=loaded,
             out=provenance.results_folder(out),
-            device=chosen_device,
+            engine=engine,
             options=given,
             command=" ".join([command, *words]),
             commit=provenance.commit(),
-        )
+            arguments=(
+                f"--variant={variant}", f"--preset={preset}", f"--cohort={cohort}", f"--seed={seed}",
+                f"--data-root={data_root}", f"--out={provenance.results_folder(out)}", *engine.as_arguments(),
+                *(["--set", *(f"{name}={json.dumps(value)}" for name, value in given.items())] if given else []),
+            ),
+        )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.engine.target
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -150,7 +172,7 @@ class AblationRun:
             f"**{self.title}**",
             "",
             f"- run `{self.config.run}`, preset *{preset.name}* ({preset.about}), seed {self.config.seed}, "
-            f"on {provenance.describe_device(self.device)}",
+            f"on {self.engine.describe()}",
             f"- {'method' if row.trains_on == 'nothing' else 'network'}: {row.words}",
             f"- {len(self.cohort.train)} training scans, {len(self.pairs)} pairs to evaluate, "
             f"{'x'.join(map(str, self.cohort.shape))} voxels",
@@ -212,8 +234,17 @@ class AblationRun:
         return pd.DataFrame(rows)
 
     def train(self, resume: bool = True, progress: bool = True) -> TrainingResult:
-        """Train, or go on from the last checkpoint; see :func:`lumirlib.training.train`."""
-        return train(self.config, self.cohort, self.out, str(self.device), resume, progress)
+        """Train, or go on from the last checkpoint; see :func:`lumirlib.training.train`.
+
+        An engine of several processes has torchrun start them; they end when all epochs are trained.
+
+        Raises:
+            RuntimeError: one of several processes broke.
+        """
+        if self.engine.processes > 1 and self.config.variant.trains_on != "nothing":
+            train_in_processes(self.config, self.out, self.engine.processes, self.arguments, resume, progress)
+            resume = True
+        return train(self.config, self.cohort, self.out, replace(self.engine, processes=1), resume, progress)
 
     def evaluate(self, result: TrainingResult, progress: bool = True) -> pd.DataFrame:
         """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table."""
@@ -230,7 +261,7 @@ class AblationRun:
             "seed": self.config.seed,
             "command": self.command,
             "commit": self.commit,
-            "device": provenance.describe_device(self.device),
+            "device": self.engine.describe(),
             "parameters": sum(p.numel() for p in result.model.parameters())
             if isinstance(result.model, nn.Module)
             else 0,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 
+from lumirlib.engine import CACHES, PRECISIONS, Engine
 from lumirlib.evaluation import summarize
 from lumirlib.presets import PRESETS, parse_setting
 from lumirlib.study import AblationRun
@@ -22,9 +24,16 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     options.add_argument("--out", default="", help="results folder")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    options.add_argument("--precision", default="auto", help=", ".join(PRECISIONS))
+    options.add_argument("--processes", type=int, default=1, help="GPUs of this machine to train on; or call torchrun")
+    options.add_argument("--compile", action="store_true", help="compile the network")
+    options.add_argument("--checkpointing", action="store_true", help="less memory for more time")
+    options.add_argument("--cache", default="auto", help=f"of volumes on disk: {', '.join(CACHES)}")
+    options.add_argument("--readers", type=int, default=1, help="threads that read ahead")
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
                          "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
     options.add_argument("--restart", action="store_true", help="start anew where a checkpoint would be resumed")
+    options.add_argument("--train-only", action="store_true", help="do not evaluate")
     options.add_argument("--quiet", action="store_true", help="no progress bars")
     return options
 
@@ -40,12 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
             given.seed,
             given.data_root,
             given.out,
-            given.device,
+            Engine(**{one.name: getattr(given, one.name) for one in fields(Engine)}),
             options=dict(parse_setting(text) for text in given.set),
             command="python -m lumirlib.train, as papermill notebooks/run_ablation.ipynb <output>.ipynb",
         )
-        print(run.describe())
+        if run.engine.is_first:
+            print(run.describe())
         result = run.train(resume=not given.restart, progress=not given.quiet)
+        if given.train_only or not run.engine.is_first:
+            return 0
         table = run.evaluate(result, progress=not given.quiet)
     except (ValueError, FileNotFoundError, NonFiniteLossError) as error:
         print(f"python -m lumirlib.train: {error}", file=sys.stderr)

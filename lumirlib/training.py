@@ -15,10 +15,15 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -30,11 +35,13 @@ from tqdm.auto import tqdm
 
 from lumirlib import losses, metrics, spatial
 from lumirlib.data import Cohort, Pair, Subject, load_cohort
+from lumirlib.data.loader import Batch, PairLoader
+from lumirlib.engine import Engine, launched, pick_device
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.methods import row_from_options
 from lumirlib.presets import Preset
-from lumirlib.provenance import commit, describe_device
+from lumirlib.provenance import commit
 from lumirlib.rows import Row, check_options, file_name
 from lumirlib.variants import Variant
 
@@ -44,7 +51,10 @@ CHECKPOINT_SECONDS = 600.0
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the pair."""
+    """A loss or a gradient became NaN or infinite.
+
+    The message names the step, the pair, the level and the file with the batch.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,9 +79,10 @@ class RunConfig:
     def as_dict(self) -> dict[str, object]:
         """The configuration as plain values; options that came after the first runs only where they are used."""
         content = asdict(self)
-        for option in fields(self.variant):
-            if option.metadata.get("unnamed_at_default") and getattr(self.variant, option.name) == option.default:
-                del content["variant"][option.name]
+        for part in ("variant", "preset"):
+            for option in fields(getattr(self, part)):
+                if option.metadata.get("unnamed_at_default") and content[part][option.name] == option.default:
+                    del content[part][option.name]
         return content
 
     def digest(self) -> str:
@@ -144,18 +155,6 @@ class TrainingResult:
     checkpoint: Path | None
 
 
-def pick_device(device: str = "auto") -> torch.device:
-    """The device of a name; "auto" is the GPU where there is one. ValueError for one that cannot be had."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that it lacks
-        raise ValueError(f"device must be auto, cpu or a device of this machine, got {device!r}: {error}") from error
-    return chosen
-
-
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a network, with the memory layout that its convolutions are fastest in."""
     # oneDNN's 3-D convolutions on the CPU ran 1.3 to 6 times faster in channels-last; same results to rounding
@@ -193,10 +192,40 @@ def epoch_pairs(train: tuple[Subject, ...], seed: int, epoch: int, limit: int | 
 
 
 @torch.no_grad()
+def _figures_of_pair(
+    method: nn.Module | Method, cohort: Cohort, pair: Pair, device: torch.device, window: int, engine: Engine | None
+) -> tuple[float, float, float]:
+    """Dice (NaN without labels), similarity and NDV of one pair."""
+    fixed, moving = cohort.image(pair.fixed).to(device), cohort.image(pair.moving).to(device)
+    with engine.fabric.autocast() if engine else nullcontext():
+        displacement = method(fixed, moving)
+    similarity = 1 - float(losses.ncc_loss(spatial.warp(moving, displacement), fixed, window))
+    folds = metrics.ndv_percent(displacement, moving > 0)
+    if not (pair.fixed.labels and pair.moving.labels):
+        return math.nan, similarity, folds
+    moving_labels = cohort.label_volume(pair.moving).to(device)
+    warped = spatial.warp(moving_labels, displacement, mode="nearest")
+    fixed_labels = cohort.label_volume(pair.fixed).to(device)
+    return metrics.dice(warped, fixed_labels, moving_labels, cohort.labels), similarity, folds
+
+
 def validate(
-    method: nn.Module | Method, cohort: Cohort, pairs: tuple[Pair, ...], device: torch.device, window: int
+    method: nn.Module | Method,
+    cohort: Cohort,
+    pairs: tuple[Pair, ...],
+    device: torch.device,
+    window: int,
+    engine: Engine | None = None,
 ) -> dict[str, float]:
     """Figures of one epoch, each a mean over `pairs`.
+
+    Args:
+        method: network or function.
+        cohort: of the pairs.
+        pairs: to take.
+        device: where.
+        window: of the NCC.
+        engine: whose precision is taken, and whose processes share the pairs; None for plain float32 and one process.
 
     Returns:
         "val_dice" (over the pairs that have labels in common, NaN if none has) and "val_similarity"
@@ -205,17 +234,9 @@ def validate(
     was_training = isinstance(method, nn.Module) and method.training
     if was_training:
         method.eval()
-    dices, similarities, folds = [], [], []
-    for pair in pairs:
-        fixed, moving = cohort.image(pair.fixed).to(device), cohort.image(pair.moving).to(device)
-        displacement = method(fixed, moving)
-        similarities.append(1 - float(losses.ncc_loss(spatial.warp(moving, displacement), fixed, window)))
-        folds.append(metrics.ndv_percent(displacement, moving > 0))
-        if pair.fixed.labels and pair.moving.labels:
-            moving_labels = cohort.label_volume(pair.moving).to(device)
-            warped = spatial.warp(moving_labels, displacement, mode="nearest")
-            fixed_labels = cohort.label_volume(pair.fixed).to(device)
-            dices.append(metrics.dice(warped, fixed_labels, moving_labels, cohort.labels))
+    own = pairs[engine.rank :: engine.world_size] if engine else pairs
+    found = [_figures_of_pair(method, cohort, pair, device, window, engine) for pair in own]
+    dices, similarities, folds = zip(*(engine.gather(found) if engine else found), strict=True)
     if was_training:
         method.train()
     return {
@@ -226,8 +247,16 @@ def validate(
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint atomically; a disk that is full leaves the previous one as it was."""
-    write_atomically(path, lambda to: torch.save({"format": CHECKPOINT_FORMAT, **content}, to))
+    """Write a checkpoint atomically; a disk that is full leaves the previous one as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        write_atomically(path, lambda to: torch.save({"format": CHECKPOINT_FORMAT, **content}, to))
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter for a full disk
+        kept = "; the one before it is kept" if path.exists() else ""
+        raise OSError(f"cannot write the checkpoint {path} (disk full?): {error}{kept}") from error
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
@@ -282,7 +311,8 @@ def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> n
 class _StopRequest:
     """Holds back Ctrl-C and SIGTERM until a step is complete, so that what is saved is whole.
 
-    A second Ctrl-C stops at once. Outside the main thread, where Python takes no signals, it does nothing.
+    A second Ctrl-C stops at once, but not under torchrun, which passes one on in several forms. Outside the main
+    thread, where Python takes no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -300,16 +330,15 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if self.signal:
+        if self.signal and not launched():
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
     def obey(self) -> None:
-        """Stop now if a signal has come: Ctrl-C as KeyboardInterrupt, SIGTERM as exit status 143."""
-        if self.signal == signal.SIGINT:
+        """Stop: after Ctrl-C by KeyboardInterrupt, else, as after SIGTERM, by exit status 143."""
+        if self.signal == signal.SIGINT and not launched():
             raise KeyboardInterrupt("stopped after saving a checkpoint; the same call goes on from here")
-        if self.signal:
-            raise SystemExit(128 + self.signal)
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 class Trainer:
@@ -319,14 +348,15 @@ class Trainer:
         config: what to train.
         cohort: loaded at the preset's resolution.
         out: the results folder.
-        device: where to train.
+        engine: how to compute it; of several processes each has a trainer, the first one writes.
         progress: show progress bars.
+
+    Raises:
+        ValueError: a row that is not trained; a batch that cannot be shared among the processes.
     """
 
-    def __init__(
-        self, config: RunConfig, cohort: Cohort, out: Path, device: torch.device, progress: bool = True
-    ) -> None:
-        self.config, self.cohort, self.device, self.progress = config, cohort, device, progress
+    def __init__(self, config: RunConfig, cohort: Cohort, out: Path, engine: Engine, progress: bool = True) -> None:
+        self.config, self.engine, self.progress = config, engine, progress and engine.is_first
         self.folder = out / "checkpoints" / config.run
         self.log = out / "logs" / f"{config.run}.csv"
         preset, row = config.preset, config.variant
@@ -334,13 +364,19 @@ class Trainer:
             raise ValueError(f"{row.name} is not trained")
         if trained_row(row) != row:
             raise ValueError(f"{row.name} is not trained: train {trained_row(row).name}")
-        self.source, self.steps = (
-            training_source(row, cohort),
-            min(len(cohort.train), preset.steps_per_epoch or len(cohort.train)),
-        )
+        if preset.batch_size % engine.world_size:
+            raise ValueError(
+                f"batch_size must be a multiple of the {engine.world_size} processes that share it, got "
+                f"{preset.batch_size}: set batch_size={engine.world_size}"
+            )
+        self.cohort = cohort
+        self.source = training_source(row, cohort)
+        #: Of an epoch, each with one batch.
+        self.steps = math.ceil(min(len(cohort.train), preset.steps_per_epoch or len(cohort.train)) / preset.batch_size)
         torch.manual_seed(config.seed)
-        self.model = to_device(row.build(), device)
+        self.model = to_device(row.build(), engine.target)
         self.optimizer = make_optimizer(self.model, preset)
+        self._called_model, self._called_optimizer = engine.prepare(self.model, self.optimizer)
         self.state = TrainingState()
         self.validation = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
         self.saved_at = time.monotonic()
@@ -354,23 +390,28 @@ class Trainer:
         return self.folder / "last.pt"
 
     def save(self) -> None:
-        """Write last.pt."""
-        save_checkpoint(
-            self.last_path,
-            {
-                "config": self.config.as_dict(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "state": asdict(self.state),
-            },
-        )
+        """Write last.pt: weights, optimizer, where the run stands.
+
+        The learning rate follows from the epoch, and every random number from seed, epoch and step, so neither a
+        scheduler nor a generator has a state to be kept.
+        """
+        if self.engine.is_first:
+            save_checkpoint(
+                self.last_path,
+                {
+                    "config": self.config.as_dict(),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "state": asdict(self.state),
+                },
+            )
         self.saved_at = time.monotonic()
 
     def resume(self) -> bool:
         """Go on from last.pt where there is one; whether there was."""
         if not self.last_path.is_file():
             return False
-        content = load_checkpoint(self.last_path, self.device)
+        content = load_checkpoint(self.last_path, self.engine.target)
         if content["config"] != self.config.as_dict():
             raise ValueError(f"{self.last_path} belongs to another configuration: {content['config']}")
         self.model.load_state_dict(content["model"])
@@ -378,25 +419,46 @@ class Trainer:
         self.state = TrainingState(**content["state"])
         return True
 
+    def forget(self) -> None:
+        """Remove the run's checkpoints, so that it starts anew."""
+        if self.engine.is_first:
+            for stale in (self.last_path, self.best_path):
+                stale.unlink(missing_ok=True)
+        self.engine.barrier()
+
     def run(self) -> None:
         """Train to the end, or go on to it."""
         preset, state = self.config.preset, self.state
         done = state.epoch * self.steps + state.step
         if not state.history:
-            before = validate(zero_displacement, self.cohort, self.validation, self.device, preset.window)
+            before = self._validate(zero_displacement)
             if self.cohort.has_labels and math.isnan(before["val_dice"]):
                 raise ValueError(f"{self.cohort.path}: no validation pair has a scored label on both sides")
             state.history.append({"epoch": 0, "steps": 0} | before)
-        session = f"{commit()}, {describe_device(self.device)}"
+        session = f"{commit()}, {self.engine.describe()}"
         if state.epoch < preset.epochs and session not in state.trained_by:
             state.trained_by.append(session)
         with (
             _StopRequest() as stop,
             tqdm(total=preset.epochs * self.steps, initial=done, desc=f"train {self.config.variant.name}",
-                 unit="pair", disable=not self.progress) as bar,
+                 unit="pair" if preset.batch_size == 1 else "step", disable=not self.progress) as bar,
         ):  # fmt: skip
             while state.epoch < preset.epochs:
                 self._epoch(bar, stop)
+
+    def _validate(self, method: nn.Module | Method) -> dict[str, float]:
+        return validate(
+            method, self.cohort, self.validation, self.engine.target, self.config.preset.window, self.engine
+        )
+
+    def _batches(self) -> Iterator[tuple[Pair, ...]]:
+        """This process's share of each batch that is left of the epoch under way."""
+        preset, engine, state = self.config.preset, self.engine, self.state
+        pairs = epoch_pairs(self.source.train, self.config.seed, state.epoch, self.steps * preset.batch_size)
+        for step in range(self.steps):
+            batch = tuple(itertools.islice(pairs, preset.batch_size))
+            if step >= state.step:
+                yield batch[engine.rank :: engine.world_size]
 
     def _epoch(self, bar: tqdm, stop: _StopRequest) -> None:
         preset, state = self.config.preset, self.state
@@ -404,59 +466,134 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        pairs = epoch_pairs(self.source.train, self.config.seed, state.epoch, self.steps)
-        for pair in itertools.islice(pairs, state.step, None):
-            started = time.perf_counter()
-            terms = self._step(pair)
-            terms["seconds"] = time.perf_counter() - started
-            for name, value in terms.items():
-                state.sums[name] = state.sums.get(name, 0.0) + value
-            state.step += 1
-            bar.update()
-            bar.set_postfix(epoch=f"{state.epoch + 1}/{preset.epochs}", loss=f"{terms['loss']:.4f}")
-            if stop.signal or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
-                self.save()
-                stop.obey()
-        found = validate(self.model, self.cohort, self.validation, self.device, preset.window)
+        read = self.source.image if self.config.variant.trains_on == "images" else self.source.label_volume
+        with PairLoader(read, list(self._batches()), self.engine.target, workers=self.engine.readers) as loader:
+            waited = 0.0
+            for batch in loader:
+                started = time.perf_counter()
+                terms, stopping = self._step(batch, stop)
+                terms["seconds"] = time.perf_counter() - started
+                terms["waiting_seconds"], waited = loader.waited - waited, loader.waited
+                for name, value in terms.items():
+                    state.sums[name] = state.sums.get(name, 0.0) + value
+                state.step += 1
+                bar.update()
+                bar.set_postfix(epoch=f"{state.epoch + 1}/{preset.epochs}", loss=f"{terms['loss']:.4f}")
+                if stopping or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+                    self.save()
+                if stopping:
+                    self.engine.barrier()
+                    stop.obey()
+        found = self._validate(self.model)
         row = {"epoch": state.epoch + 1, "steps": state.step}
         row |= {name: total / state.step for name, total in state.sums.items()}
         row |= {**found, "learning_rate": rate}
         figure = found["val_dice"] if self.cohort.has_labels else found["val_similarity"]
         if figure > state.best:
             state.best, state.best_epoch = figure, row["epoch"]
-            save_checkpoint(
-                self.best_path,
-                {"config": self.config.as_dict(), "model": self.model.state_dict(), "epoch": row["epoch"]} | found,
-            )
+            if self.engine.is_first:
+                save_checkpoint(
+                    self.best_path,
+                    {"config": self.config.as_dict(), "model": self.model.state_dict(), "epoch": row["epoch"]} | found,
+                )
         state.history.append(row)
         state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
         # the checkpoint last: killed before it, the epoch is done again, and its row written again
-        write_atomically(self.log, lambda to: pd.DataFrame(state.history).to_csv(to, index=False))
+        if self.engine.is_first:
+            write_atomically(self.log, lambda to: pd.DataFrame(state.history).to_csv(to, index=False))
         self.save()
-        stop.obey()
+        if self.engine.sum([float(bool(stop.signal))])[0]:
+            self.engine.barrier()
+            stop.obey()
 
-    def _step(self, pair: Pair) -> dict[str, float]:
-        preset = self.config.preset
-        read = self.source.image if self.config.variant.trains_on == "images" else self.source.label_volume
-        fixed, moving = (read(subject).to(self.device, non_blocking=True) for subject in (pair.fixed, pair.moving))
-        # of this step alone, so that a run resumes in the middle of an epoch
-        seeds = np.random.SeedSequence([self.config.seed, self.state.epoch, self.state.step])
-        generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-        terms = self.config.variant.loss_terms(self.model, fixed, moving, preset, generator)
-        loss = float(terms["total"].detach())
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss became {loss} in epoch {self.state.epoch + 1}, step {self.state.step + 1}, "
-                f"fixed {pair.fixed.image}, moving {pair.moving.image}"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
-        self.optimizer.step()
-        return {
-            "loss": loss,
-            "similarity": float(terms["similarity"].detach()),
-            "smoothness": float(terms["smoothness"].detach()),
-        }
+    def _step(self, batch: Batch, stop: _StopRequest) -> tuple[dict[str, float], bool]:
+        """One step on this process's share of a batch: means over the whole batch, and whether to stop after it.
+
+        Weights and optimizer are left as they were if a loss or a gradient is not finite.
+        """
+        preset, state, fabric = self.config.preset, self.state, self.engine.fabric
+        self._called_optimizer.zero_grad(set_to_none=True)
+        names = ("total", "similarity", "smoothness")
+        sums = dict.fromkeys(names, 0.0)
+        for index, (fixed, moving) in enumerate(zip(batch.fixed.split(1), batch.moving.split(1), strict=True)):
+            # of this pair alone, so that a run resumes in the middle of an epoch, on any number of processes
+            place = state.step * preset.batch_size + index * self.engine.world_size + self.engine.rank
+            seeds = np.random.SeedSequence([self.config.seed, state.epoch, place])
+            generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+            with fabric.no_backward_sync(self._called_model, enabled=index + 1 < len(batch.pairs)):
+                with fabric.autocast():
+                    terms = self.config.variant.loss_terms(self._called_model, fixed, moving, preset, generator)
+                fabric.backward(terms["total"] / len(batch.pairs))
+            for name in names:
+                sums[name] += float(terms[name].detach())
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        finite = math.isfinite(sums["total"]) and math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))
+        *totals, broken, stopping = self.engine.sum(
+            [*(sums[name] / preset.batch_size for name in names), float(not finite), float(bool(stop.signal))]
+        )
+        if broken:
+            raise self._non_finite(batch, sums)
+        self._called_optimizer.step()
+        return dict(zip(("loss", *names[1:]), totals, strict=True)), bool(stopping)
+
+    def _non_finite(self, batch: Batch, sums: dict[str, float]) -> NonFiniteLossError:
+        """The error of a step that went wrong; its batch, with the weights before the step, is written to a file."""
+        place = f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
+        pairs = "; ".join(f"fixed {pair.fixed.image}, moving {pair.moving.image}" for pair in batch.pairs)
+        path = self.folder / f"nonfinite_{place.replace(', ', '_').replace(' ', '')}_process{self.engine.rank}.pt"
+        save_checkpoint(
+            path,
+            {
+                "config": self.config.as_dict(), "model": self.model.state_dict(), "fixed": batch.fixed,
+                "moving": batch.moving, "names": [pair.name for pair in batch.pairs],
+            },
+        )  # fmt: skip
+        if math.isfinite(sums["total"]):
+            bad = [name for name, parameter in self.model.named_parameters()
+                   if parameter.grad is not None and not parameter.grad.isfinite().all()]  # fmt: skip
+            what = f"the gradient of {', '.join(bad) or 'another process'} is not finite"
+        else:
+            where = [
+                found for fixed, moving in zip(batch.fixed.split(1), batch.moving.split(1), strict=True)
+                if (found := first_non_finite(self.config.variant, self.model, fixed, moving, self.config.preset))
+            ]  # fmt: skip
+            what = f"the loss became {sums['total']}"
+            what += f" (first in {where[0]})" if where else ""
+        return NonFiniteLossError(f"{what} in {place}, {pairs}; weights are those before it; batch saved in {path}")
+
+
+@torch.no_grad()
+def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset) -> str:
+    """Where the loss of one pair is first not finite, from the coarsest level: "the similarity of level 2".
+
+    Args:
+        row: what `model` was built from.
+        model: its network.
+        fixed: ``(1, 1, D, H, W)``.
+        moving: likewise.
+        preset: as for :meth:`lumirlib.rows.Row.loss_terms`.
+
+    Returns:
+        Empty where all is finite, or the row is no variant of the paper's network.
+    """
+    if not isinstance(row, Variant):
+        return ""
+    predicted = model.fields(fixed, moving)
+    shapes = [tuple(field.shape[2:]) for field in predicted.displacements]
+    images = [losses.gaussian_pyramid(image, shapes) for image in (moving, fixed)]
+    for level in reversed(range(len(shapes))):
+        velocity, displacement = predicted.velocities[level], predicted.displacements[level]
+        for name, values in (("velocity", velocity), ("displacement", displacement)):
+            if not values.isfinite().all():
+                return f"the {name} of level {level}"
+        terms = losses.registration_loss(
+            *(pyramid[level] for pyramid in images), [displacement], [velocity],
+            window=preset.window, similarity=preset.similarity,
+        )  # fmt: skip
+        for name in ("similarity", "smoothness"):
+            if not terms[name].isfinite():
+                return f"the {name} of level {level}"
+    return ""
 
 
 def trained_row(row: Row) -> Row:
@@ -484,34 +621,88 @@ def training_source(row: Row, cohort: Cohort) -> Cohort:
     return embedded
 
 
-def _run_as_it_is(config: RunConfig, cohort: Cohort, device: str) -> TrainingResult:
+def _run_as_it_is(config: RunConfig, cohort: Cohort, device: torch.device) -> TrainingResult:
     """The result of a method that is not trained: its figures on the validation pairs, beside zero displacement's."""
-    target, preset = pick_device(device), config.preset
+    preset = config.preset
     pairs = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
     method = config.variant.build()
     history = [
-        {"epoch": epoch, "steps": 0} | validate(one, cohort, pairs, target, preset.window)
+        {"epoch": epoch, "steps": 0} | validate(one, cohort, pairs, device, preset.window)
         for epoch, one in enumerate((zero_displacement, method))
     ]
     return TrainingResult(method, pd.DataFrame(history), 1, float(history[1]["val_dice"]), [], None, None)
 
 
-def _filter_afterwards(config: RunConfig, trained: TrainingResult, cohort: Cohort, device: str) -> TrainingResult:
+def _filter_afterwards(
+    config: RunConfig, trained: TrainingResult, cohort: Cohort, device: torch.device
+) -> TrainingResult:
     """The result of a run with a bilateral filter of the widths in `config` put behind its weights."""
     options = {name: value for name, value in asdict(config.variant).items() if name.startswith("bilateral_")}
     del options["bilateral_mode"]
-    model = load_model(trained.checkpoint, device, **options)
+    model = load_model(trained.checkpoint, str(device), **options)
     preset = config.preset
     pairs = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
-    found = validate(model, cohort, pairs, pick_device(device), preset.window)
+    found = validate(model, cohort, pairs, device, preset.window)
     return replace(trained, model=model, val_dice=found["val_dice"])
+
+
+def train_in_processes(
+    config: RunConfig,
+    out: Path,
+    processes: int,
+    arguments: Sequence[str],
+    resume: bool = True,
+    progress: bool = True,
+) -> None:
+    """Train a run to its end in several processes of this machine, started by torchrun.
+
+    Progress is shown by epochs. What stops this process asks the others to save a checkpoint, and waits for that.
+
+    Args:
+        config: what `arguments` stand for.
+        out: results folder.
+        processes: how many.
+        arguments: of the run, for `python -m lumirlib.train`.
+        resume: False starts anew.
+        progress: show a progress bar.
+
+    Raises:
+        RuntimeError: one of them broke; the message ends with what it said.
+    """
+    log = out / "logs" / f"{config.run}.csv"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+        "-m", "lumirlib.train", *arguments, "--train-only", "--quiet", *([] if resume else ["--restart"]),
+    ]  # fmt: skip
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+        tqdm(total=config.preset.epochs, desc=f"train {config.variant.name} in {processes} processes", unit="epoch",
+             disable=not progress) as bar,
+    ):  # fmt: skip
+        # a session of its own: Ctrl-C reaches it once, by us
+        child = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
+        try:
+            while child.poll() is None:
+                time.sleep(0.2)
+                if log.is_file():
+                    bar.update(max(0, len(pd.read_csv(log)) - 1 - bar.n))
+        except BaseException:
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            raise
+        if child.returncode:
+            said.seek(0)
+            tail = said.read()[-4000:]
+            raise RuntimeError(f"training in {processes} processes ended with status {child.returncode}:\n{tail}")
 
 
 def train(
     config: RunConfig,
     cohort: Cohort,
     out: str | Path,
-    device: str = "auto",
+    engine: Engine | str = "auto",
     resume: bool = True,
     progress: bool = True,
 ) -> TrainingResult:
@@ -524,7 +715,8 @@ def train(
         config: from :func:`make_config`.
         cohort: loaded at the preset's resolution.
         out: results folder.
-        device: "auto", "cpu", "cuda" ...
+        engine: how to compute it, or a device's name. Where torchrun started several processes, each calls this, on a
+            file system that they share.
         resume: False starts anew and overwrites the run's checkpoints.
         progress: show progress bars.
 
@@ -535,23 +727,24 @@ def train(
         NonFiniteLossError: the loss became NaN or infinite.
         ValueError: a checkpoint that is torn or foreign, or a cohort without validation pairs.
     """
+    engine = engine if isinstance(engine, Engine) else Engine(engine)
     if config.variant.trains_on == "nothing":
-        return _run_as_it_is(config, cohort, device)
+        return _run_as_it_is(config, cohort, engine.target)
     base = trained_row(config.variant)
     if base != config.variant:
-        return _filter_afterwards(config, train(replace(config, variant=base), cohort, out, device, resume, progress),
-                                  cohort, device)  # fmt: skip
+        trained = train(replace(config, variant=base), cohort, out, engine, resume, progress)
+        return _filter_afterwards(config, trained, cohort, engine.target)
     if not cohort.validation_pairs:
         raise ValueError(f"{cohort.path}: names no validation pairs, which training needs to choose its best epoch")
-    trainer = Trainer(config, cohort, Path(out), pick_device(device), progress)
+    trainer = Trainer(config, cohort, Path(out), engine, progress)
     if resume:
         trainer.resume()
     else:
-        for stale in (trainer.last_path, trainer.best_path):
-            stale.unlink(missing_ok=True)
+        trainer.forget()
     trainer.run()
+    engine.barrier()
     return TrainingResult(
-        model=load_model(trainer.best_path, str(trainer.device)),
+        model=load_model(trainer.best_path, str(engine.target)),
         history=pd.DataFrame(trainer.state.history),
         best_epoch=trainer.state.best_epoch,
         val_dice=float(trainer.state.history[trainer.state.best_epoch]["val_dice"]),

@@ -10,14 +10,12 @@ import torch
 from lumirlib import losses
 from lumirlib._checks import check_choice
 from lumirlib.models.backbone import CASCADES, RegistrationNetwork
-from lumirlib.rows import Row, check_options
+from lumirlib.rows import ADDED_LATER, Row, check_options
 
 if TYPE_CHECKING:
     from lumirlib.presets import Preset
 
 BILATERAL_MODES = ("joint", "post")
-#: Metadata of an option that came after the first runs: at its default it does not change a run's name.
-ADDED_LATER = {"unnamed_at_default": True}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -11,15 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_cohorts import write_small_cohort
+from small_cohorts import SMALL_SHAPE, write_small_cohort
 
 from lumirlib import load_cohort, losses, parse_variant, study, training
+from lumirlib.data.loader import Batch
+from lumirlib.engine import Engine
 from lumirlib.models.bilateral_filter import joint_bilateral_filter
 from lumirlib.presets import PAPER, PRESETS, get_preset
 from lumirlib.study import AblationRun
 from lumirlib.training import NonFiniteLossError, Trainer, epoch_pairs, load_model, make_config, spread
 
-CPU = torch.device("cpu")
+CPU = Engine("cpu")
 TINY = replace(
     PRESETS["smoke"], name="tiny", resolution_mm=1, epochs=2, steps_per_epoch=None, channel_divisor=16, levels=3
 )
@@ -134,11 +137,11 @@ def test_interrupted_training_goes_on_to_the_same_weights(cohort, tmp_path, monk
     whole = training.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
     step, taken = Trainer._step, []
 
-    def step_then_signal(self, pair):
-        taken.append(pair)
+    def step_then_signal(self, batch, stop):
+        taken.append(batch)
         if len(taken) == 6:  # in the middle of the second epoch
             os.kill(os.getpid(), number)
-        return step(self, pair)
+        return step(self, batch, stop)
 
     monkeypatch.setattr(Trainer, "_step", step_then_signal)
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
@@ -158,7 +161,7 @@ def test_a_finished_run_is_not_trained_again_unless_asked(cohort, tmp_path, monk
     config = config_for(cohort)
     training.train(config, cohort, tmp_path, "cpu", progress=False)
     step, taken = Trainer._step, []
-    monkeypatch.setattr(Trainer, "_step", lambda self, pair: taken.append(pair) or step(self, pair))
+    monkeypatch.setattr(Trainer, "_step", lambda self, *given: taken.append(given) or step(self, *given))
     training.train(config, cohort, tmp_path, "cpu", progress=False)
     assert not taken
     training.train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
@@ -170,13 +173,13 @@ def test_a_restart_forgets_the_finished_run_even_if_it_is_killed_at_once(cohort,
     training.train(config, cohort, tmp_path, "cpu", progress=False)
     step, taken = Trainer._step, []
 
-    def killed(self, pair):
+    def killed(self, batch, stop):
         raise KeyError("as if the power went")
 
     monkeypatch.setattr(Trainer, "_step", killed)
     with pytest.raises(KeyError):
         training.train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
-    monkeypatch.setattr(Trainer, "_step", lambda self, pair: taken.append(pair) or step(self, pair))
+    monkeypatch.setattr(Trainer, "_step", lambda self, *given: taken.append(given) or step(self, *given))
     training.train(config, cohort, tmp_path, "cpu", progress=False)
     assert len(taken) == 8
 
@@ -211,10 +214,38 @@ def test_pairs_without_common_labels_do_not_stop_the_choice_of_the_best_epoch(tm
     assert result.history["val_dice"].notna().all()
 
 
-def test_a_non_finite_loss_stops_and_names_step_and_pair(cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(losses, "ncc_loss", lambda *_: torch.tensor(math.nan))
-    with pytest.raises(NonFiniteLossError, match=r"became nan in epoch 1, step 1, fixed .*SMALL_.* moving .*SMALL_"):
-        training.train(config_for(cohort), cohort, tmp_path, "cpu", progress=False)
+def test_a_non_finite_loss_stops_names_step_pair_and_level_and_saves_the_batch(cohort, tmp_path, monkeypatch):
+    config = config_for(cohort)
+    ncc, calls = losses.ncc_loss, []
+
+    def nan_at_level_1(warped, fixed, *others):
+        broken = warped.requires_grad and len(calls) >= 6  # the third step
+        calls.extend([1] if warped.requires_grad else [])
+        small = warped.shape[2] == SMALL_SHAPE[0] // 2
+        return ncc(warped, fixed, *others) * (math.nan if small and (broken or len(calls) > 6) else 1)
+
+    monkeypatch.setattr(losses, "ncc_loss", nan_at_level_1)
+    trainer = Trainer(config, cohort, tmp_path, CPU, progress=False)
+    message = r"became nan \(first in the similarity of level 1\) in epoch 1, step 3, fixed .*SMALL_.* moving .*SMALL_"
+    with pytest.raises(NonFiniteLossError, match=message):
+        trainer.run()
+    saved = training.load_checkpoint(next(trainer.folder.glob("nonfinite_epoch1_step3_*.pt")))
+    pair = list(epoch_pairs(cohort.train, 0, 0))[2]
+    assert saved["names"] == [pair.name]
+    assert torch.equal(saved["fixed"], cohort.image(pair.fixed))
+    assert torch.equal(saved["moving"], cohort.image(pair.moving))
+    assert same_weights(saved["model"], trainer.model.state_dict())
+    assert all(torch.isfinite(weight).all() for weight in saved["model"].values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(cohort, tmp_path):
+    trainer = Trainer(config_for(cohort), cohort, tmp_path, CPU, progress=False)
+    trainer.model.estimators[1].conv2.bias.register_hook(lambda gradient: gradient * math.inf)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    message = r"the gradient of estimators\.1\.conv2\.bias is not finite in epoch 1, step 1, fixed .*SMALL_"
+    with pytest.raises(NonFiniteLossError, match=message):
+        trainer.run()
+    assert same_weights(before, trainer.model.state_dict())
 
 
 def test_a_cohort_without_labels_is_judged_by_similarity(tmp_path):
@@ -255,10 +286,57 @@ def test_a_full_disk_leaves_the_previous_checkpoint(cohort, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*last\.pt .*No space left.* before it is kept"):
         trainer.save()
     assert trainer.last_path.read_bytes() == before
     assert [file.name for file in trainer.folder.iterdir()] == ["last.pt"]
+
+
+def test_a_disk_that_is_really_full_leaves_the_previous_checkpoint(cohort, tmp_path):
+    trainer = Trainer(config_for(cohort), cohort, tmp_path, CPU, progress=False)
+    trainer.save()
+    before = trainer.last_path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        with pytest.raises(OSError, match=r"cannot write the checkpoint .*last\.pt"):
+            trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert trainer.last_path.read_bytes() == before
+    assert [file.name for file in trainer.folder.iterdir()] == ["last.pt"]
+    trainer.save()
+
+
+def test_a_batch_of_two_pairs_takes_the_mean_of_their_gradients(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+
+    def gradients(batch_size, steps):
+        trainer = Trainer(config_for(cohort, batch_size=batch_size), cohort, tmp_path, CPU, progress=False)
+        found, zero_grad = [], trainer.optimizer.zero_grad
+        trainer._called_optimizer.step = lambda: found.append(
+            torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]).clone()
+        )
+        stop, batches = training._StopRequest(), trainer._batches()
+        for _ in range(steps):
+            batch = next(batches)
+            images = (torch.cat([cohort.image(getattr(pair, end)) for pair in batch]) for end in ("fixed", "moving"))
+            trainer._step(Batch(batch, *images), stop)
+            zero_grad()
+        return found
+
+    first, second = gradients(1, 2)
+    (both,) = gradients(2, 1)
+    assert torch.allclose(both, (first + second) / 2, atol=1e-7)
+
+
+def test_the_last_batch_of_an_epoch_is_filled_up(cohort, tmp_path):
+    trainer = Trainer(config_for(cohort, batch_size=3), cohort, tmp_path, CPU, progress=False)
+    batches = list(trainer._batches())
+    assert [len(batch) for batch in batches] == [3, 3]
+    assert {pair.moving.name for batch in batches for pair in batch[:4]} == {subject.name for subject in cohort.train}
 
 
 def test_training_needs_scans_validation_pairs_and_the_presets_resolution(tmp_path):
@@ -280,7 +358,7 @@ def test_training_needs_scans_validation_pairs_and_the_presets_resolution(tmp_pa
 def small_run(small_cohort_json, out, variant="backbone", **changes):
     options = {"resolution_mm": 1, "channel_divisor": 16, "levels": 3, **changes}
     return AblationRun.prepare(
-        variant, preset="smoke", cohort=str(small_cohort_json), out=str(out), device="cpu", options=options
+        variant, preset="smoke", cohort=str(small_cohort_json), out=str(out), engine="cpu", options=options
     )
 
 
@@ -341,7 +419,7 @@ def test_a_filter_behind_a_network_that_has_one_and_other_changes_of_trained_wei
         load_model(checkpoint, cascade="compositional")
     run = small_run(small_cohort_json, tmp_path, variant="CA+BF-post")
     with pytest.raises(ValueError, match=r"CA\+BF-post is not trained: train CA"):
-        training.Trainer(run.config, run.cohort, tmp_path, run.device)
+        training.Trainer(run.config, run.cohort, tmp_path, run.engine)
 
 
 def test_a_filter_set_behind_by_option_takes_the_same_backbone():
@@ -387,7 +465,7 @@ def test_options_are_set_after_the_presets(small_cohort_json, tmp_path):
         ({"preset": "dmeo"}, "preset must be one of smoke, demo"),
         ({"cohort": "embeded"}, "cohort must be one of embedded, lumir, brains"),
         ({"seed": -1}, "seed must be a whole number from 0, got -1"),
-        ({"device": "gpu"}, "device must be auto, cpu or a device of this machine, got 'gpu'"),
+        ({"engine": "gpu"}, "device must be auto, cpu or a device of this machine, got 'gpu'"),
         ({"seed": "0"}, "seed must be a whole number from 0, got '0'"),
         ({"options": {"lambda1": 3}}, "unknown option lambda1: choose from start_channels, head_channels, cascade"),
         ({"options": {"epochs": 2.5}}, "epochs must be a whole number, got 2.5"),

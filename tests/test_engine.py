@@ -1,0 +1,205 @@
+"""Where and how a run is computed: several processes, precision, and runs that are killed."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_cohorts import write_small_cohort
+
+from lumirlib import training
+from lumirlib.engine import Engine
+from lumirlib.study import AblationRun
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lumirlib.train"]
+TINY = {"resolution_mm": 1, "channel_divisor": 16, "levels": 3, "batch_size": 2}
+
+
+def prepare(cohort_json, out, variant="backbone", engine="cpu", **options):
+    return AblationRun.prepare(
+        variant, "smoke", str(cohort_json), out=str(out), engine=engine, options={**TINY, **options}
+    )
+
+
+def weights(run, name="last.pt"):
+    return training.load_checkpoint(run.out / "checkpoints" / run.config.run / name)["model"]
+
+
+def same_weights(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Sums over threads differ in their last digits; processes started by torchrun have one thread each."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# several processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["LC-2", "uniGradICON"])
+def test_two_processes_give_the_weights_and_the_log_of_one_at_the_same_batch(
+    small_cohort_json, tmp_path, one_thread, variant
+):
+    alone = prepare(small_cohort_json, tmp_path / "alone", variant)
+    shared = prepare(small_cohort_json, tmp_path / "shared", variant, Engine("cpu", processes=2))
+    assert alone.config.run == shared.config.run
+    first, second = alone.train(progress=False), shared.train(progress=False)
+    assert first.trained_by != second.trained_by and "2 processes" in second.trained_by[0]
+    assert same_weights(weights(alone), weights(shared))
+    columns = ["epoch", "steps", "loss", "similarity", "smoothness", "val_dice", "val_similarity", "val_ndv_percent"]
+    pd.testing.assert_frame_equal(first.history[columns], second.history[columns], rtol=1e-12)
+
+
+def test_processes_that_are_told_to_stop_save_and_another_number_of_them_goes_on(
+    small_cohort_json, tmp_path, one_thread
+):
+    whole = prepare(small_cohort_json, tmp_path / "whole", epochs=12)
+    whole.train(progress=False)
+    cut = prepare(small_cohort_json, tmp_path / "cut", epochs=12)
+    log = cut.out / "logs" / f"{cut.config.run}.csv"
+    child = subprocess.Popen([*TORCHRUN, *cut.arguments, "--train-only", "--quiet"], stderr=subprocess.PIPE, text=True)
+    while not log.is_file() and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+    trained = len(pd.read_csv(log)) - 1
+    assert child.returncode != 0 and 0 < trained < 12, said
+    cut.train(progress=False)
+    assert same_weights(weights(whole), weights(cut))
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(small_cohort_json, tmp_path, monkeypatch):
+    run = prepare(small_cohort_json, tmp_path, batch_size=3)
+    monkeypatch.setattr(Engine, "world_size", 2)
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 processes that share it, got 3"):
+        training.Trainer(run.config, run.cohort, tmp_path, run.engine)
+
+
+def test_what_breaks_in_one_of_several_processes_is_told(small_cohort_json, tmp_path):
+    run = prepare(small_cohort_json, tmp_path, engine=Engine("cpu", processes=2), batch_size=3)
+    with pytest.raises(RuntimeError, match=r"(?s)2 processes ended with status .*batch_size must be a multiple of"):
+        run.train(progress=False)
+
+
+def test_parts_of_several_processes_come_back_in_order(monkeypatch):
+    def gathered(parts, own):
+        parts[:] = [[0, 3, 6], [1, 4], [2, 5]]
+
+    monkeypatch.setattr(Engine, "world_size", 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    assert Engine("cpu").gather([0, 3, 6]) == list(range(7))
+
+
+# engines -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp16"}, "precision must be one of auto, 32-true, bf16-mixed; got 'fp16'"),
+        ({"cache": "yes"}, "cache must be one of auto, off, lossless, float16; got 'yes'"),
+        ({"processes": 0}, "processes must be a whole number from 1, got 0"),
+        ({"readers": True}, "readers must be a whole number from 1, got True"),
+        ({"device": "cuda:99"}, "device must be auto, cpu or a device of this machine, got 'cuda:99'"),
+    ],
+)
+def test_engines_that_cannot_be_had_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(**options)
+
+
+def test_tasks_of_slurm_without_torchrun_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with pytest.raises(ValueError, match="4 tasks of Slurm would each train the same run"):
+        Engine("cpu")
+
+
+def test_an_engine_does_not_name_a_run_but_stands_in_its_command(small_cohort_json, tmp_path):
+    plain = prepare(small_cohort_json, tmp_path)
+    other = prepare(small_cohort_json, tmp_path, engine=Engine("cpu", precision="bf16-mixed", processes=2))
+    assert plain.config.run == other.config.run
+    assert "-p device cpu -p precision bf16-mixed -p processes 2" in other.command
+    assert {"--device=cpu", "--precision=bf16-mixed"} <= set(other.arguments)
+    assert not any("processes" in word for word in other.arguments)
+    assert other.engine.describe().endswith(", bf16-mixed")
+
+
+def test_bfloat16_trains_like_float32(small_cohort_json, tmp_path):
+    runs = [
+        prepare(small_cohort_json, tmp_path / name, engine=Engine("cpu", precision=name), epochs=4, batch_size=1)
+        for name in ("32-true", "bf16-mixed")
+    ]
+    plain, mixed = (run.train(progress=False) for run in runs)
+    assert not same_weights(weights(runs[0]), weights(runs[1]))
+    assert all(weight.dtype == torch.float32 for weight in weights(runs[1]).values())
+    assert mixed.history["loss"].iloc[-1] == pytest.approx(plain.history["loss"].iloc[-1], abs=5e-3)
+    assert "bf16-mixed" in mixed.trained_by[0]
+
+
+# killed --------------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, sys, time
+from lumirlib.study import AblationRun
+cohort, out, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+import lumirlib.training, torch
+torch.set_num_threads(1)
+delays = [float(word) for word in sys.argv[4:]]
+def train():
+    run = AblationRun.prepare("backbone", "smoke", cohort, out=out, engine="cpu", options=options)
+    run.train(progress=False)
+kills = 0
+for delay in delays:  # children of one process that has everything imported: they start in no time
+    child = os.fork()
+    if child == 0:
+        try:
+            train()
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    deadline = time.monotonic() + delay
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0, status
+            break
+        time.sleep(0.002)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        kills += 1
+print(kills)
+"""
+
+
+def test_killed_twenty_times_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, one_thread):
+    cohort = write_small_cohort(tmp_path / "small")
+    options = {**TINY, "epochs": 40, "batch_size": 1}
+    started = time.perf_counter()
+    whole = prepare(cohort, tmp_path / "whole", **options)
+    result = whole.train(progress=False)
+    seconds = time.perf_counter() - started
+    # resuming takes time, so that each of the twenty gets ahead by less than a twentieth
+    delays = np.random.default_rng(0).uniform(0.02, seconds / 15, 20)
+    cut = prepare(cohort, tmp_path / "cut", **options)
+    command = [sys.executable, "-c", KILLED, str(cohort), str(cut.out), repr(options), *map(str, delays)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 20, f"only {done.stdout} of 20 runs were killed before they ended"
+    epochs = training.load_checkpoint(cut.out / "checkpoints" / cut.config.run / "last.pt")["state"]["epoch"]
+    assert 0 < epochs < 40
+    resumed = cut.train(progress=False)
+    assert same_weights(weights(whole), weights(cut))
+    assert same_weights(weights(whole, "best.pt"), weights(cut, "best.pt"))
+    columns = ["epoch", "steps", "loss", "val_dice"]
+    pd.testing.assert_frame_equal(resumed.history[columns], result.history[columns])
