@@ -49,13 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"python -m lumirlib.cache: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     seconds, cache = time.perf_counter() - started, cached.cache
     print(f"{cohort.name}, {resolution:g} mm: {cache.describe()}")
     print(f"{cache.folder}: {cache.nbytes / GIGABYTE:.2f} GB, {cache.made} volumes made in {seconds:.1f} s")
     image = cached.stored_image(next(iter([*cohort.train, *(pair.fixed for pair in cohort.validation_pairs)])))
     size = LUMIR_SCANS * image.values.nbytes / GIGABYTE
-    print(f"LUMIR's {LUMIR_SCANS} scans, if like these, take {size:.1f} GB of disk, and as much free memory to stay in it"
-          + (f"; {LUMIR_SCANS * seconds / cache.made / 60:.0f} minutes to make" if cache.made else ""))  # fmt: skip
+    print(f"LUMIR's {LUMIR_SCANS} scans, if like these: {size:.1f} GB of disk, and as much free memory to stay there")
+    if cache.made:
+        print(f"and {LUMIR_SCANS * seconds / cache.made / 60:.0f} minutes to make")
     return 0
 
 
