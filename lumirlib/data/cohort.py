@@ -10,8 +10,8 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import nibabel as nib
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from lumirlib import spatial
 from lumirlib.data import embedded
+from lumirlib.data.cache import Source, StoredVolume, VolumeCache
 from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume
 from lumirlib.labels import LUMIR_LABELS
 from lumirlib.metrics.landmarks import Points, landmark_volume
@@ -91,6 +92,7 @@ class Cohort:
         affine: voxel-to-world matrix of the cohort's grid, in mm.
         shape: sides (D, H, W) of the cohort's grid.
         digest: 16 hexadecimal digits of the JSON and, for real scans, of the sizes of the files that it names.
+        cache: the memory-mapped volumes that are read in place of the files, or None: see :meth:`with_cache`.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Cohort:
     affine: np.ndarray
     shape: tuple[int, int, int]
     digest: str
+    cache: VolumeCache | None = None
     _memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -162,6 +165,14 @@ class Cohort:
             ValueError: a file that is corrupt, not 3-D, not finite, not on the cohort's grid, or whose intensities
                 are not in 0 ... 255, as LUMIR's are.
         """
+        return self.stored_image(subject).decode() if self.cache else self._image(subject)
+
+    def stored_image(self, subject: Subject) -> StoredVolume:
+        """As :meth:`image`, but as the cache holds it: fewer bytes to copy to a device, to be decoded there."""
+        stored = self.cache.get("images", subject.image) if self.cache else None
+        return stored or StoredVolume(self._image(subject), 1)
+
+    def _image(self, subject: Subject) -> torch.Tensor:
         return self._remember(subject.image, lambda: self._read_image(subject.image))
 
     def label_volume(self, subject: Subject) -> torch.Tensor:
@@ -169,7 +180,8 @@ class Cohort:
         if subject.labels is None:
             raise ValueError(f"{self.path}: no labels are named for {subject.name}")
         path = subject.labels
-        return self._remember(path, lambda: spatial.majority_label(self._read_labels(path), self.downsampling))
+        stored = self.cache.get("labels", path) if self.cache else None
+        return stored.decode() if stored else self._remember(path, lambda: self._read_labels_here(path))
 
     def landmark_points(self, subject: Subject) -> dict[str, tuple[float, float, float]] | None:
         """Landmarks of a subject in voxels of the cohort's grid, by name; None where it has none.
@@ -266,6 +278,38 @@ class Cohort:
                 f"{_orientation(affine)} (affine {affine[:3, :3].round(3).tolist()})"
             )
 
+    def with_cache(
+        self,
+        folder: str | Path | None = None,
+        dtype: str = "auto",
+        workers: int | None = None,
+        progress: bool = True,
+        verify: bool = False,
+        repair: bool = False,
+    ) -> Cohort:
+        """The same cohort, reading its images and label volumes from a memory-mapped cache, which is made first.
+
+        Integers are cached as they are, so nothing changes; scans of other numbers are rounded to float16
+        (:mod:`lumirlib.data.cache`). The digest stays.
+
+        Args:
+            folder: where caches are kept; None takes the folder of the embedded cohort, see README.
+            dtype: "auto", or "float16" or "float32" for images whatever they hold.
+            workers, progress, verify, repair: of :meth:`lumirlib.data.cache.VolumeCache.build`.
+        """
+        people = dict.fromkeys([*self.train, *(s for pair in self.validation_pairs for s in (pair.fixed, pair.moving))])
+        sources = [Source("images", one.image, one.name, partial(self._read_image, one.image)) for one in people]
+        sources += [
+            Source("labels", one.labels, one.name, partial(self._read_labels_here, one.labels))
+            for one in people
+            if one.labels
+        ]
+        name = f"{self.short_name}_{self.resolution_mm:g}mm_{dtype}"
+        root = Path(folder) if folder else embedded.cache_folder() / "volumes"
+        cache = VolumeCache(root / name, sources, self.shape, self.downsampling**3, dtype)
+        cache.build(workers, progress, verify, repair)
+        return replace(self, cache=cache, _memory=OrderedDict())
+
     def _read_image(self, path: Path) -> torch.Tensor:
         array, affine = read_volume(path)
         self._check_grid(path, array.shape, affine)
@@ -275,8 +319,15 @@ class Cohort:
         if high == low:
             raise ValueError(f"{path}: expected an image, got the constant {low:g}")
         image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
-        image = (image / 255 if high > 1.5 else image).clamp_(0, 1)
-        return F.avg_pool3d(image, self.downsampling) if self.downsampling > 1 else image
+        top = 255 if high > 1.5 else 1
+        image = image.clamp(0, top)
+        if self.downsampling > 1:  # before dividing: averages of integers are exact, so that a cache can be
+            image = F.avg_pool3d(image, self.downsampling)
+        return image / top
+
+    def _read_labels_here(self, path: Path) -> torch.Tensor:
+        """At the cohort's resolution."""
+        return spatial.majority_label(self._read_labels(path), self.downsampling)
 
     def _read_labels(self, path: Path) -> torch.Tensor:
         array, affine = read_label_volume(path)

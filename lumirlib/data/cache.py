@@ -1,0 +1,334 @@
+"""A memory-mapped cache of a cohort's volumes: built once, resumable, checked.
+
+Each volume is one `.npy` file (`numpy.load` opens it too) that ends in a JSON record: the scan that it was made from
+with its size and time, how the numbers are to be read, and a CRC-32 of them. So a volume is there whole or not at all,
+whenever a build is killed; a list that grows or shrinks reuses what is there; and no index can be out of step.
+
+Integers are stored wherever they give back exactly what :meth:`lumirlib.data.Cohort.image` reads: uint8 for uint8 scans
+at their own resolution, int16 for their averages over blocks of 2 or 4 voxels; else float16, rounded by at most 2⁻¹².
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from lumirlib._checks import check_choice
+from lumirlib.files import write_atomically
+
+FORMAT = "lumirlib-volume-1"
+DTYPES = ("auto", "float16", "float32")
+REPAIR = "python -m lumirlib.cache --repair makes it anew"
+#: A second process that wants to build the same cache waits this long for the first.
+LOCK_SECONDS = 6 * 3600.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class StoredVolume:
+    """A volume as it is stored, and how to read it.
+
+    Attributes:
+        values: ``(1, 1, D, H, W)`` uint8, int16, float16 or float32, mapped from the file.
+        scale: the image is values / scale in float32; None for label numbers, which are taken as they are.
+    """
+
+    values: torch.Tensor
+    scale: int | None
+
+    def decode(self) -> torch.Tensor:
+        """The volume as the cohort reads it, on the device of `values`: float32 image, or int16 labels. A copy."""
+        if self.scale is None:
+            return self.values.clone()
+        if self.scale == 1:
+            return self.values.to(torch.float32, copy=True)
+        # a tensor on the same device: CUDA multiplies by the reciprocal of a plain number, which rounds otherwise
+        return self.values / torch.full((), self.scale, dtype=torch.float32, device=self.values.device)
+
+
+def encode(image: torch.Tensor, dtype: str, block: int) -> tuple[StoredVolume, float]:
+    """An image in the smallest form that `dtype` allows, and its largest rounding error.
+
+    Args:
+        image: float32 in [0, 1].
+        dtype: "auto" (integers where they are exact, else float16), "float16" or "float32".
+        block: voxels of the scan in one of the image.
+    """
+    if dtype == "auto":
+        for integer, scale in ((torch.uint8, 255), (torch.int16, 255 * block)):
+            if scale <= torch.iinfo(integer).max:
+                stored = StoredVolume((image * scale).round().to(integer), scale)
+                if torch.equal(stored.decode(), image):
+                    return stored, 0.0
+    stored = StoredVolume(image.to(torch.float32 if dtype == "float32" else torch.float16), 1)
+    return stored, float((stored.decode() - image).abs().max())
+
+
+@dataclass(frozen=True)
+class Source:
+    """A volume to be cached.
+
+    Attributes:
+        kind: "images" or "labels".
+        file: the scan or label volume.
+        name: of the subject.
+        read: reads it, ``(1, 1, D, H, W)``, float32 in [0, 1] or int16.
+    """
+
+    kind: str
+    file: Path
+    name: str
+    read: Callable[[], torch.Tensor]
+
+    def fingerprint(self) -> dict[str, object]:
+        """What tells that the file has changed: its path, size and time of modification."""
+        found = self.file.stat()
+        return {"source": str(self.file.resolve()), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A cached volume: where its numbers are, and the JSON record behind them."""
+
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    record: dict
+
+    def map(self) -> np.memmap:
+        # copy on write: torch wants writable memory, and the file stays as it is
+        return np.memmap(self.file, self.dtype, "c", self.offset, self.shape)
+
+    def check(self) -> None:
+        if zlib.crc32(self.map()) != self.record["crc32"]:
+            raise ValueError(f"{self.file}: damaged, its checksum is not the one it was written with; {REPAIR}")
+
+
+class VolumeCache:
+    """The cached volumes of one cohort at one resolution.
+
+    Attributes:
+        folder: where the files are; files of other scans may lie there too.
+        sources: what is to be cached.
+        shape: sides (D, H, W) of a volume.
+        block: voxels of a scan in one of the volume.
+        dtype: "auto", "float16" or "float32": see :func:`encode`.
+        made: number of volumes that :meth:`build` has made.
+    """
+
+    def __init__(
+        self, folder: Path, sources: Sequence[Source], shape: tuple[int, int, int], block: int, dtype: str = "auto"
+    ) -> None:
+        check_choice(dtype, DTYPES, "dtype")
+        self.folder, self.sources, self.shape, self.block, self.dtype = folder, tuple(sources), shape, block, dtype
+        self.made = 0
+        self._entries: dict[tuple[str, Path], _Entry] = {}
+        self._checked: set[_Entry] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the volumes that are there, which is also what the page cache holds once all have been read."""
+        return sum(entry.file.stat().st_size for entry in self._entries.values())
+
+    def describe(self) -> str:
+        """In words, for provenance: how many volumes in which form, and how far they are from what is uncached."""
+        images = [entry for (kind, _), entry in self._entries.items() if kind == "images"]
+        parts = []
+        for dtype in sorted({entry.dtype.name for entry in images}):
+            errors = [entry.record["error"] for entry in images if entry.dtype.name == dtype]
+            off = f"rounded by at most {max(errors):.1e}" if max(errors) else "exact"
+            parts.append(f"{len(errors)} images in {dtype}, {off}")
+        labels = len(self._entries) - len(images)
+        return "; ".join(parts + [f"{labels} label volumes"] * bool(labels)) or "nothing"
+
+    def get(self, kind: str, file: Path) -> StoredVolume | None:
+        """The cached volume of a scan, None where it is not one of the cache's; its checksum is checked once.
+
+        Raises:
+            ValueError: the volume is damaged.
+        """
+        entry = self._entries.get((kind, file))
+        if entry is None:
+            return None
+        if entry not in self._checked:
+            entry.check()
+            self._checked.add(entry)
+        return StoredVolume(torch.from_numpy(entry.map()), entry.record["scale"])
+
+    def build(
+        self, workers: int | None = None, progress: bool = True, verify: bool = False, repair: bool = False
+    ) -> None:
+        """Open what is there and make what is missing or whose scan has changed.
+
+        Killed at any moment, the next call goes on. A second process that builds the same cache waits for the first.
+
+        Args:
+            workers: threads that read scans; None takes one per core, at most 8.
+            progress: show progress bars.
+            verify: compare every checksum now, instead of when a volume is first read.
+            repair: as `verify`, but make anew what is damaged.
+
+        Raises:
+            ValueError: a scan that cannot be read, or a cached file that is truncated, damaged or foreign.
+            OSError: the disk is full, or the folder cannot be written.
+            TimeoutError: another process has been building for hours.
+        """
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        missing = self._open(self.sources, progress and (verify or repair), verify or repair, repair)
+        if not missing:
+            return
+        with self._lock():
+            missing = self._open(missing, False, repair, repair)  # another process may have made them meanwhile
+            if missing:
+                self._fill(missing, workers or min(8, os.cpu_count() or 1), progress)
+                self.made += len(missing)
+
+    def _open(self, sources: Sequence[Source], progress: bool, verify: bool, repair: bool) -> list[Source]:
+        """Take up the entries of `sources`; returns those that have none, or only a stale one."""
+        missing = []
+        for source in tqdm(sources, desc="checksums", unit="volume", disable=not progress):
+            try:
+                entry = self._entry(source)
+                if entry and verify:
+                    entry.check()
+                    self._checked.add(entry)
+            except ValueError as error:
+                if not repair:
+                    raise
+                tqdm.write(str(error), file=sys.stderr)
+                entry = None
+            if entry is None:
+                missing.append(source)
+            else:
+                self._entries[source.kind, source.file] = entry
+        return missing
+
+    def _file(self, source: Source) -> Path:
+        digest = hashlib.sha256(str(source.file.resolve()).encode()).hexdigest()[:8]
+        return self.folder / source.kind / f"{source.name}_{digest}.npy"
+
+    def _entry(self, source: Source) -> _Entry | None:
+        file = self._file(source)
+        if not file.exists():
+            return None
+        try:
+            array = np.lib.format.open_memmap(file, mode="r")
+            with open(file, "rb") as stored:
+                stored.seek(array.offset + array.nbytes)
+                record = json.loads(stored.read())
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']!r} instead of {FORMAT!r}")
+            found = (record["source"], array.shape, array.flags.c_contiguous)
+            fingerprint = source.fingerprint()
+            expected = (fingerprint["source"], (1, 1, *self.shape), True)
+            if found != expected:
+                raise ValueError(f"expected source, shape and order {expected}, got {found}")
+            entry = _Entry(file, array.offset, array.dtype, array.shape, record)
+            same = all(record[key] == value for key, value in fingerprint.items())
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(f"{file}: not a whole volume of this cache (truncated or foreign?): {error}; {REPAIR}") \
+                from error  # fmt: skip
+        return entry if same else None
+
+    def _lock(self) -> filelock.BaseFileLock:
+        """The lock of those who build, held; the system frees it when its process dies."""
+        # filelock, which torch brings: flock leaves no stale locks, and where a file system has none it says so
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder / ".lock")
+            try:
+                return lock.acquire(timeout=0)
+            except filelock.Timeout:
+                tqdm.write(f"another process is building {self.folder}: waiting for it", file=sys.stderr)
+                return lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.2)
+        except filelock.Timeout as error:
+            raise TimeoutError(f"{self.folder}: another process has held its lock for {LOCK_SECONDS:g} s") from error
+        except OSError as error:
+            raise self._explained(error, self.folder) from error
+
+    def _fill(self, missing: list[Source], workers: int, progress: bool) -> None:
+        for left in self.folder.glob("*/.partial-*"):  # of a build that was killed; whoever writes holds the lock
+            left.unlink()
+        first, *rest = sorted(missing, key=lambda source: source.kind)  # an image, where one is missing
+        done = len(self.sources) - len(missing)
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            tqdm(total=len(self.sources), initial=done, desc=f"cache {self.folder.name}", unit="volume",
+                 disable=not progress) as bar,
+        ):  # fmt: skip
+            self._store(first)
+            bar.update()
+            self._check_space(first, rest)
+            futures = [pool.submit(self._store, source) for source in rest]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # those under way are waited for at the end of `with`
+                raise
+
+    def _check_space(self, first: Source, rest: list[Source]) -> None:
+        """Raise unless the disk has room for `rest`, after the form of the first volume that was made."""
+        size = self._entries[first.kind, first.file].file.stat().st_size
+        voxels = int(np.prod(self.shape))
+        need = sum(size if source.kind == first.kind else 2 * voxels for source in rest)
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{len(rest)} more volumes need {need:,} bytes, and {free:,} are free; choose another folder",
+                str(self.folder),
+            )
+
+    def _store(self, source: Source) -> None:
+        fingerprint = source.fingerprint()  # before it is read: whoever changes it meanwhile makes this entry stale
+        volume = source.read()
+        labels = source.kind == "labels"
+        stored, rounding = (StoredVolume(volume, None), 0.0) if labels else encode(volume, self.dtype, self.block)
+        array = stored.values.contiguous().numpy()
+        record = {"format": FORMAT, **fingerprint, "crc32": zlib.crc32(array), "scale": stored.scale, "error": rounding}
+
+        def write(to: Path) -> None:
+            with open(to, "wb") as out:
+                np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(array))
+                out.write(array.data)  # array.tofile would lose the number of the error
+                out.write(json.dumps(record).encode())
+
+        file = self._file(source)
+        try:
+            write_atomically(file, write)
+        except OSError as error:
+            raise self._explained(error, file, array.nbytes) from error
+        entry = self._entry(source)
+        if entry is None:
+            raise ValueError(f"{source.file} changed while it was read")
+        self._entries[source.kind, source.file] = entry
+
+    def _explained(self, error: OSError, file: Path, size: int = 0) -> OSError:
+        if error.errno in DISK_FULL:
+            left = len(self.sources) - len(self._entries)
+            free = shutil.disk_usage(self.folder).free
+            what = f"disk full: {left} more volumes of {size:,} bytes are to be written, and {free:,} bytes are free"
+            return OSError(error.errno, f"{what}; what is done stays, and the next build goes on", str(file))
+        if error.errno in NOT_WRITABLE:
+            what = f"cannot write the cache of volumes ({error.strerror}); choose another folder, or set LUMIRLIB_CACHE"
+            return PermissionError(error.errno, what, str(file))
+        return error
