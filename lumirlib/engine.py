@@ -25,7 +25,7 @@ from lumirlib._checks import check_choice
 from lumirlib.provenance import describe_device
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
-CACHES = ("auto", "off", "lossless", "float16")
+CACHES = ("auto", "on", "off")
 
 Item = TypeVar("Item")
 
@@ -71,8 +71,8 @@ class Engine:
             :meth:`lumirlib.study.AblationRun.train`.
         compile: compile the network with ``torch.compile``.
         checkpointing: recompute activations in the backward pass instead of keeping them.
-        cache: volumes on disk, ready to be mapped into memory: "off"; "lossless"; "float16", rounded where uint8 does
-            not hold them; "auto", lossless where the training scans exceed the memory that a cohort may take.
+        cache: whether volumes are read from a cache on disk (:mod:`lumirlib.data.cache`), made first: "on", "off", or
+            "auto", where a cohort's scans exceed the memory that it may take.
         readers: threads that read ahead.
     """
 

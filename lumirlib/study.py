@@ -116,6 +116,8 @@ class AblationRun:
         engine = engine if isinstance(engine, Engine) else Engine(engine)
         with engine.first_alone():  # the embedded cohort and a cache are made by one process
             loaded = load_cohort(cohort, chosen_preset.resolution_mm, data_root or None)
+            if engine.cache == "on" or (engine.cache == "auto" and not loaded.fits_in_memory):
+                loaded = loaded.with_cache()
         for pair in loaded.validation_pairs:
             loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
         config = make_config(row, chosen_preset, loaded, seed, **for_row)
@@ -193,6 +195,8 @@ class AblationRun:
             )
         if not self.cohort.has_labels:
             lines.append("- no labels for the validation pairs: the best epoch is chosen by similarity, not Dice")
+        if self.cohort.cache:
+            lines.append(f"- volumes from a cache on disk: {self.cohort.cache.describe()}")
         if self.missing:
             lines.append(f"- **{self.missing}**")
         if self.cohort.credit:
@@ -262,6 +266,7 @@ class AblationRun:
             "command": self.command,
             "commit": self.commit,
             "device": self.engine.describe(),
+            "cache": self.cohort.cache.describe() if self.cohort.cache else None,
             "parameters": sum(p.numel() for p in result.model.parameters())
             if isinstance(result.model, nn.Module)
             else 0,

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--processes", type=int, default=1, help="GPUs of this machine to train on; or call torchrun")
     options.add_argument("--compile", action="store_true", help="compile the network")
     options.add_argument("--checkpointing", action="store_true", help="less memory for more time")
-    options.add_argument("--cache", default="auto", help=f"of volumes on disk: {', '.join(CACHES)}")
+    options.add_argument("--cache", default="auto", help=f"volumes on disk, made once: {', '.join(CACHES)}")
     options.add_argument("--readers", type=int, default=1, help="threads that read ahead")
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
                          "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip

@@ -466,7 +466,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        read = self.source.image if self.config.variant.trains_on == "images" else self.source.label_volume
+        read = self.source.stored_image if self.config.variant.trains_on == "images" else self.source.label_volume
         with PairLoader(read, list(self._batches()), self.engine.target, workers=self.engine.readers) as loader:
             waited = 0.0
             for batch in loader:

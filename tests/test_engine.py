@@ -107,7 +107,7 @@ def test_parts_of_several_processes_come_back_in_order(monkeypatch):
     ("options", "message"),
     [
         ({"precision": "fp16"}, "precision must be one of auto, 32-true, bf16-mixed; got 'fp16'"),
-        ({"cache": "yes"}, "cache must be one of auto, off, lossless, float16; got 'yes'"),
+        ({"cache": "yes"}, "cache must be one of auto, on, off; got 'yes'"),
         ({"processes": 0}, "processes must be a whole number from 1, got 0"),
         ({"readers": True}, "readers must be a whole number from 1, got True"),
         ({"device": "cuda:99"}, "device must be auto, cpu or a device of this machine, got 'cuda:99'"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -277,6 +278,12 @@ class Cohort:
                 f"{'x'.join(f'{edge:g}' for edge in np.linalg.norm(affine[:3, :3], axis=0).round(3))} mm in "
                 f"{_orientation(affine)} (affine {affine[:3, :3].round(3).tolist()})"
             )
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether the images of all people can be kept within :data:`MEMORY_BUDGET`."""
+        people = {*self.train, *(subject for pair in self.validation_pairs for subject in (pair.fixed, pair.moving))}
+        return len(people) * 4 * math.prod(self.shape) <= MEMORY_BUDGET
 
     def with_cache(
         self,
