@@ -5,8 +5,8 @@
 
 Two cohorts: the embedded one at 4 mm, and volumes of LUMIR's size (160x224x192), which are those in the folder named by
 LUMIR_BRAINS, or else noise in an ellipsoid, written as .nii.gz into a temporary folder. A step sleeps (as a CPU does
-while a GPU works), convolves on the device, or keeps Python busy, which shows what the loader's threads take from it; all
-are as long as --step. Cold means that the files were dropped from the page cache (Linux).
+while a GPU works), convolves on the device, or keeps Python busy; all are as long as --step. What the loader's threads
+take from them shows in steps taken in turn while it reads and while it has nothing to do. Cold means that the files were dropped from the page cache (Linux).
 """
 
 from __future__ import annotations
@@ -108,13 +108,18 @@ def seconds_per_pair(cohort: Cohort, pairs: Iterable[Pair], device: torch.device
 def behind_a_loader(
     read: Callable, pairs: Iterable[Pair], device: torch.device, step: Callable[[], None], workers: int
 ) -> dict[str, float]:
-    """Share of the time that is spent waiting for data, and the median step while the loader works."""
+    """Share of the time that is spent waiting for data, and the median step while the loader reads, and while it does not."""
     with PairLoader(read, ([pair] for pair in pairs), device, workers=workers) as loader:
-        steps = [seconds_of(step) for _ in loader]
+        for _ in loader:
+            step()
+    waiting, batch = loader.waited / loader.total, loader.total / loader.batches_given
+    with PairLoader(read, ([pair] for pair in pairs), device, workers=workers) as loader:
+        reading, idle = zip(*((seconds_of(step), seconds_of(step)) for _ in loader), strict=True)
     return {
-        "waiting_percent": round(100 * loader.waited / loader.total, 2),
-        "step_ms": round(1000 * median(steps), 1),
-        "pair_ms": round(1000 * loader.total / loader.batches_given, 1),
+        "waiting_percent": round(100 * waiting, 2),
+        "batch_ms": round(1000 * batch, 1),
+        "step_while_reading_ms": round(1000 * median(reading), 1),
+        "step_while_idle_ms": round(1000 * median(idle), 1),
     }
 
 
@@ -165,9 +170,8 @@ def measure(cohort: Cohort, given: argparse.Namespace, device: torch.device) -> 
             loader.append(uncached | {"workers": workers}
                           | behind_a_loader(forgetful, chosen, device, steps["sleeps"], workers))  # fmt: skip
         for name, step in steps.items():
-            alone = round(1000 * median(seconds_of(step) for _ in chosen), 1)
             measured = behind_a_loader(opened.stored_image, chosen, device, step, 1)
-            loader.append({"read": "cache", "step": name, "workers": 1, "step_alone_ms": alone} | measured)
+            loader.append({"read": "cache", "step": name, "workers": 1} | measured)
         found["loader"] = loader
     return found
 
@@ -176,7 +180,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     options.add_argument("--step", type=float, default=150, help="length of a step in ms")
-    options.add_argument("--pairs", type=int, default=60, help="steps of each measurement")
+    options.add_argument("--pairs", type=int, default=40, help="steps of each measurement")
     options.add_argument("--scans", type=int, default=8, help="synthetic volumes, where LUMIR_BRAINS is not set")
     options.add_argument("--build-workers", type=int, nargs="+", default=[1, 2], help="threads that build")
     given = options.parse_args()
@@ -193,7 +197,7 @@ def main() -> None:
         print(
             f"build, s per volume by threads: {found['build_seconds_per_volume_by_workers']}; LUMIR: {found['lumir']}"
         )
-        print(pd.DataFrame(found["loader"]).to_string(index=False, na_rep=""))
+        print(pd.DataFrame(found["loader"]).to_string(index=False))
     about = {
         "command": f"python benchmarks/loading.py --device {given.device} --step {given.step:g} --pairs {given.pairs}",
         "commit": provenance.commit(),
