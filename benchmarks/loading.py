@@ -5,8 +5,9 @@
 
 Two cohorts: the embedded one at 4 mm, and volumes of LUMIR's size (160x224x192), which are those in the folder named by
 LUMIR_BRAINS, or else noise in an ellipsoid, written as .nii.gz into a temporary folder. A step sleeps (as a CPU does
-while a GPU works), convolves on the device, or keeps Python busy; all are as long as --step. What the loader's threads
-take from them shows in steps taken in turn while it reads and while it has nothing to do. Cold means that the files were dropped from the page cache (Linux).
+while a GPU works), convolves on the device, or keeps Python busy; all are about as long as --step. What the loader's
+thread takes from them shows in steps taken in turn, while it reads and while it has nothing to do. Cold means that the
+files were dropped from the page cache (Linux).
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def seconds_per_pair(cohort: Cohort, pairs: Iterable[Pair], device: torch.device
 def behind_a_loader(
     read: Callable, pairs: Iterable[Pair], device: torch.device, step: Callable[[], None], workers: int
 ) -> dict[str, float]:
-    """Share of the time that is spent waiting for data, and the median step while the loader reads, and while it does not."""
+    """Share of the time spent waiting for data, and the median step while the loader reads and while it does not."""
     with PairLoader(read, ([pair] for pair in pairs), device, workers=workers) as loader:
         for _ in loader:
             step()
