@@ -19,6 +19,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,8 +117,14 @@ class _Entry:
         return np.memmap(self.file, self.dtype, "c", self.offset, self.shape)
 
     def check(self) -> None:
-        if zlib.crc32(self.map()) != self.record["crc32"]:
+        about = {key: value for key, value in self.record.items() if key != "crc32"}
+        if _checksum(self.map(), about) != self.record["crc32"]:
             raise ValueError(f"{self.file}: damaged, its checksum is not the one it was written with; {REPAIR}")
+
+
+def _checksum(array: np.ndarray, about: dict) -> int:
+    """CRC-32 of a volume and what is recorded about it."""
+    return zlib.crc32(array, zlib.crc32(json.dumps(about).encode()))
 
 
 class VolumeCache:
@@ -235,19 +242,20 @@ class VolumeCache:
                 record = json.loads(stored.read())
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']!r} instead of {FORMAT!r}")
-            found = (record["source"], array.shape, array.flags.c_contiguous)
             fingerprint = source.fingerprint()
-            expected = (fingerprint["source"], (1, 1, *self.shape), True)
-            if found != expected:
-                raise ValueError(f"expected source, shape and order {expected}, got {found}")
-            entry = _Entry(file, array.offset, array.dtype, array.shape, record)
-            same = all(record[key] == value for key, value in fingerprint.items())
+            if record["source"] != fingerprint["source"]:
+                raise ValueError(f"made from {record['source']}, not from {fingerprint['source']}")
+            if any(record[key] != value for key, value in fingerprint.items()):
+                return None  # the scan has changed since
+            found, expected = (array.shape, array.dtype.name), ((1, 1, *self.shape), record["dtype"])
+            if found != expected or not array.flags.c_contiguous:
+                raise ValueError(f"expected shape and dtype {expected}, got {found}")
+            return _Entry(file, array.offset, array.dtype, array.shape, record)
         except (ValueError, KeyError, TypeError, EOFError) as error:
             raise ValueError(f"{file}: not a whole volume of this cache (truncated or foreign?): {error}; {REPAIR}") \
                 from error  # fmt: skip
-        return entry if same else None
 
-    def _lock(self) -> filelock.BaseFileLock:
+    def _lock(self) -> AbstractContextManager:
         """The lock of those who build, held; the system frees it when its process dies."""
         # filelock, which torch brings: flock leaves no stale locks, and where a file system has none it says so
         try:
@@ -304,7 +312,9 @@ class VolumeCache:
         labels = source.kind == "labels"
         stored, rounding = (StoredVolume(volume, None), 0.0) if labels else encode(volume, self.dtype, self.block)
         array = stored.values.contiguous().numpy()
-        record = {"format": FORMAT, **fingerprint, "crc32": zlib.crc32(array), "scale": stored.scale, "error": rounding}
+        about = {"dtype": array.dtype.name, "scale": stored.scale, "error": rounding}
+        about = {"format": FORMAT, **fingerprint, **about}
+        record = about | {"crc32": _checksum(array, about)}
 
         def write(to: Path) -> None:
             with open(to, "wb") as out:
@@ -326,7 +336,7 @@ class VolumeCache:
         if error.errno in DISK_FULL:
             left = len(self.sources) - len(self._entries)
             free = shutil.disk_usage(self.folder).free
-            what = f"disk full: {left} more volumes of {size:,} bytes are to be written, and {free:,} bytes are free"
+            what = f"disk full: {left} more volumes need {left * size:,} bytes, and {free:,} are free"
             return OSError(error.errno, f"{what}; what is done stays, and the next build goes on", str(file))
         if error.errno in NOT_WRITABLE:
             what = f"cannot write the cache of volumes ({error.strerror}); choose another folder, or set LUMIRLIB_CACHE"

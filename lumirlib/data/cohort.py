@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,8 @@ CREDITS = {
 SMALLEST_LABEL = 8
 #: Downsampled volumes kept in memory by one cohort, in bytes.
 MEMORY_BUDGET = 2 * 1024**3
+#: A loader's threads read too. Of the module, so that cohorts can be pickled.
+_MEMORY_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -251,13 +254,16 @@ class Cohort:
         return to_template, from_template
 
     def _remember(self, path: Path, read) -> torch.Tensor:
-        if path in self._memory:
-            self._memory.move_to_end(path)
-            return self._memory[path]
-        volume = self._memory[path] = read()
-        used = sum(kept.nbytes for kept in self._memory.values())
-        while used > MEMORY_BUDGET and len(self._memory) > 1:
-            used -= self._memory.popitem(last=False)[1].nbytes
+        with _MEMORY_LOCK:
+            if path in self._memory:
+                self._memory.move_to_end(path)
+                return self._memory[path]
+        volume = read()
+        with _MEMORY_LOCK:
+            self._memory[path] = volume
+            used = sum(kept.nbytes for kept in self._memory.values())
+            while used > MEMORY_BUDGET and len(self._memory) > 1:
+                used -= self._memory.popitem(last=False)[1].nbytes
         return volume
 
     def _check_grid(self, path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None:
