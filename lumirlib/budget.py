@@ -152,8 +152,8 @@ def readable_budget(budget: Budget) -> str:
     notes.append(
         f"Disk: {LUMIR_SCANS:,} scans × {voxels / 1e6:.2f} MB (uint8) = {LUMIR_SCANS * voxels / 1e9:.1f} GB of "
         f"unpacked images, beside the download; checkpoints at {NUMBERS_KEPT} float32 numbers a parameter (weights, "
-        f"Adam's three, best weights), {disk / 1e9:.2f} GB a seed for all rows. Memory: where it holds the unpacked images "
-        "beside the program, the disk is read in the first epoch only; less works too, as they are mapped."
+        f"Adam's three, best weights), {disk / 1e9:.2f} GB a seed for all rows. Memory: where it holds the unpacked "
+        "images beside the program, the disk is read in the first epoch only; less works too, as they are mapped."
     )
     return f"{to_markdown(pd.DataFrame(shown))}\n\n" + "\n".join(f"- {note}" for note in notes)
 

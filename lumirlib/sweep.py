@@ -95,7 +95,7 @@ class SweepRun:
 
     def _train_command(self) -> list[str]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
-        words = [sys.executable, *(torchrun if self.processes > 1 else []), "-m", "lumirlib.train"]
+        words = [sys.executable, *(torchrun if self.processes > 1 else []), "-m", "lumirlib.train", "--quiet"]
         for name, value in self.parameters.items():
             words += ["--variant" if name == "method" else f"--{name.replace('_', '-')}", value]
         settings = [
@@ -136,8 +136,6 @@ class SweepRun:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         partial = self.output.with_suffix(f".partial{self.output.suffix}")
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        if self.launcher == "train":
-            environment["TQDM_MININTERVAL"] = "30"  # into a file
         with (
             # a run that was stopped goes on in the same file
             partial.open("a+", encoding="utf-8") if self.launcher == "train" else tempfile.TemporaryFile("w+")

@@ -44,7 +44,7 @@ with Path(out, "epochs.txt").open("a") as file:
     print(result.history["epoch"].max(), len(result.history), file=file)
 """
 #: For the small cohort, whose voxels are of 1 mm: seconds.
-TINY = {"resolution_mm": 1, "levels": 3, "channel_divisor": 16, "epochs": 60}
+TINY = {"resolution_mm": 1, "levels": 3, "channel_divisor": 16, "epochs": 30}
 
 
 def write_notebook(path, code):
@@ -70,6 +70,7 @@ def planned(tmp_path, rows=("backbone", "LK"), code=SMALL, **changes):
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "LATE_SECONDS", 2.0)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     return cluster.Queue(tmp_path / "out" / "slurm", "local", poll_seconds=0.2)
 
 
