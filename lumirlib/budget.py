@@ -139,9 +139,7 @@ def readable_budget(budget: Budget) -> str:
     ]
     hours = budget.rows["gpu_hours"]
     if not budget.missing:
-        notes.append(
-            f"All rows together: {hours.sum():,.0f} GPU-hours a seed, {SEEDS * hours.sum():,.0f} with {SEEDS}."
-        )
+        notes.append(f"All rows: {hours.sum():,.0f} GPU-hours a seed, {SEEDS * hours.sum():,.0f} with {SEEDS} seeds.")
     else:
         notes.append(
             f"**GPU-hours not measured yet** are made by {' and '.join(budget.missing)}. Multiply-adds alone do not "
