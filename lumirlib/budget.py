@@ -94,7 +94,8 @@ def load_budget(folder: str | Path) -> Budget:
             raise ValueError(f"the costs of Table {table} in {Path(folder) / 'costs'} lack {', '.join(lacking)}")
         trained = middle.loc[[name for name in names if middle.loc[name, "paper_parameters"] > 0]]
         times = ["seconds_per_step", "seconds_per_pair", "training_mib"]
-        trained.loc[:, times] = trained[times] if on_gpu else math.nan
+        if not on_gpu:
+            trained = trained.assign(**dict.fromkeys(times, math.nan))
         if trained["seconds_per_step"].isna().any():
             rows_option = f"--rows table{table} " if prefix else ""
             missing.append(f"`python -m lumirlib.costs {rows_option}--preset {PAPER.name} --device cuda`")
