@@ -141,9 +141,9 @@ def test_a_job_whose_time_is_over_saves_and_goes_on_from_there(queue, tmp_path, 
     assert ended == f"{TINY['epochs']} {TINY['epochs'] + 1}"  # the history has epoch 0 as well
 
 
-@pytest.mark.parametrize("launcher", ["notebook", "train"])
-def test_sigterm_has_a_job_save_and_end_and_the_next_goes_on(launcher, queue, tmp_path, small_cohort_json):
-    (run,) = planned(tmp_path, ["backbone"], TRAINING, cohort=str(small_cohort_json), options=TINY, launcher=launcher)
+def test_sigterm_has_a_job_save_and_end_and_the_next_goes_on(queue, tmp_path, small_cohort_json):
+    given = {"cohort": str(small_cohort_json), "options": TINY, "launcher": "train"}
+    (run,) = planned(tmp_path, ["backbone"], **given)
     queue.submit([run], {})
     until(lambda: list((tmp_path / "out" / "checkpoints").glob("*/last.pt")))
     os.kill(task(queue, run).pid, signal.SIGTERM)
