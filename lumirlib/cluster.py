@@ -75,7 +75,7 @@ class SweepJob:
         own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         processors = int(os.environ.get("SLURM_CPUS_PER_TASK", own))
         error = self.run.execute(max(1, processors // self.run.processes), self._started, shielded=True)
-        if self._stopped:
+        if error and self._stopped:
             sys.exit(128 + signal.SIGTERM)  # no result: neither a success nor an error of the run
         if error:
             raise RuntimeError(error)
