@@ -164,11 +164,11 @@ def split_options(preset: str, row: Row, options: Mapping[str, object]) -> tuple
     return replace(adapted, **check_option_types(PAPER, overrides)), for_row
 
 
-def parse_setting(text: str) -> tuple[str, object]:
-    """Name and value of "name=value"; the value is a number, true, false, or text."""
+def parse_setting(text: str, argument: str = "--set") -> tuple[str, object]:
+    """Name and value of "name=value", as `argument` takes them; the value is JSON (a number, true ...), or text."""
     name, equals, value = text.partition("=")
     if not (name.strip() and equals):
-        raise ValueError(f"--set takes name=value, got {text!r}")
+        raise ValueError(f"{argument} takes name=value, got {text!r}")
     try:
         return name.strip(), json.loads(value)
     except ValueError:

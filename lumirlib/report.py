@@ -205,6 +205,40 @@ def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
     return {**later, **given, "about": ""} == {**asdict(wanted), "about": ""}
 
 
+def _described(folder: str | Path, cohort: str) -> list[tuple[Path, dict]]:
+    """CSV and provenance of all that was measured on a cohort."""
+    found = []
+    for path in sorted(Path(folder, "metrics").glob("*.json")):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # a run is writing it anew at this moment
+            continue
+        if about.get("cohort") == cohort and path.with_suffix(".csv").is_file():
+            found.append((path.with_suffix(".csv"), about))
+    return found
+
+
+def find_runs(
+    folder: str | Path, row: Row, preset: str, cohort: str, options: Mapping[str, object]
+) -> list[tuple[Path, dict]]:
+    """CSV and provenance of each finished run of a row, with any seed.
+
+    Args:
+        folder: results folder, with `metrics/`.
+        row: as :func:`lumirlib.methods.parse_row` gives it.
+        preset: name of the preset.
+        cohort: short name of the cohort.
+        options: what was set besides.
+    """
+    chosen, for_row = split_options(preset, row, options)
+    wanted = replace(chosen.apply(row), **for_row)
+    return [
+        (path, about)
+        for path, about in _described(folder, cohort)
+        if "options" in about and _same_row(about["options"], wanted) and _same_preset(about["preset"], chosen)
+    ]
+
+
 def load_runs(
     folder: str | Path,
     variants: Sequence[str],
@@ -234,21 +268,9 @@ def load_runs(
     sweep = ["python -m lumirlib.sweep --rows", *names, "--preset", preset, "--cohort", cohort]
     sweep += ["--set", *(shlex.quote(f"{name}={value}") for name, value in given.items())] if given else []
     command = " ".join([*sweep, "--seeds 0 1 2"])
-    described = []
-    for path in sorted((folder / "metrics").glob("*.json")):
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if about.get("cohort") == cohort and path.with_suffix(".csv").is_file():
-            described.append((path.with_suffix(".csv"), about))
-
     tables, facts = [], []
     for name in names:
-        chosen, for_row = split_options(preset, rows[name], given)
-        wanted = replace(chosen.apply(rows[name]), **for_row)
-        for path, about in described:
-            if "options" not in about or not _same_row(about["options"], wanted):
-                continue
-            if not _same_preset(about["preset"], chosen):
-                continue
+        for path, about in find_runs(folder, rows[name], preset, cohort, given):
             facts.append({"variant": name, **about})
             tables.append(pd.read_csv(path).assign(variant=name, seed=about["seed"]))
     if not facts:
@@ -261,7 +283,7 @@ def load_runs(
         raise ValueError(f"{folder / 'metrics'}: the runs are on different states of the cohort {cohort!r}")
     first = about.iloc[0]
     before = [
-        path for path, other in described
+        path for path, other in _described(folder, cohort)
         if other["method"] == "Zero Displacement" and other["cohort_digest"] == first["cohort_digest"]
         and other["resolution_mm"] == first["resolution_mm"] and other["evaluated_pairs"] == first["evaluated_pairs"]
     ]  # fmt: skip

@@ -1,9 +1,11 @@
-"""Command line of many runs, `python -m lumirlib.sweep`: rows of Tables 1 and 2 and seeds, each through a notebook.
+"""Command line of many runs, `python -m lumirlib.sweep`: rows of Tables 1 and 2 and seeds, here or on a cluster.
 
     python -m lumirlib.sweep --rows table2 --seeds 0 1 2 --preset demo
+    python -m lumirlib.sweep --rows table2 --seeds 0 1 2 --preset paper --executor slurm --slurm gpus_per_node=1
 
-Every run leaves its executed notebook in `<out>/runs/`. A finished run is skipped, so the same command goes on where it
-stopped; a broken one leaves `<run>.failed.ipynb`, is reported with its error, and is run again by the next call.
+Every run leaves its executed notebook in `<out>/runs/` (with `--launcher train`, what it printed). A finished run is
+skipped, so the same command goes on where it stopped; a broken one leaves `<run>.failed.ipynb`, is reported with its
+error, and is run again by the next call. How runs become jobs of Slurm: :mod:`lumirlib.cluster`.
 """
 
 from __future__ import annotations
@@ -12,20 +14,24 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
+import psutil
 from tqdm.auto import tqdm
 
-from lumirlib import provenance
+from lumirlib import cluster, provenance
+from lumirlib._checks import check_choice
 from lumirlib.methods import parse_row
 from lumirlib.presets import parse_setting, split_options
-from lumirlib.report import paper_table
+from lumirlib.report import find_runs, paper_table
 from lumirlib.rows import file_name
 from lumirlib.training import trained_row
 from lumirlib.variants import Variant
@@ -34,6 +40,10 @@ from lumirlib.variants import Variant
 NOTEBOOKS = {"variant": "run_ablation.ipynb", "method": "run_baseline.ipynb"}
 #: The variant that stands for the paper's submission in Table 1: its figures there are those of LC-2 in Table 2.
 NEXT_GEN_NN = "LC-2"
+#: How a run is started: its notebook by papermill, or `python -m lumirlib.train`, by torchrun where it has processes.
+LAUNCHERS = ("notebook", "train")
+#: Lines of a broken run's messages that are shown; all are in its failed output.
+SHOWN_LINES = 40
 
 
 def _relative(path: Path) -> str:
@@ -45,19 +55,23 @@ def _relative(path: Path) -> str:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One execution of the notebook.
+    """One run of a row with a seed.
 
     Attributes:
         notebook: what is executed.
-        output: where the executed notebook goes.
+        output: where the executed notebook goes, or what `python -m lumirlib.train` printed.
         parameters: what papermill injects.
         options: what it injects as the notebook's parameter of that name.
+        launcher: one of :data:`LAUNCHERS`.
+        processes: that torchrun starts, with the launcher "train"; 1 does without torchrun.
     """
 
     notebook: Path
     output: Path
     parameters: dict[str, str]
     options: dict[str, object] = field(default_factory=dict)
+    launcher: str = "notebook"
+    processes: int = 1
 
     @property
     def row(self) -> str:
@@ -66,19 +80,39 @@ class SweepRun:
 
     @property
     def failed(self) -> Path:
-        """Where the executed notebook goes if it breaks."""
-        return self.output.with_suffix(".failed.ipynb")
+        """Where the output goes if the run breaks."""
+        return self.output.with_suffix(f".failed{self.output.suffix}")
 
     def command(self, output: Path) -> list[str]:
-        """The papermill call; every parameter but the seed is passed as text, whatever it looks like."""
+        """The call of papermill, where every parameter but the seed is passed as text, or of lumirlib.train."""
+        if self.launcher == "train":
+            return self._train_command()
         # relative: papermill writes both paths into the notebook, which may be committed
         words = [sys.executable, "-m", "papermill", _relative(self.notebook), _relative(output), "--no-progress-bar"]
         for name, value in self.parameters.items():
             words += ["-p" if name == "seed" else "-r", name, value]
         return words + (["-y", json.dumps({"options": self.options})] if self.options else [])
 
+    def _train_command(self) -> list[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
+        words = [sys.executable, *(torchrun if self.processes > 1 else []), "-m", "lumirlib.train", "--quiet"]
+        for name, value in self.parameters.items():
+            words += ["--variant" if name == "method" else f"--{name.replace('_', '-')}", value]
+        settings = [
+            f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in self.options.items()
+        ]
+        return words + (["--set", *settings] if settings else [])
+
     def is_finished(self) -> bool:
-        """Whether the output is there, whole, with these parameters and without an error."""
+        """Whether its result is there, whole, with these parameters and without an error.
+
+        That is the executed notebook, or, with the launcher "train", the metrics with a provenance that fits.
+        """
+        if self.launcher == "train":
+            given = self.parameters
+            folder, cohort = provenance.results_folder(given.get("out", "")), _short_name(given["cohort"])
+            runs = find_runs(folder, parse_row(self.row), given["preset"], cohort, self.options)
+            return any(str(about["seed"]) == given["seed"] for _, about in runs)
         try:
             found = nbformat.read(self.output, as_version=4)
         except (OSError, ValueError):
@@ -89,19 +123,55 @@ class SweepRun:
         same = same and {name: str(value) for name, value in injected.items()} == self.parameters
         return same and record.get("exception") is None and record.get("end_time") is not None
 
-    def execute(self, threads: int) -> str:
-        """Run it; the empty string, or what went wrong. The output appears only when it is whole."""
+    def execute(
+        self, threads: int, started: Callable[[subprocess.Popen], None] | None = None, shielded: bool = False
+    ) -> str:
+        """Run it; the empty string, or what went wrong. The output appears only when it is whole.
+
+        Args:
+            threads: of the processor, for each process.
+            started: is given the process, for :meth:`stop`.
+            shielded: keep signals that are sent to this process and its group away from the run. Not for threads.
+        """
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.output.with_suffix(".partial.ipynb")
+        partial = self.output.with_suffix(f".partial{self.output.suffix}")
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        done = subprocess.run(self.command(partial), capture_output=True, text=True, env=environment)
-        if done.returncode == 0:
-            os.replace(partial, self.output)
-            self.failed.unlink(missing_ok=True)
-            return ""
+        with (
+            # a run that was stopped goes on in the same file
+            partial.open("a+", encoding="utf-8") if self.launcher == "train" else tempfile.TemporaryFile("w+")
+        ) as messages:
+            process = subprocess.Popen(
+                self.command(partial),
+                stdout=messages,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=shielded,
+                # Slurm may send its warning to all processes of a job; those started here would die of it
+                preexec_fn=(lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)) if shielded else None,
+            )
+            if started:
+                started(process)
+            if process.wait() == 0:
+                os.replace(partial, self.output)
+                self.failed.unlink(missing_ok=True)
+                return ""
+            messages.seek(0)
+            said = "\n".join(messages.read().strip().splitlines()[-SHOWN_LINES:])
         if partial.exists():
             os.replace(partial, self.failed)
-        return done.stderr.strip() or f"papermill ended with status {done.returncode}"
+        return said or f"{shlex.join(process.args[1:3])} ended with status {process.returncode}"
+
+    def stop(self, process: subprocess.Popen) -> None:
+        """Have the training of a run under way save a checkpoint and end, and the process with it.
+
+        SIGTERM goes to the notebook's kernel: papermill, if it were told to end, would kill the kernel after seconds.
+        """
+        try:
+            own = psutil.Process(process.pid)
+            for target in (own.children() if self.launcher == "notebook" else []) or [own]:
+                target.terminate()
+        except psutil.NoSuchProcess:
+            pass
 
 
 def needs_another(name: str) -> bool:
@@ -116,6 +186,10 @@ def rows_of_table(table: int) -> list[str]:
     if table == 2:
         return [method.removeprefix("backbone+") for method in methods if method.startswith("backbone")]
     return [NEXT_GEN_NN if method == "next-gen-nn" else method for method in methods if method != "Zero Displacement"]
+
+
+def _short_name(cohort: str) -> str:
+    return Path(cohort).resolve().parent.name if cohort.endswith(".json") else cohort
 
 
 def table_rows(rows: Sequence[str]) -> list[str]:
@@ -136,6 +210,8 @@ def plan(
     out: str,
     device: str = "auto",
     options: Mapping[str, object] | None = None,
+    launcher: str = "notebook",
+    processes: int = 1,
 ) -> list[SweepRun]:
     """The runs of a sweep, row by row, each with all its seeds; variants with "BF-post" last, as they need others.
 
@@ -148,11 +224,16 @@ def plan(
         out: results folder; empty for the usual one.
         device: as the notebook's parameter.
         options: of variant and preset to set in every run.
+        launcher: one of :data:`LAUNCHERS`.
+        processes: of each run, with the launcher "train".
 
     Raises:
-        ValueError: an unknown variant, preset or option, or a value that does not fit it.
+        ValueError: an unknown variant, preset, option or launcher, or a value that does not fit it.
         FileNotFoundError: the notebook is not there, as in a package installed without its checkout.
     """
+    check_choice(launcher, LAUNCHERS, "launcher")
+    if processes < 1 or (processes > 1 and launcher != "train"):
+        raise ValueError(f"processes must be 1, or more with the launcher 'train', got {processes}")
     names = sorted(table_rows(rows), key=needs_another)
     options = dict(options or {})
     for name in names:
@@ -161,20 +242,22 @@ def plan(
     for notebook in (notebooks / name for name in NOTEBOOKS.values()):
         if not notebook.is_file():
             raise FileNotFoundError(f"the sweep runs {notebook}, which does not exist: call it from a checkout")
-    short = Path(cohort).resolve().parent.name if cohort.endswith(".json") else cohort
     # what is at its default is not injected: executed notebooks are committed, and hold no path of a machine unasked
     common = {"preset": preset, "cohort": cohort}
     common |= {name: value for name, value in (("data_root", data_root), ("out", out)) if value}
     common |= {"device": device} if device != "auto" else {}
     tag = "".join(f"_{name}-{value}" for name, value in options.items())
     folder = provenance.results_folder(out) / "runs"
+    ending = {"notebook": "ipynb", "train": "txt"}[launcher]
     kinds = {name: "variant" if isinstance(parse_row(name), Variant) else "method" for name in names}
     return [
         SweepRun(
             notebooks / NOTEBOOKS[kinds[name]],
-            folder / f"{file_name(name)}_{short}_{preset}{tag}_seed{seed}.ipynb",
+            folder / f"{file_name(name)}_{_short_name(cohort)}_{preset}{tag}_seed{seed}.{ending}",
             {kinds[name]: name, "seed": str(seed), **common},
             options,
+            launcher,
+            processes,
         )
         for name in names
         for seed in (seeds if parse_row(name).trains_on != "nothing" else seeds[:1])  # nothing in it is random
@@ -191,7 +274,6 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
     """
     pending = [run for run in runs if not run.is_finished()]
     print(f"{len(runs)} runs, {len(runs) - len(pending)} finished before")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     broken: dict[Path, str] = {}
     with (
         ThreadPoolExecutor(max_workers=jobs) as pool,
@@ -200,7 +282,10 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
         try:
             for later in (False, True):
                 group = [run for run in pending if needs_another(run.row) == later]
-                futures = {pool.submit(run.execute, threads): run for run in group}
+                futures = {
+                    pool.submit(run.execute, max(1, (os.cpu_count() or 1) // jobs // run.processes)): run
+                    for run in group
+                }
                 for future in as_completed(futures):
                     error = future.result()
                     if error:
@@ -225,31 +310,52 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
                          "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
-    options.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    options.add_argument("--jobs", type=int, help="runs at a time: 1 here, all on a cluster")
+    options.add_argument("--launcher", default="notebook", help="notebook, or train: `python -m lumirlib.train`")
+    options.add_argument("--processes", type=int, default=1, help="of each run by torchrun, with --launcher train")
+    options.add_argument("--executor", default="local", choices=["local", "slurm"], help="where the runs are executed")
+    options.add_argument("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="of each job, as submitit "
+                         "has them: partition=gpu gpus_per_node=1 mem_gb=64 timeout_min=1440 ...")  # fmt: skip
+    options.add_argument("--no-wait", action="store_true", help="submit to Slurm and return")
     options.add_argument("--dry-run", action="store_true", help="list what would be run, and stop")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a sweep; the exit status is 0, 1 if a run broke, or 2 for parameters that cannot be used."""
+    """Run a sweep; the exit status is 0, 1 if a run broke, 2 for parameters that cannot be used, 130 after Ctrl-C."""
     given = parser().parse_args(arguments)
+    on_slurm = given.executor == "slurm"
     try:
-        if given.jobs < 1:
+        if given.jobs is not None and given.jobs < 1:
             raise ValueError(f"--jobs must be 1 or more, got {given.jobs}")
+        if not on_slurm and (given.slurm or given.no_wait):
+            raise ValueError("--slurm and --no-wait go with --executor slurm")
         runs = plan(given.rows, given.seeds, given.preset, given.cohort, given.data_root, given.out, given.device,
-                    dict(parse_setting(text) for text in given.set))  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
+                    dict(parse_setting(text) for text in given.set), given.launcher, given.processes)  # fmt: skip
+        if given.dry_run:
+            for run in runs:
+                print("finished" if run.is_finished() else "to run  ", shlex.join(run.command(run.output)))
+            return 0
+        if on_slurm:
+            queue = cluster.Queue(provenance.results_folder(given.out) / "slurm", "slurm")
+            options = dict(parse_setting(text, "--slurm") for text in given.slurm)
+            queue.submit(runs, options, given.jobs)
+            broken = {} if given.no_wait else queue.wait(runs)
+        else:
+            broken = run_sweep(runs, given.jobs or 1)
+    except (ValueError, FileNotFoundError, cluster.ClusterError) as error:
         print(f"python -m lumirlib.sweep: {error}", file=sys.stderr)
         return 2
-    if given.dry_run:
-        for run in runs:
-            print("finished" if run.is_finished() else "to run  ", shlex.join(run.command(run.output)))
-        return 0
-    broken = run_sweep(runs, given.jobs)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     for output, error in broken.items():
         print(f"broken: {output.name}: {error.splitlines()[-1]}", file=sys.stderr)
     return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # of the module by its name: what is pickled for a job must be found there under it
+    from lumirlib import sweep
+
+    sys.exit(sweep.main())

@@ -95,5 +95,6 @@ def test_versions_stand_in_one_place():
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
     pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
     declared = re.findall(r'^    "([\w-]+)>=', (ROOT / "pyproject.toml").read_text(), re.M)
-    assert declared and set(declared) <= pinned
+    declared += re.findall(r'^(?:slurm|test) = \["([\w-]+)>=', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert {"pytest", "submitit"} < set(declared) <= pinned
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text()

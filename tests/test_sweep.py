@@ -1,6 +1,7 @@
 """The sweep, on a small notebook of its own: what is run, skipped, reported and run again."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -89,6 +90,27 @@ def test_filters_of_trained_weights_are_run_when_all_else_has_ended(tmp_path):
     assert [run.parameters["variant"] for run in planned] == ["backbone", "backbone", "BF-post", "BF-post"]
 
 
+def test_the_launcher_train_needs_no_notebook_and_starts_processes_by_torchrun(tmp_path, capsys):
+    arguments = ["--rows", "VoxelMorph", "--seeds", "2", "--launcher", "train", "--out", str(tmp_path), "--dry-run"]
+    assert sweep.main([*arguments, "--set", "similarity=mse", "amsgrad=false"]) == 0
+    alone = capsys.readouterr().out
+    assert "-m lumirlib.train --quiet --variant VoxelMorph --seed 2 --preset demo --cohort embedded" in alone
+    assert alone.endswith(f"--out {tmp_path} --set similarity=mse amsgrad=false\n")
+    assert "torch.distributed" not in alone
+    assert sweep.main([*arguments, "--processes", "4"]) == 0
+    assert "-m torch.distributed.run --standalone --nproc-per-node 4 -m lumirlib.train" in capsys.readouterr().out
+
+
+def test_the_launcher_train_takes_a_run_with_metrics_of_its_parameters_for_finished(tmp_path):
+    arguments = {"preset": "demo", "cohort": "embedded", "data_root": "", "launcher": "train"}
+    committed = str(Path(__file__).resolve().parent.parent / "results")
+    planned = sweep.plan(["LC-2"], [0, 2, 77], out=committed, **arguments)
+    assert [run.is_finished() for run in planned] == [True, True, False]
+    (other,) = sweep.plan(["LC-2"], [0], out=committed, options={"epochs": 9}, **arguments)
+    assert not other.is_finished()
+    assert not sweep.plan(["LC-2"], [0], out=str(tmp_path), **arguments)[0].is_finished()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,6 +119,9 @@ def test_filters_of_trained_weights_are_run_when_all_else_has_ended(tmp_path):
         (["--set", "lambda1=3"], "unknown option lambda1"),
         (["--set", "epochs"], "--set takes name=value, got 'epochs'"),
         (["--jobs", "0"], "--jobs must be 1 or more, got 0"),
+        (["--launcher", "trian"], "launcher must be one of notebook, train"),
+        (["--processes", "2"], "processes must be 1, or more with the launcher 'train', got 2"),
+        (["--slurm", "partition=gpu"], "--slurm and --no-wait go with --executor slurm"),
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys):
