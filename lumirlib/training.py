@@ -311,7 +311,7 @@ def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> n
 class _StopRequest:
     """Holds back Ctrl-C and SIGTERM until a step is complete, so that what is saved is whole.
 
-    A second Ctrl-C stops at once, but not under torchrun, which passes one on in several forms. Outside the main
+    Ctrl-C twice stops at once, but not under torchrun, which passes one on in several forms. Outside the main
     thread, where Python takes no signals, it does nothing.
     """
 
@@ -330,7 +330,7 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if self.signal and not launched():
+        if number == self.signal == signal.SIGINT and not launched():
             raise KeyboardInterrupt
         self.signal = self.signal or number
 
@@ -478,7 +478,7 @@ class Trainer:
                     state.sums[name] = state.sums.get(name, 0.0) + value
                 state.step += 1
                 bar.update()
-                bar.set_postfix(epoch=f"{state.epoch + 1}/{preset.epochs}", loss=f"{terms['loss']:.4f}")
+                bar.set_postfix(epoch=f"{state.epoch + 1}/{preset.epochs}", loss=f"{terms['loss']:.4f}", refresh=False)
                 if stopping or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                     self.save()
                 if stopping:
