@@ -1,7 +1,7 @@
 """The losses' loops over voxels, each with its gradient in one sweep, compiled by numba, for the CPU.
 
-Every function fills the planes from `first` to before `last`, so that threads may share a volume; what a plane gets does
-not depend on where the parts begin. Rows are added up in loops that write to one place, which compile to vector
+Every function fills the planes from `first` to before `last`, so that threads may share a volume; what a plane gets
+does not depend on where the parts begin. Rows are added up in loops that write to one place, which compile to vector
 instructions.
 """
 
@@ -67,8 +67,8 @@ def _window_sums(ring, y, window, doubled, total):  # pragma: no cover (compiled
     Nothing is subtracted, as a running sum would, so that zeros add up to zero whatever was beside them.
 
     Args:
-        ring: ``(levels, window, n)``; ``ring[level, y % window]`` holds the sum of ``2**level`` rows up to row y. Row y
-            itself is given, at level 0; the other levels are filled in here.
+        ring: ``(levels, 2**(levels - 1) + 1, n)``; ``ring[level, y % (2**level + 1)]`` holds the sum of ``2**level``
+            rows up to row y. Row y itself is given, at level 0; the other levels are filled in here.
         y: number of the row, from 0; before the first one all are zero.
         window: odd.
         doubled: ``(levels, n)``, scratch.
@@ -76,13 +76,14 @@ def _window_sums(ring, y, window, doubled, total):  # pragma: no cover (compiled
     """
     levels = ring.shape[0]
     row = doubled[0]
-    row[:] = ring[0, y % window]
+    row[:] = ring[0, y % 2]
     reach = 1
     for level in range(1, levels):
-        half = 1 << (level - 1)
-        _double(ring[level, y % window], ring[level - 1, y % window], ring[level - 1, (y - half) % window])
+        half, size = 1 << (level - 1), (1 << level) + 1
+        lower = ring[level - 1, : half + 1]
+        _double(ring[level, y % size], lower[y % (half + 1)], lower[(y + 1) % (half + 1)])
         if window >> level & 1:
-            _extend(row, ring[level, (y - reach) % window])
+            _extend(row, ring[level, (y - reach) % size])
             reach += 2 * half
     total[:] = row[: total.size]
     count, reach = row.size, 1
@@ -180,7 +181,8 @@ def ncc_planes(warped, fixed, window, scale, correlations, gradient, first, last
         levels += 1
     wanted = gradient.size > 0
     zeros, zero_row = np.zeros(width, warped.dtype), np.zeros(width)
-    moments, coefficients = np.zeros((levels, window, 5 * padded)), np.zeros((levels, window, 3 * padded))
+    slots = (1 << (levels - 1)) + 1
+    moments, coefficients = np.empty((levels, slots, 5 * padded)), np.empty((levels, slots, 3 * padded))
     doubled = np.empty((levels, 5 * padded))
     sums = np.empty(5 * padded - window + 1)
     squared, slope = np.empty(width), np.empty(width)
@@ -195,7 +197,7 @@ def ncc_planes(warped, fixed, window, scale, correlations, gradient, first, last
             squared[:] = 0
             moments[:] = 0
         for y in range(height + radius if 0 <= i < depth else 0):
-            fresh = moments[0, y % window]
+            fresh = moments[0, y % 2]
             fresh[:] = 0
             for near in range(low, high if y < height else low, 3):
                 a, d = warped[near, y], fixed[near, y]
@@ -239,7 +241,7 @@ def ncc_planes(warped, fixed, window, scale, correlations, gradient, first, last
             continue
         coefficients[:] = 0
         for y in range(height + radius):
-            fresh = coefficients[0, y % window]
+            fresh = coefficients[0, y % 2]
             fresh[:] = 0
             for part in range(3 if y < height else 0):
                 start = part * padded + radius

@@ -32,6 +32,11 @@ def _volumes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().flatten(0, -4).contiguous().numpy()
 
 
+def _refuse_second_derivatives(loss: str) -> None:
+    if torch.is_grad_enabled():  # in a backward pass: with create_graph=True
+        raise RuntimeError(f"the gradient of {loss} cannot be differentiated: call backward without create_graph=True")
+
+
 def _ncc_compiled(
     warped: torch.Tensor, fixed: torch.Tensor, window: int, wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -128,8 +133,8 @@ class _LocalCorrelation(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        _refuse_second_derivatives("ncc_loss")
         by_warped, by_fixed = (None if each is None else each * slope for each in ctx.saved_tensors)
         return by_warped, by_fixed, None
 
@@ -186,7 +191,9 @@ class _Diffusion(torch.autograd.Function):
         # factors of the sums of squares: a mean over each axis, with one difference less than voxels, then over three
         ctx.scales = [side / (3 * field.numel() * (side - 1)) for side in field.shape[2:]]
         if field.device.type != "cpu":
-            halves = ((field.narrow(a, 1, n - 1), field.narrow(a, 0, n - 1)) for a, n in enumerate(field.shape) if a > 1)
+            halves = (
+                (field.narrow(a, 1, n - 1), field.narrow(a, 0, n - 1)) for a, n in enumerate(field.shape) if a > 1
+            )
             return sum(F.mse_loss(after, before) for after, before in halves) / 3
         components = _volumes(field)
         squares = np.empty((*components.shape[:2], 3))
@@ -198,8 +205,8 @@ class _Diffusion(torch.autograd.Function):
         return torch.tensor(squares.sum((0, 1)) @ ctx.scales, dtype=field.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, slope: torch.Tensor) -> torch.Tensor:
+        _refuse_second_derivatives("diffusion_loss")
         (field,) = ctx.saved_tensors
         if field.device.type != "cpu":
             gradient = torch.zeros_like(field)
