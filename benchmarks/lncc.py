@@ -8,7 +8,7 @@ longer than 20 s only in the first. A process calls it on a small image first, w
 with eq. 2 in float64, every window cut out. The second call counts for seconds, the first for memory: resident above
 the start on the CPU, allocated on a GPU. Images are simulated heads with zeros around them.
 
-The peers are no dependencies: `pip install monai neurite` (a virtual environment of its own keeps PyTorch as it is).
+The peers are no dependencies: `pip install --no-deps monai neurite`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def measure(
     try:
         loss = CANDIDATES[name](window)
     except ImportError as error:
-        return {"missing": f"not installed: pip install {PACKAGES[name]} ({error})"}
+        return {"missing": f"not installed: pip install --no-deps {PACKAGES[name]} ({error})"}
     small = (head(SMALL_SHAPE, seed).to(device) for seed in (0, 1))
     value, gradient = (tensor.double().cpu() for tensor in loss_and_gradient(loss, *small))
     warped, fixed = (head(shape, seed).to(device) for seed in (0, 1))
