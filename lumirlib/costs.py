@@ -9,6 +9,8 @@ preset's size. The machine should have nothing else to do.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import math
 import statistics
 import sys
@@ -85,6 +87,13 @@ def count_parameters(row: Row) -> int:
         return sum(parameter.numel() for parameter in row.build().parameters())
 
 
+def _return_free_memory() -> None:
+    """Give the system what glibc keeps of freed memory, which would hide what is taken next."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
 class PeakMemory:
     """Peak memory above that at the start, in bytes: allocated on a GPU, resident (sampled each ms) on the CPU."""
 
@@ -96,6 +105,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
             return self
+        _return_free_memory()
         process = psutil.Process()
         self._start = process.memory_info().rss
         self._done = threading.Event()
