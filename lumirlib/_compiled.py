@@ -18,6 +18,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def compiled(**options: bool | str) -> Callable[[Callable], Callable]:
+    """Numba's njit, cached on disk; where no folder for that can be written, compiled anew in every process."""
+
+    def decorate(function: Callable) -> Callable:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError as error:
+            if "no locator" not in str(error):
+                raise
+            return njit(**options)(function)
+
+    return decorate
+
+
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Results of `function` in the order of `items`, on as many threads as PyTorch uses."""
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
@@ -30,7 +44,7 @@ def slabs(depth: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def warp_nearest(volumes, displacement, warped, first, last):  # pragma: no cover (compiled)
     """Fill ``warped[:, first:last]`` with the voxels of `volumes` nearest to ``p + displacement(p)``, 0 outside.
 
@@ -58,7 +72,7 @@ def warp_nearest(volumes, displacement, warped, first, last):  # pragma: no cove
                         warped[channel, i, j, k] = 0
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def histogram(values, size):  # pragma: no cover (compiled)
     """How often each number below `size` occurs in a flat array of numbers from 0; larger ones are not counted."""
     counts = np.zeros(size, np.int64)
@@ -69,7 +83,7 @@ def histogram(values, size):  # pragma: no cover (compiled)
     return counts
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def agreement(first, second, size):  # pragma: no cover (compiled)
     """How often each number below `size` occurs at the same place of two flat arrays of numbers from 0."""
     counts = np.zeros(size, np.int64)
@@ -80,7 +94,7 @@ def agreement(first, second, size):  # pragma: no cover (compiled)
     return counts
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _corners(padded, i, j, k, around):  # pragma: no cover (compiled)
     """Write the eight voxels that share a corner to `around`, in C order; whether they differ."""
     mixed = False
@@ -90,7 +104,7 @@ def _corners(padded, i, j, k, around):  # pragma: no cover (compiled)
     return mixed
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _is_new(around, position):  # pragma: no cover (compiled)
     """Whether the label at `position` is one to score that none of the corners before it carries."""
     if around[position] < 0:
@@ -101,7 +115,7 @@ def _is_new(around, position):  # pragma: no cover (compiled)
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def surface_elements(padded, count):  # pragma: no cover (compiled)
     """Surface elements of all labels of a volume, grouped by label, within a label in C order.
 
@@ -147,7 +161,7 @@ def surface_elements(padded, count):  # pragma: no cover (compiled)
     return starts, places, codes
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def nearest_squared(points, surface, offsets, squares):  # pragma: no cover (compiled)
     """Squared distance of each point to the nearest of a surface, or -1 where none lies within the offsets.
 
@@ -181,13 +195,13 @@ def nearest_squared(points, surface, offsets, squares):  # pragma: no cover (com
     return found
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _dot_cross(a, b, c):  # pragma: no cover (compiled)
     """Determinant of the matrix with the columns a, b, c."""
     return a[0] * (b[1] * c[2] - b[2] * c[1]) + a[1] * (b[2] * c[0] - b[0] * c[2]) + a[2] * (b[0] * c[1] - b[1] * c[0])
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _edge(displacement, i, j, k, by_i, by_j, by_k):  # pragma: no cover (compiled)
     """``T(p + by) - T(p)`` of the transformation ``T(p) = p + displacement(p)``, in float64."""
     at = (i + by_i, j + by_j, k + by_k)
@@ -198,7 +212,7 @@ def _edge(displacement, i, j, k, by_i, by_j, by_k):  # pragma: no cover (compile
     )
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def folded_volume(displacement, mask, volumes, counts, first, last):  # pragma: no cover (compiled)
     """Non-diffeomorphic volume and voxels of the mask in each slice along the first axis; the border is left out.
 

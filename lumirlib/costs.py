@@ -9,6 +9,8 @@ preset's size. The machine should have nothing else to do.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import math
 import statistics
 import sys
@@ -19,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -84,6 +87,13 @@ def count_parameters(row: Row) -> int:
         return sum(parameter.numel() for parameter in row.build().parameters())
 
 
+def _return_free_memory() -> None:
+    """Give the system what glibc keeps of freed memory, which would hide what is taken next."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
 class PeakMemory:
     """Peak memory above that at the start, in bytes: allocated on a GPU, resident (sampled each ms) on the CPU."""
 
@@ -95,6 +105,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
             return self
+        _return_free_memory()
         process = psutil.Process()
         self._start = process.memory_info().rss
         self._done = threading.Event()
@@ -115,16 +126,20 @@ class PeakMemory:
             self._watcher.join()
 
 
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time of one call of `work`, until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median time of `work` over `repeats` calls, after one that is not counted."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistics.median([seconds(work, device) for _ in range(repeats + 1)][1:])
 
 
 def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool = True) -> dict[str, float]:
@@ -156,7 +171,7 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
         model = row.build()
         if isinstance(model, nn.Module):
             model = to_device(model, chosen).eval()
-        found["seconds_per_pair"] = _seconds(infer, chosen, repeats)
+        found["seconds_per_pair"] = median_seconds(infer, chosen, repeats)
     found["inference_mib"] = memory.peak / MEBIBYTE
     if not training or row.trains_on == "nothing" or trained_row(row) != row:
         return found
@@ -176,9 +191,27 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
     with PeakMemory(chosen) as memory:
         model = to_device(row.build(), chosen)
         optimizer = make_optimizer(model, preset)
-        found["seconds_per_step"] = _seconds(step, chosen, repeats)
+        found["seconds_per_step"] = median_seconds(step, chosen, repeats)
     found["training_mib"] = memory.peak / MEBIBYTE
     return found
+
+
+def in_own_process(what: str, work: Callable[..., Any], *arguments: object) -> Any:
+    """Result of `work` in a fresh process, whose memory holds nothing of another measurement's.
+
+    Args:
+        what: is measured, for the message.
+        work: a function that can be imported.
+        arguments: of `work`.
+
+    Raises:
+        MemoryError: the process was killed, most often for memory.
+    """
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(work, *arguments).result()
+    except BrokenProcessPool as error:
+        raise MemoryError(f"measuring {what} was killed: memory?") from error
 
 
 def measure_all(
@@ -217,11 +250,8 @@ def measure_all(
                 full = parse_row(name)
                 row = preset.apply(full)
                 own = row.adapt(preset)
-                try:
-                    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                        cost = pool.submit(measure, row, own, chosen, repeats, training).result()
-                except BrokenProcessPool as error:
-                    raise MemoryError(f"measuring {name} at preset {preset.name!r} was killed: memory?") from error
+                what = f"{name} at preset {preset.name!r}"
+                cost = in_own_process(what, measure, row, own, chosen, repeats, training)
                 found.append(
                     {"variant": name, "start_channels": getattr(row, "start_channels", None), "round": number, **cost,
                      "parameters": count_parameters(row),

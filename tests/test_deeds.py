@@ -13,6 +13,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from lumirlib import spatial
+from lumirlib._compiled import compiled
 from lumirlib.methods import _deeds_kernels as kernels
 from lumirlib.methods.deeds import Deeds, make_consistent, resample
 
@@ -355,7 +356,7 @@ def test_a_function_that_numba_cannot_cache_is_compiled_all_the_same():
     exec(compile("def double(value):\n    return 2 * value", "no such file", "exec"), place)
     with pytest.raises(RuntimeError, match="no locator"):
         numba.njit(cache=True)(place["double"])
-    assert kernels._compiled()(place["double"])(21) == 42
+    assert compiled(nogil=True)(place["double"])(21) == 42
 
 
 # settings and bad inputs ---------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import get_num_threads, njit, prange, types
+from numba import get_num_threads, prange, types
 from numba.extending import intrinsic
+
+from lumirlib._compiled import compiled
 
 #: Levels of a MIND-SSC entry: 0 to 5 bits set.
 ENTRY_BITS = 5
@@ -22,20 +24,6 @@ ENTRY_BITS = 5
 NOISE_FLOOR = 1e-6 / 255**2
 #: Tree depths with fewer nodes than this are not worth starting threads for.
 _SERIAL_WIDTH = 16
-
-
-def _compiled(**options: bool):
-    """Numba's njit, cached on disk; where no folder for that can be written, compiled anew in every process."""
-
-    def decorate(function):
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError as error:
-            if "no locator" not in str(error):
-                raise
-            return njit(**options)(function)
-
-    return decorate
 
 
 @intrinsic
@@ -49,7 +37,7 @@ def _popcount(typing_context, word):
 # MIND-SSC ------------------------------------------------------------------------------------------------------------
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _patch_distances(image, shift, radius, out):
     """Squared differences of the image and itself moved by `shift`, summed over boxes cut off at the border."""
     depth, height, width = image.shape
@@ -89,7 +77,7 @@ def _patch_distances(image, shift, radius, out):
                     total[k] += row[k]
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _pack_entries(distances, sources, places, thresholds, floor, words):
     """Twelve distances per voxel to one word; `places` outside the image fall back on the voxel itself."""
     depth, height, width = words.shape
@@ -172,7 +160,7 @@ def mind_ssc(image: np.ndarray, step: int) -> np.ndarray:
 # data costs ----------------------------------------------------------------------------------------------------------
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _count_bits(fixed, padded, spacing, radius, step, places, offsets, scale, costs):
     control_i, control_j, control_k, _ = costs.shape
     labels = 2 * radius + 1
@@ -288,7 +276,7 @@ def grid_edges(image: np.ndarray, spacing: int) -> tuple[np.ndarray, np.ndarray]
     return np.concatenate(ends), np.exp(-np.concatenate(differences) / spread).astype(np.float32)
 
 
-@_compiled()
+@compiled()
 def _top(leaders, node):
     while leaders[node] != node:
         leaders[node] = leaders[leaders[node]]
@@ -296,7 +284,7 @@ def _top(leaders, node):
     return node
 
 
-@_compiled()
+@compiled()
 def _join(ends, ranking, nodes):
     """Kruskal: the edges that join two parts, in the order of `ranking`."""
     leaders = np.arange(nodes)
@@ -315,7 +303,7 @@ def _join(ends, ranking, nodes):
     return kept[:count]
 
 
-@_compiled()
+@compiled()
 def _walk(ends, kept, nodes, root):
     """Breadth first over the kept edges: order, parents, children, and the edge to each one's parent."""
     starts = np.zeros(nodes + 2, np.int64)
@@ -383,7 +371,7 @@ def image_tree(image: np.ndarray, spacing: int) -> Tree:
 # min-sum -------------------------------------------------------------------------------------------------------------
 
 
-@_compiled()
+@compiled()
 def _lower(costs, offset, labels, lowest, out):
     """Along the first axis: out[rest, i] = min over j of costs[j, rest] + (i - j + offset)^2; the axes are rotated."""
     rest = labels * labels
@@ -402,7 +390,7 @@ def _lower(costs, offset, labels, lowest, out):
             out[place * labels + i] = lowest[place]
 
 
-@_compiled()
+@compiled()
 def _message(costs, weight, offset_i, offset_j, offset_k, labels, scratch):
     """Message of a child in scratch[1]: the min-convolution of its weighted costs, less its minimum."""
     for label in range(len(costs)):
@@ -415,7 +403,7 @@ def _message(costs, weight, offset_i, offset_j, offset_k, labels, scratch):
         scratch[1, label] -= smallest
 
 
-@_compiled()
+@compiled()
 def _collect(position, costs, previous, order, children, weights, labels, scratch):
     """Add the messages of its children to a node's costs."""
     node = order[position]
@@ -435,7 +423,7 @@ def _collect(position, costs, previous, order, children, weights, labels, scratc
             own[label] += scratch[1, label]
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _leaves_to_root(costs, previous, order, children, depths, weights, labels, threads):
     scratch = np.empty((threads, 3, costs.shape[1]), np.float32)
     for depth in range(len(depths) - 2, -1, -1):
@@ -449,7 +437,7 @@ def _leaves_to_root(costs, previous, order, children, depths, weights, labels, t
                     _collect(position, costs, previous, order, children, weights, labels, scratch[np.int64(thread)])
 
 
-@_compiled()
+@compiled()
 def _root_to_leaves(costs, previous, order, parents, weights, labels, chosen):
     penalties = np.empty((3, labels), np.float32)
     chosen[order[0]] = costs[order[0]].argmin()
@@ -523,12 +511,12 @@ def label_vectors(radius: int) -> np.ndarray:
 # sampling ------------------------------------------------------------------------------------------------------------
 
 
-@_compiled()
+@compiled()
 def _along_row(row, low, high, part):
     return row[low] + part * (row[high] - row[low])
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _sample(volumes, displacement, out):
     channels, depth, height, width = volumes.shape
     for plane in prange(displacement.shape[1]):
