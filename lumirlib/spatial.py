@@ -233,7 +233,7 @@ class _WarpByGridSample(torch.autograd.Function):
         if by_image is not None:
             by_image = by_image.to(dtype=image.dtype, memory_format=_memory_format(image))
         if by_grid is not None:
-            by_grid = by_grid.movedim(-1, 1).flip(1) * _normalized_per_voxel(displacement)
+            by_grid = (by_grid.movedim(-1, 1) * _normalized_per_voxel(displacement)).flip(1)
         return by_image, by_grid
 
 
