@@ -76,11 +76,6 @@ class ConvBlock(nn.Module):
         return instance_norm_prelu(self.conv(features), self.activation.weight)
 
 
-def mixed_precision(device: torch.device) -> bool:
-    """Whether autocast is on for a device."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Autocast off for a device, where it knows any."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
@@ -107,6 +102,7 @@ class Encoder(nn.Module):
                 return LargeKernelBlock(in_channels, out_channels, large_kernel)
             return ConvBlock(in_channels, out_channels)
 
+        self.large_kernel = large_kernel
         #: Keep each block's input alone for the backward pass.
         self.checkpointing = False
         self.block1 = block(1, channels)
@@ -119,12 +115,17 @@ class Encoder(nn.Module):
         return next(self.parameters()).dtype
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """``(B, 1, D, H, W)`` -> ``(B, N, D, H, W)``."""
-        features = image
-        for block in (self.block1, self.block2, self.block3):
-            again = self.checkpointing and torch.is_grad_enabled()
-            features = recomputed(block, features) if again else block(features)
-        return features
+        """``(B, 1, D, H, W)`` -> ``(B, N, D, H, W)``; under autocast the first block, and of LK the last, is float32."""
+        # in bfloat16 an image's grey levels would be rounded to 256 steps, which the first, high-pass block amplifies
+        with full_precision(image.device):
+            features = self._block(self.block1, image.to(self.dtype))
+        features = self._block(self.block2, features)
+        # three rounded branches add up to more than 0.01 voxels where the displacement is 4
+        with full_precision(image.device) if self.large_kernel else nullcontext():
+            return self._block(self.block3, features.to(self.dtype) if self.large_kernel else features)
+
+    def _block(self, block: nn.Module, features: torch.Tensor) -> torch.Tensor:
+        return recomputed(block, features) if self.checkpointing and torch.is_grad_enabled() else block(features)
 
 
 class FlowEstimator(nn.Module):
