@@ -115,7 +115,7 @@ class PeakMemory:
             self._watcher.join()
 
 
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median time of `work` over `repeats` calls, after one that is not counted."""
     times = []
     for _ in range(repeats + 1):
@@ -156,7 +156,7 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
         model = row.build()
         if isinstance(model, nn.Module):
             model = to_device(model, chosen).eval()
-        found["seconds_per_pair"] = _seconds(infer, chosen, repeats)
+        found["seconds_per_pair"] = median_seconds(infer, chosen, repeats)
     found["inference_mib"] = memory.peak / MEBIBYTE
     if not training or row.trains_on == "nothing" or trained_row(row) != row:
         return found
@@ -176,7 +176,7 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
     with PeakMemory(chosen) as memory:
         model = to_device(row.build(), chosen)
         optimizer = make_optimizer(model, preset)
-        found["seconds_per_step"] = _seconds(step, chosen, repeats)
+        found["seconds_per_step"] = median_seconds(step, chosen, repeats)
     found["training_mib"] = memory.peak / MEBIBYTE
     return found
 

@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         return next(self.parameters()).dtype
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """``(B, 1, D, H, W)`` -> ``(B, N, D, H, W)``; under autocast the first block, and of LK the last, is float32."""
+        """``(B, 1, D, H, W)`` -> ``(B, N, D, H, W)``; the first block, and LK's last, without autocast."""
         # in bfloat16 an image's grey levels would be rounded to 256 steps, which the first, high-pass block amplifies
         with full_precision(image.device):
             features = self._block(self.block1, image.to(self.dtype))
