@@ -245,3 +245,27 @@ def test_compiled_parts_have_no_graph_breaks_and_give_the_same_fields():
         found = traced(fixed, moving)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert (found - model(fixed, moving)).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_fields_and_gradients_on_cuda_are_those_of_the_plain_path(name, channels_last, compiled, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = parse_variant(name, start_channels=6, head_channels=9, levels=3).build()
+    model.load_state_dict(trained(name).state_dict())
+    place(model, "cuda", channels_last)
+    fixed, moving = (image.cuda() for image in pair(7))
+    expected, _ = plain.fields(model, fixed, moving)
+    if compiled:
+        compile_model(model)
+    found = model.fields(fixed, moving).displacements
+    assert (found[0] - expected[0]).abs().max() < 1e-4
+    of_plain, ours = (gradients(model, one[0].square().mean()) for one in (expected, found))
+    assert (ours - of_plain).norm() < 1e-2 * of_plain.norm()
+    with torch.autocast("cuda", torch.bfloat16):
+        mixed = model.fields(fixed, moving).displacements
+    assert (mixed[0] - expected[0]).abs().max() < 1e-2
+    assert torch.cosine_similarity(gradients(model, mixed[0].square().mean()), of_plain, dim=0) > 0.98
