@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from lumirlib import losses, provenance
 from lumirlib.costs import MEBIBYTE, PeakMemory, in_own_process, seconds
+from lumirlib.engine import pick_device
 from lumirlib.files import write_json
-from lumirlib.training import pick_device
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 SMALL_SHAPE = (40, 56, 48)

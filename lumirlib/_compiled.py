@@ -34,6 +34,9 @@ def compiled(**options: bool | str) -> Callable[[Callable], Callable]:
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Results of `function` in the order of `items`, on as many threads as PyTorch uses."""
+    if torch.get_num_threads() == 1:  # starting one takes longer than many a loop
+        yield from map(function, items)
+        return
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         yield from pool.map(function, items)
 

@@ -32,13 +32,14 @@ from tqdm.auto import tqdm
 
 from lumirlib import provenance
 from lumirlib.data.embedded import FRAME_SHAPE
+from lumirlib.engine import pick_device
 from lumirlib.evaluation import write_results
 from lumirlib.labels import LUMIR_LABELS
 from lumirlib.methods import parse_row
 from lumirlib.presets import PAPER, Preset, get_preset
 from lumirlib.rows import Row
 from lumirlib.sweep import table_rows
-from lumirlib.training import make_optimizer, pick_device, to_device, trained_row
+from lumirlib.training import make_optimizer, to_device, trained_row
 from lumirlib.variants import Variant
 
 MEBIBYTE = 2**20

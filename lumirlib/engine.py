@@ -22,6 +22,7 @@ from lightning_fabric.plugins.environments import LightningEnvironment, TorchEla
 from torch import nn
 
 from lumirlib._checks import check_choice
+from lumirlib.models.layout import compile_model
 from lumirlib.provenance import describe_device
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
@@ -151,7 +152,16 @@ class Engine:
         Args:
             model: on this engine's device.
             optimizer: of its parameters.
+
+        Raises:
+            ValueError: a network that cannot recompute its activations, where that is wanted.
         """
+        if self.checkpointing:
+            if not hasattr(model, "checkpointing"):
+                raise ValueError(f"checkpointing must be off: {type(model).__name__} cannot recompute its activations")
+            model.checkpointing = True
+        if self.compile:
+            compile_model(model)
         model, optimizer = self.fabric.setup(model, optimizer, move_to_device=False)
         if hasattr(model.module, "fields"):
             model.mark_forward_method("fields")

@@ -19,13 +19,14 @@ This module is the only caller of ``grid_sample``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from lumirlib import _compiled
+from lumirlib import _compiled, _trilinear
 from lumirlib._checks import check_choice, check_displacement, check_image, check_same_grid
 
 WARP_MODES = ("bilinear", "nearest")
@@ -36,6 +37,43 @@ def _cached_identity(shape: tuple[int, ...], device: torch.device, dtype: torch.
     with torch.inference_mode(False):  # what is kept must serve a later training too
         axes = [torch.arange(side, device=device, dtype=dtype) for side in shape]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+
+
+@lru_cache(maxsize=16)
+def _cached_normalized_identity(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The identity grid in normalized coordinates, ``(1, 3, D, H, W)``, channel 0 along k."""
+    with torch.inference_mode(False):
+        points = voxel_to_normalized(_cached_identity(shape, device, dtype).movedim(1, -1), shape)
+        return points.movedim(-1, 1).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _per_axis(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """One number per axis as ``(1, 3, 1, 1, 1)``; kept, as a GPU waits for each new tensor of numbers."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype).view(1, 3, 1, 1, 1)
+
+
+def _normalized_per_voxel(displacement: torch.Tensor) -> torch.Tensor:
+    """How far a voxel reaches in normalized coordinates along k, j, i; ``(1, 3, 1, 1, 1)``."""
+    scales = tuple(2.0 / (side - 1) for side in reversed(displacement.shape[2:]))
+    return _per_axis(scales, displacement.device, displacement.dtype)
+
+
+def _memory_format(image: torch.Tensor) -> torch.memory_format:
+    """channels_last_3d for a tensor that is in it and no other."""
+    interleaved = image.is_contiguous(memory_format=torch.channels_last_3d) and not image.is_contiguous()
+    return torch.channels_last_3d if interleaved else torch.contiguous_format
+
+
+def _is_for_numba(tensor: torch.Tensor) -> bool:
+    """Whether :mod:`lumirlib._trilinear` computes it, and not ``grid_sample``: on the CPU, unless it is traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """No autocast to what must not touch coordinates: bfloat16 resolves whole voxels only beyond 128."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def identity_grid(
@@ -92,9 +130,7 @@ def sample(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         ``(B, C, d, h, w)`` in the dtype of `image`.
     """
     working = torch.promote_types(image.dtype, torch.float32)
-    # autocast must not touch coordinates: bfloat16 resolves whole voxels only beyond 128; "meta" knows no autocast
-    kind = image.device.type
-    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+    with _without_autocast(image.device):
         grid = voxel_to_normalized(points.to(working).movedim(1, -1), image.shape[2:])  # (B, d, h, w, 3)
         return F.grid_sample(image.to(working), grid, mode="bilinear", padding_mode="zeros", align_corners=True).to(
             image.dtype
@@ -148,9 +184,13 @@ def warp(image: torch.Tensor, displacement: torch.Tensor, mode: str = "bilinear"
     check_same_grid(image, displacement, "image", "displacement")
     if mode == "nearest":
         return _warp_nearest(image, displacement)
-    displacement = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
-    points = _cached_identity(tuple(displacement.shape[2:]), displacement.device, displacement.dtype) + displacement
-    return sample(image, points)
+    working = torch.promote_types(image.dtype, torch.float32)
+    with _without_autocast(image.device):
+        if _is_for_numba(image):
+            warped = _trilinear.warp(image.to(working), displacement.to(working))
+        else:
+            warped = _WarpByGridSample.apply(image, displacement.to(working))
+        return warped.to(dtype=image.dtype, memory_format=_memory_format(image))
 
 
 def _warp_nearest(image: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:
@@ -166,6 +206,69 @@ def _warp_nearest(image: torch.Tensor, displacement: torch.Tensor) -> torch.Tens
         parts = _compiled.slabs(image.shape[2])
         list(_compiled.in_threads(lambda part: _compiled.warp_nearest(one, by, into, *part), parts))  # noqa: B023
     return warped
+
+
+class _WarpByGridSample(torch.autograd.Function):
+    """:func:`warp` by ``grid_sample``; keeps the image in its own dtype and the displacement for the backward pass."""
+
+    @staticmethod
+    def _grid(displacement):
+        identity = _cached_normalized_identity(tuple(displacement.shape[2:]), displacement.device, displacement.dtype)
+        return torch.addcmul(identity, displacement.flip(1), _normalized_per_voxel(displacement)).movedim(1, -1)
+
+    @staticmethod
+    def forward(ctx, image, displacement):
+        ctx.save_for_backward(image, displacement)
+        grid = _WarpByGridSample._grid(displacement)
+        return F.grid_sample(image.to(displacement.dtype), grid, padding_mode="zeros", align_corners=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        image, displacement = ctx.saved_tensors
+        by_image, by_grid = torch.ops.aten.grid_sampler_3d_backward(
+            gradient, image.to(displacement.dtype), _WarpByGridSample._grid(displacement), 0, 0, True,
+            ctx.needs_input_grad[:2],
+        )  # fmt: skip
+        if by_image is not None:
+            by_image = by_image.to(dtype=image.dtype, memory_format=_memory_format(image))
+        if by_grid is not None:
+            by_grid = (by_grid.movedim(-1, 1) * _normalized_per_voxel(displacement)).flip(1)
+        return by_image, by_grid
+
+
+class _IntegrateNormalized(torch.autograd.Function):
+    """Squarings by ``grid_sample`` of a field in normalized coordinates along k, j, i, so that none is converted.
+
+    Keeps the field before each squaring for the backward pass.
+    """
+
+    @staticmethod
+    def _grid(field):
+        return (_cached_normalized_identity(tuple(field.shape[2:]), field.device, field.dtype) + field).movedim(1, -1)
+
+    @staticmethod
+    def forward(ctx, velocity, steps):
+        fields = [velocity / 2**steps]
+        for _ in range(steps):
+            grid = _IntegrateNormalized._grid(fields[-1])
+            squared = F.grid_sample(fields[-1], grid, padding_mode="zeros", align_corners=True).add_(fields[-1])
+            if ctx.needs_input_grad[0]:
+                fields.append(squared)
+            else:
+                fields[0] = squared
+        ctx.save_for_backward(*fields[:-1])
+        return fields[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        for field in reversed(ctx.saved_tensors):
+            by_field, by_grid = torch.ops.aten.grid_sampler_3d_backward(
+                gradient, field, _IntegrateNormalized._grid(field), 0, 0, True, (True, True)
+            )
+            gradient = by_field.add_(gradient).add_(by_grid.movedim(-1, 1))
+        return gradient / 2 ** len(ctx.saved_tensors), None
 
 
 def compose(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
@@ -199,10 +302,14 @@ def integrate(velocity: torch.Tensor, steps: int = 7) -> torch.Tensor:
     check_displacement(velocity, "velocity")
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, got {steps}")
-    displacement = velocity.to(torch.promote_types(velocity.dtype, torch.float32)) / 2**steps
-    for _ in range(steps):
-        displacement = compose(displacement, displacement)
-    return displacement
+    velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+    if steps == 0:
+        return velocity
+    with _without_autocast(velocity.device):
+        if _is_for_numba(velocity):
+            return _trilinear.integrate(velocity, steps).to(memory_format=_memory_format(velocity))
+        scale = _normalized_per_voxel(velocity)
+        return _IntegrateNormalized.apply(velocity.flip(1) * scale, steps).div(scale).flip(1)
 
 
 def invert(displacement: torch.Tensor, initial: torch.Tensor | None = None, iterations: int = 10) -> torch.Tensor:
@@ -258,8 +365,7 @@ def resize_displacement(
     check_displacement(displacement)
     if factors is None:
         factors = [(new - 1) / (old - 1) for new, old in zip(shape, displacement.shape[2:], strict=True)]
-    scale = torch.tensor(list(factors), dtype=displacement.dtype, device=displacement.device)
-    return resize(displacement, shape) * scale.view(1, 3, 1, 1, 1)
+    return resize(displacement, shape) * _per_axis(tuple(factors), displacement.device, displacement.dtype)
 
 
 def majority_label(labels: torch.Tensor, factor: int) -> torch.Tensor:

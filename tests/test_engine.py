@@ -147,6 +147,21 @@ def test_bfloat16_trains_like_float32(small_cohort_json, tmp_path):
     assert "bf16-mixed" in mixed.trained_by[0]
 
 
+def test_recomputed_activations_train_to_the_same_weights_and_networks_that_cannot_say_so(
+    small_cohort_json, tmp_path, one_thread
+):
+    runs = [
+        prepare(small_cohort_json, tmp_path / str(on), engine=Engine("cpu", checkpointing=on)) for on in (False, True)
+    ]
+    for run in runs:
+        run.train(progress=False)
+    first, second = map(weights, runs)
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    baseline = prepare(small_cohort_json, tmp_path, "VoxelMorph", Engine("cpu", checkpointing=True))
+    with pytest.raises(ValueError, match="checkpointing must be off: VoxelMorphNetwork cannot recompute"):
+        baseline.train(progress=False)
+
+
 # killed --------------------------------------------------------------------------------------------------------------
 
 KILLED = """

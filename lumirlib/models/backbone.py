@@ -7,17 +7,22 @@ Registration", arXiv 2509.00451); DEVIATIONS.md says what was inferred.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lumirlib import spatial
 from lumirlib._checks import check_choice, check_finite, check_image, check_network_images
 from lumirlib.models.bilateral_filter import JointBilateralFilter
 from lumirlib.models.co_attention import CoAttention
 from lumirlib.models.large_kernel import LargeKernelBlock
+from lumirlib.models.layout import Conv3d
+from lumirlib.models.normalization import instance_norm_prelu
 
 CASCADES = ("additive", "compositional")
 
@@ -68,7 +73,17 @@ class ConvBlock(nn.Module):
         self.activation = nn.PReLU()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.norm(self.conv(features)))
+        return instance_norm_prelu(self.conv(features), self.activation.weight)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast off for a device, where it knows any."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def recomputed(function: Callable[..., torch.Tensor], *arguments: torch.Tensor | None) -> torch.Tensor:
+    """``function(*arguments)``, whose intermediate results are computed again in the backward pass, not kept."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class Encoder(nn.Module):
@@ -87,6 +102,9 @@ class Encoder(nn.Module):
                 return LargeKernelBlock(in_channels, out_channels, large_kernel)
             return ConvBlock(in_channels, out_channels)
 
+        self.large_kernel = large_kernel
+        #: Keep each block's input alone for the backward pass.
+        self.checkpointing = False
         self.block1 = block(1, channels)
         self.block2 = block(channels, 2 * channels)
         self.block3 = block(2 * channels, channels)
@@ -97,8 +115,17 @@ class Encoder(nn.Module):
         return next(self.parameters()).dtype
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """``(B, 1, D, H, W)`` -> ``(B, N, D, H, W)``."""
-        return self.block3(self.block2(self.block1(image)))
+        """``(B, 1, D, H, W)`` -> ``(B, N, D, H, W)``; the first block, and LK's last, without autocast."""
+        # in bfloat16 an image's grey levels would be rounded to 256 steps, which the first, high-pass block amplifies
+        with full_precision(image.device):
+            features = self._block(self.block1, image.to(self.dtype))
+        features = self._block(self.block2, features)
+        # three rounded branches add up to more than 0.01 voxels where the displacement is 4
+        with full_precision(image.device) if self.large_kernel else nullcontext():
+            return self._block(self.block3, features.to(self.dtype) if self.large_kernel else features)
+
+    def _block(self, block: nn.Module, features: torch.Tensor) -> torch.Tensor:
+        return recomputed(block, features) if self.checkpointing and torch.is_grad_enabled() else block(features)
 
 
 class FlowEstimator(nn.Module):
@@ -112,14 +139,23 @@ class FlowEstimator(nn.Module):
     def __init__(self, feature_channels: int, head_channels: int) -> None:
         super().__init__()
         width = 2 * feature_channels
-        self.conv1 = nn.Conv3d(width, width, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv3d(width, head_channels, kernel_size=3, padding=1)
-        self.conv3 = nn.Conv3d(head_channels, 3, kernel_size=3, padding=1)
+        self.conv1 = Conv3d(width, width, kernel_size=3, padding=1)
+        self.conv2 = Conv3d(width, head_channels, kernel_size=3, padding=1)
+        self.conv3 = Conv3d(head_channels, 3, kernel_size=3, padding=1)
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """Features ``(B, N, D_l, H_l, W_l)`` of both -> velocity ``(B, 3, D_l, H_l, W_l)``."""
-        features = torch.cat([fixed + moving, fixed - moving], dim=1)
-        return self.conv3(F.relu(self.conv2(F.relu(self.conv1(features)))))
+        """Features ``(B, N, D_l, H_l, W_l)`` of both -> velocity ``(B, 3, D_l, H_l, W_l)``.
+
+        The convolution of ``cat(F + M, F - M)`` is one of ``cat(F, M)`` with sums and differences of its weights, which
+        are small where features are large. Under autocast the last convolution stays in the weights' dtype.
+        """
+        of_sum, of_difference = self.conv1.weight.chunk(2, dim=1)
+        weight = torch.cat([of_sum + of_difference, of_sum - of_difference], dim=1)
+        features = torch.cat([fixed, moving], dim=1)
+        features = F.relu(self.conv1._conv_forward(features, weight, self.conv1.bias))
+        features = F.relu(self.conv2(features))
+        with full_precision(features.device):
+            return self.conv3(features.to(self.conv3.weight.dtype))
 
 
 class RegistrationNetwork(nn.Module):
@@ -168,6 +204,7 @@ class RegistrationNetwork(nn.Module):
             raise ValueError(f"co_attention_levels must be from 0 to the {levels} levels, got {co_attention_levels}")
         self.cascade = cascade
         self.squarings = squarings
+        self._checkpointing = False
         self.encoder = Encoder(start_channels, large_kernel)
         self.estimators = nn.ModuleList(FlowEstimator(start_channels, head_channels) for _ in range(levels))
         # what the backbone lacks is registered last, so that weights can be exchanged by order without it
@@ -177,6 +214,18 @@ class RegistrationNetwork(nn.Module):
         self.bilateral_filter = (
             JointBilateralFilter(bilateral_window, bilateral_sigma, bilateral_sigma_range) if bilateral_window else None
         )
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether training keeps little more than each block's and each level's input and computes the rest again.
+
+        An option of how the network is trained, not of what it computes: it may be set at any time.
+        """
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        self._checkpointing = self.encoder.checkpointing = bool(on)
 
     def level_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Sides of each level for images of sides `shape`, finest first."""
@@ -214,18 +263,36 @@ class RegistrationNetwork(nn.Module):
         displacements: list[torch.Tensor] = []
         velocities: list[torch.Tensor] = []
         for level in reversed(range(len(shapes))):
-            level_fixed, level_moving = pyramid[level]
-            if str(level) in self.co_attention:
-                level_fixed, level_moving = self.co_attention[str(level)](level_fixed, level_moving)
             coarser = upsample_displacement(displacements[0], shapes[level]) if displacements else None
-            if coarser is not None:
-                level_moving = spatial.warp(level_moving, coarser)
-            velocity = self.estimators[level](level_fixed, level_moving).float()
+            inputs = (*pyramid.pop(), coarser)
+            if self.checkpointing and torch.is_grad_enabled():
+                velocity = recomputed(lambda *given, level=level: self._velocity(level, *given), *inputs)
+            else:
+                velocity = self._velocity(level, *inputs)
             displacements.insert(0, join_levels(spatial.integrate(velocity, self.squarings), coarser, self.cascade))
             velocities.insert(0, velocity)
         if self.bilateral_filter is not None:
             displacements[0] = self.bilateral_filter(displacements[0], fixed)
         return Fields(displacements, velocities)
+
+    def _velocity(
+        self, level: int, fixed: torch.Tensor, moving: torch.Tensor, coarser: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Velocity of one level from its features and the upsampled coarser displacement.
+
+        Under autocast all but the finest level stay in float32: their errors are multiplied on the way to the result,
+        and they have an eighth of its voxels.
+        """
+        with full_precision(fixed.device) if level else nullcontext():
+            if level:
+                working = self.encoder.dtype
+                fixed, moving = fixed.to(working), moving.to(working)
+            if str(level) in self.co_attention:
+                fixed, moving = self.co_attention[str(level)](fixed, moving)
+            if coarser is not None:
+                moving = spatial.warp(moving, coarser)
+            velocity = self.estimators[level](fixed, moving)
+            return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Displacement ``(B, 3, D, H, W)`` in voxels that carries `moving` onto `fixed`; arguments as `fields`.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from lumirlib.models.normalization import instance_norm_prelu
 
 
 class LargeKernelBlock(nn.Module):
@@ -34,5 +37,10 @@ class LargeKernelBlock(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """``(B, in_channels, D, H, W)`` -> ``(B, out_channels, D, H, W)``."""
-        total = sum(branch(features) for branch in self.branches)
-        return self.activation(total + features if self.identity else total)
+        convolved = [branch[0](features) for branch in self.branches]
+        # their sum is float32 under autocast too; a PReLU of slope one is none
+        working = torch.promote_types(convolved[0].dtype, torch.float32)
+        one = torch.ones(1, dtype=working, device=features.device)
+        total = sum(instance_norm_prelu(branch.to(working), one) for branch in convolved)
+        total = total + features if self.identity else total
+        return F.prelu(total, self.activation.weight).to(convolved[0].dtype)

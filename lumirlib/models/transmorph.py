@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lumirlib import spatial
+from lumirlib.models.layout import Conv3d
 from lumirlib.models.unet import check_pair, check_widths, flow_convolution
 
 #: Side of the cube of halved voxels that makes one token.
@@ -232,7 +233,7 @@ class SwinTransformer(nn.Module):
 
 def norm_block(in_channels: int, out_channels: int, norm: type[nn.Module]) -> nn.Sequential:
     """Convolution 3^3 without bias, normalization, leaky ReLU (slope 0.01)."""
-    convolution = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+    convolution = Conv3d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
     return nn.Sequential(convolution, norm(out_channels), nn.LeakyReLU())
 
 

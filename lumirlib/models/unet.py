@@ -13,6 +13,7 @@ from torch import nn
 
 from lumirlib import spatial
 from lumirlib._checks import check_choice, check_finite, check_network_images
+from lumirlib.models.layout import Conv3d
 
 DOWNSAMPLINGS = ("stride", "pool")
 UPSAMPLINGS = ("nearest", "trilinear")
@@ -73,7 +74,7 @@ def check_pair(fixed: torch.Tensor, moving: torch.Tensor, weights: torch.dtype) 
 
 def flow_convolution(in_channels: int) -> nn.Conv3d:
     """Convolution 3^3 to a displacement, with weights of standard deviation 1e-5 and no bias at first."""
-    convolution = nn.Conv3d(in_channels, 3, kernel_size=3, padding=1)
+    convolution = Conv3d(in_channels, 3, kernel_size=3, padding=1)
     nn.init.normal_(convolution.weight, std=FLOW_STD)
     nn.init.zeros_(convolution.bias)
     return convolution
@@ -129,14 +130,14 @@ class UNet(nn.Module):
         stride = 2 if downsampling == "stride" else 1
         before = (in_channels, *encoder[:-1])
         self.encoder = nn.ModuleList(
-            nn.Conv3d(width_in, width, kernel_size=3, stride=stride, padding=1)
+            Conv3d(width_in, width, kernel_size=3, stride=stride, padding=1)
             for width_in, width in zip(before, encoder, strict=True)
         )
         skips = before if downsampling == "stride" else encoder
         self.decoder = nn.ModuleList()
         width = encoder[-1]
         for index, width_out in enumerate(decoder):
-            self.decoder.append(nn.Conv3d(width, width_out, kernel_size=3, padding=1))
+            self.decoder.append(Conv3d(width, width_out, kernel_size=3, padding=1))
             width = width_out + (skips[-1 - index] if index < len(encoder) else 0)
         self.out = None if out_channels is None else nn.Conv3d(width, out_channels, out_kernel, padding=out_kernel // 2)
         self.channels = width if out_channels is None else out_channels

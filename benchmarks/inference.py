@@ -1,0 +1,55 @@
+"""One registration: ms per pair and peak memory of the plain path and ours, for widths and schemes.
+
+    python benchmarks/inference.py                     # CPU sizes
+    python benchmarks/inference.py --device cuda       # 160x224x192 voxels, N = 16, 32, 64
+
+LK has N = 36 at the paper's 32, LC-2 has 64; here every scheme has the N of its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import plain
+import rounds
+import torch
+
+from lumirlib.models.layout import compile_model, place
+from lumirlib.variants import parse_variant
+
+SIZES = {
+    "cpu": ["80x112x96:16", "80x112x96:32"],
+    "cuda": ["160x224x192:16", "160x224x192:32", "160x224x192:64"],
+}
+NAMES = ("backbone", "LK", "CA", "BF", "LC-2")
+
+
+def registration(
+    shape: str, channels: int, device: torch.device, name: str, how: str, channels_last: bool = True
+) -> Callable[[], object]:
+    """A function that registers a pair by `how`: "plain", "float32", "bfloat16" or "compiled" (bfloat16)."""
+    fixed, moving = rounds.images(shape, device)
+    torch.manual_seed(0)
+    model = place(parse_variant(name, start_channels=channels).build(), device, channels_last and how != "plain").eval()
+    if how == "compiled":
+        compile_model(model)
+
+    @torch.inference_mode()
+    def register() -> object:
+        if how == "plain":
+            return plain.fields(model, fixed, moving)[0][0]
+        with torch.autocast(device.type, torch.bfloat16, enabled=how != "float32"):
+            return model(fixed, moving)
+
+    return register
+
+
+def candidates(kind: str) -> dict[str, Callable]:
+    """What is measured on "cpu" or "cuda"."""
+    ways = ("plain", "float32", "bfloat16") + (("compiled",) if kind == "cuda" else ())
+    return {f"{name}, {how}": partial(registration, name=name, how=how) for name in NAMES for how in ways}
+
+
+if __name__ == "__main__":
+    rounds.run("inference", candidates, SIZES, __doc__)

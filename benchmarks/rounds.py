@@ -1,0 +1,141 @@
+"""Candidates measured in turn, each in a process of its own, several rounds over: what the speed benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from lumirlib import provenance
+from lumirlib.costs import MEBIBYTE, PeakMemory
+from lumirlib.engine import pick_device
+from lumirlib.files import write_json
+
+#: A candidate is made by a function of its size, ready to be called over and over.
+Size = tuple[str, int]  # "160x224x192", N
+
+
+def images(shape: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pair of random images in [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    sides = tuple(map(int, shape.split("x")))
+    fixed, moving = (torch.rand(1, 1, *sides, generator=generator).to(device) for _ in range(2))
+    return fixed, moving
+
+
+def _measure(make: Callable, size: Size, device: str, repeats: int, threads: int) -> dict[str, object]:
+    """In a process of its own: times of `repeats` calls after a first one, and the peak of memory."""
+    torch.set_num_threads(threads)
+    target = torch.device(device)
+    try:
+        with PeakMemory(target) as memory:
+            work = make(*size, target)
+            times = []
+            for _ in range(repeats + 1):
+                started = time.perf_counter()
+                work()
+                if target.type == "cuda":
+                    torch.cuda.synchronize(target)
+                times.append(time.perf_counter() - started)
+    except (
+        ImportError,
+        torch.OutOfMemoryError,
+        ValueError,
+    ) as error:  # not there, too large, or a side that is refused
+        return {"note": str(error).splitlines()[0]}
+    return {"first": times[0], "times": times[1:], "mib": memory.peak / MEBIBYTE, "note": ""}
+
+
+def parser(text: str, default_sizes: dict[str, list[str]]) -> argparse.ArgumentParser:
+    """Options of a benchmark's command line."""
+    options = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
+    options.add_argument("--sizes", nargs="+", default=[], help=f"DxHxW:N, by default {default_sizes}")
+    options.add_argument("--rounds", type=int, default=2, help="how often every candidate is measured")
+    options.add_argument("--repeats", type=int, default=2, help="timed calls in each round, after one that is not")
+    options.add_argument("--only", default="", help="candidates whose name holds this text, and the first one")
+    options.add_argument("--out", default="", help="results folder")
+    return options
+
+
+def run(
+    name: str, candidates: Callable[[str], dict[str, Callable]], default_sizes: dict[str, list[str]], text: str
+) -> Path:
+    """Measure, print the table, and write ``<results>/benchmarks/<name>_<cpu or cuda>.json``; the path.
+
+    Args:
+        name: of the benchmark.
+        candidates: gives, for "cpu" or "cuda", functions ``make(shape, channels, device) -> work`` by name, the first
+            one being what the ratios refer to, until one whose name ends in "plain".
+        default_sizes: "DxHxW:N" by kind of device.
+        text: the benchmark's docstring.
+    """
+    given = parser(text, default_sizes).parse_args()
+    device = pick_device(given.device)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    sizes, every = given.sizes or default_sizes[kind], candidates(kind)
+    chosen = {one: make for one, make in every.items() if given.only in one or one == next(iter(every))}
+    table = measure_all(chosen, sizes, str(device), given.rounds, given.repeats)
+    print(table.drop(columns="seconds").to_string(index=False, float_format="%.3f"))
+    about = {
+        "command": f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip(),
+        "commit": provenance.commit(), "device": provenance.describe_device(device), "made": provenance.now(),
+        "rounds": given.rounds, "repeats": given.repeats, "versions": provenance.versions(),
+        "tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32},
+        "images": "random",
+    }  # fmt: skip
+    path = provenance.results_folder(given.out) / "benchmarks" / f"{name}_{device.type}.json"
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    write_json(path, {"provenance": about, "rows": rows})
+    print(path)
+    return path
+
+
+def measure_all(
+    candidates: dict[str, Callable], sizes: Sequence[str], device: str, rounds: int, repeats: int
+) -> pd.DataFrame:
+    """One row per size and candidate: medians and minima of all rounds, and ratios to the first candidate."""
+    rows = []
+    with tqdm(total=len(candidates) * len(sizes) * rounds, unit="measurement") as bar:
+        for size in sizes:
+            shape, _, channels = size.partition(":")
+            found: dict[str, list[dict]] = {one: [] for one in candidates}
+            for _ in range(rounds):
+                for one, make in candidates.items():
+                    bar.set_postfix_str(f"{size} {one}")
+                    work = (make, (shape, int(channels)), device, repeats, torch.get_num_threads())
+                    if not found[one] or not found[one][-1]["note"]:
+                        try:
+                            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                                found[one].append(pool.submit(_measure, *work).result())
+                        except BrokenProcessPool:
+                            found[one].append({"note": "killed: memory?"})
+                    bar.update()
+            plain = None
+            for one, measured in found.items():
+                row = {"size": size, "candidate": one, "note": measured[-1]["note"]}
+                if not row["note"]:
+                    seconds = [value for each in measured for value in each["times"]]
+                    row |= {
+                        "median_s": statistics.median(seconds), "min_s": min(seconds),
+                        "first_s": min(each["first"] for each in measured),
+                        "mib": statistics.median(each["mib"] for each in measured), "seconds": seconds,
+                    }  # fmt: skip
+                plain = row if plain is None or one.endswith("plain") else plain
+                for column, ratio in (("median_s", "times_as_fast"), ("mib", "share_of_memory")):
+                    ours, theirs = row.get(column, math.nan), plain.get(column, math.nan)
+                    row[ratio] = theirs / ours if column == "median_s" else ours / theirs
+                rows.append(row)
+    columns = ["size", "candidate", "median_s", "min_s", "first_s", "mib", "times_as_fast", "share_of_memory"]
+    return pd.DataFrame(rows).reindex(columns=[*columns, "note", "seconds"])
