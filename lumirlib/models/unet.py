@@ -79,6 +79,12 @@ def flow_convolution(in_channels: int) -> nn.Conv3d:
     return convolution
 
 
+def convolve(convolution: nn.Conv3d, features: torch.Tensor, normalization: bool) -> torch.Tensor:
+    """A convolution, instance normalization without parameters where asked for, and a leaky ReLU."""
+    features = convolution(features)
+    return F.leaky_relu(F.instance_norm(features) if normalization else features, NEGATIVE_SLOPE)
+
+
 class UNet(nn.Module):
     """Encoder and decoder with skips, one convolution 3^3 and a leaky ReLU (slope 0.2) per step.
 
@@ -99,6 +105,7 @@ class UNet(nn.Module):
             "pool", convolutions at full resolution first, then the maximum of 2^3 voxels.
         upsampling: "nearest", or "trilinear" with aligned corners.
         out_kernel: side of the last convolution's kernel, odd.
+        normalization: see :func:`convolve`.
 
     Attributes:
         channels: width of the output.
@@ -116,6 +123,7 @@ class UNet(nn.Module):
         downsampling: str = "stride",
         upsampling: str = "nearest",
         out_kernel: int = 3,
+        normalization: bool = False,
     ) -> None:
         super().__init__()
         encoder, decoder = check_widths(encoder, "encoder"), check_widths(decoder, "decoder")
@@ -125,7 +133,7 @@ class UNet(nn.Module):
             raise ValueError(f"decoder must have at least the {len(encoder)} widths of encoder, got {len(decoder)}")
         if out_kernel < 1 or out_kernel % 2 == 0:
             raise ValueError(f"out_kernel must be odd and positive, got {out_kernel}")
-        self.downsampling, self.upsampling = downsampling, upsampling
+        self.downsampling, self.upsampling, self.normalization = downsampling, upsampling, normalization
         stride = 2 if downsampling == "stride" else 1
         before = (in_channels, *encoder[:-1])
         self.encoder = nn.ModuleList(
@@ -147,13 +155,13 @@ class UNet(nn.Module):
         for convolution in self.encoder:
             if self.downsampling == "stride":
                 skips.append(features)
-                features = F.leaky_relu(convolution(features), NEGATIVE_SLOPE)
+                features = convolve(convolution, features, self.normalization)
             else:
-                skips.append(F.leaky_relu(convolution(features), NEGATIVE_SLOPE))
+                skips.append(convolve(convolution, features, self.normalization))
                 features = F.max_pool3d(skips[-1], 2, ceil_mode=True)
         aligned = True if self.upsampling == "trilinear" else None
         for convolution in self.decoder:
-            features = F.leaky_relu(convolution(features), NEGATIVE_SLOPE)
+            features = convolve(convolution, features, self.normalization)
             if skips:
                 skip = skips.pop()
                 features = F.interpolate(features, size=skip.shape[2:], mode=self.upsampling, align_corners=aligned)
