@@ -19,7 +19,7 @@ from lumirlib import losses, spatial
 from lumirlib._checks import check_displacement, check_labels, check_same_grid
 from lumirlib.data.synthesis import SynthesisOptions, deform_labels, draw_contrast, synthesize
 from lumirlib.models.synthmorph import SynthMorphNetwork
-from lumirlib.models.unet import divide_widths, parse_widths
+from lumirlib.models.unet import FLOW_STD, divide_widths, parse_widths
 from lumirlib.presets import Preset
 from lumirlib.rows import ADDED_LATER, COARSE_MM, Baseline
 
@@ -138,6 +138,7 @@ class SynthMorph(Baseline):
         corruption: the generator's spreads, blur, bias field and noise are drawn up to this times those of
             :class:`SynthesisOptions`.
         normalization: see :class:`lumirlib.models.synthmorph.SynthMorphNetwork`.
+        flow_std: likewise.
     """
 
     name: str = "SynthMorph"
@@ -157,12 +158,13 @@ class SynthMorph(Baseline):
     shared_contrast: float = field(default=0.0, metadata=ADDED_LATER)
     corruption: float = field(default=1.0, metadata=ADDED_LATER)
     normalization: bool = field(default=False, metadata=ADDED_LATER)
+    flow_std: float = field(default=FLOW_STD, metadata=ADDED_LATER)
     trains_on: ClassVar[str] = "labels"
 
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise ValueError(f"draws must be 1 or more, got {self.draws}")
-        for name, highest in (("shared_contrast", 1), ("corruption", math.inf)):
+        for name, highest in (("shared_contrast", 1), ("corruption", math.inf), ("flow_std", math.inf)):
             if not 0 <= getattr(self, name) <= highest:
                 raise ValueError(f"{name} must be from 0 to {highest}, got {getattr(self, name)}")
 
@@ -171,7 +173,10 @@ class SynthMorph(Baseline):
         row = super().fitted(preset)
         if preset.resolution_mm < COARSE_MM:
             return row
-        return replace(row, draws=4, dice_between_voxels=True, shared_contrast=1.0, corruption=0.5, normalization=True)
+        return replace(
+            row, draws=4, dice_between_voxels=True, shared_contrast=1.0, corruption=0.5, normalization=True,
+            flow_std=1e-3,
+        )  # fmt: skip
 
     def narrowed(self, divisor: int) -> SynthMorph:
         """The row with its widths divided, at least 2 each."""
@@ -184,7 +189,7 @@ class SynthMorph(Baseline):
         """A fresh network, its weights drawn from torch's global generator."""
         return SynthMorphNetwork(
             parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder"), self.squarings,
-            self.normalization,
+            self.normalization, self.flow_std,
         )  # fmt: skip
 
     def synthesis(self, resolution_mm: float) -> SynthesisOptions:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lumirlib import spatial
-from lumirlib.models.unet import UNet, check_pair, check_widths, convolve, flow_convolution
+from lumirlib.models.unet import FLOW_STD, UNet, check_pair, check_widths, convolve, flow_convolution
 
 
 class SynthMorphNetwork(nn.Module):
@@ -27,6 +27,7 @@ class SynthMorphNetwork(nn.Module):
         squarings: squarings of the integration.
         normalization: instance normalization without parameters behind every convolution but the last; the published
             network has none.
+        flow_std: standard deviation of the last convolution's initial weights.
 
     Raises:
         ValueError: an option out of its range.
@@ -38,6 +39,7 @@ class SynthMorphNetwork(nn.Module):
         decoder: Sequence[int] = (64, 64, 64, 64, 64, 64),
         squarings: int = 7,
         normalization: bool = False,
+        flow_std: float = FLOW_STD,
     ) -> None:
         super().__init__()
         encoder, decoder = check_widths(encoder, "encoder"), check_widths(decoder, "decoder")
@@ -52,7 +54,7 @@ class SynthMorphNetwork(nn.Module):
         self.stem = nn.Conv3d(2, encoder[0], kernel_size=3, padding=1)
         self.normalization = normalization
         self.unet = UNet(encoder[0], encoder[1:], decoder, downsampling="pool", normalization=normalization)
-        self.flow = flow_convolution(self.unet.channels)
+        self.flow = flow_convolution(self.unet.channels, flow_std)
 
     def velocity(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Velocity ``(B, 3, ceil(D/2), ceil(H/2), ceil(W/2))`` in voxels of that grid; arguments as `forward`."""

@@ -71,10 +71,10 @@ def check_pair(fixed: torch.Tensor, moving: torch.Tensor, weights: torch.dtype) 
     check_finite(moving, "moving")
 
 
-def flow_convolution(in_channels: int) -> nn.Conv3d:
-    """Convolution 3^3 to a displacement, with weights of standard deviation 1e-5 and no bias at first."""
+def flow_convolution(in_channels: int, std: float = FLOW_STD) -> nn.Conv3d:
+    """Convolution 3^3 to a displacement, with weights of standard deviation `std` and no bias at first."""
     convolution = nn.Conv3d(in_channels, 3, kernel_size=3, padding=1)
-    nn.init.normal_(convolution.weight, std=FLOW_STD)
+    nn.init.normal_(convolution.weight, std=std)
     nn.init.zeros_(convolution.bias)
     return convolution
 
