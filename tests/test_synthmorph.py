@@ -13,6 +13,7 @@ from lumirlib.data.synthesis import (
     MIRRORED_PAIRS,
     SynthesisOptions,
     deform_labels,
+    draw_contrast,
     random_deformation,
     synthesize,
 )  # fmt: skip
@@ -136,6 +137,27 @@ def test_left_and_right_and_the_cortex_can_look_alike():
     assert len({value(mirrored, number) for number in (44, 100, 106, 0)}) == 4
     assert value(cortex, 100) == value(cortex, 101) == value(cortex, 106)
     assert len({value(cortex, number) for number in (44, 45, 106, 0)}) == 4
+
+
+def test_images_of_one_contrast_share_the_values_of_labels_and_nothing_else():
+    first, second = blocks(seed=1), blocks(seed=2)
+    second[second == 106] = 45  # one label less
+    for seed in range(4):
+        contrast = draw_contrast((0, 44, 45, 100, 101, 106), seeded(seed), replace(FLAT, gamma_sigma=0.3))
+        one, other = (synthesize(labels, seeded(9), FLAT, contrast) for labels in (first, second))
+        ranges = [contrast.means[labels.unique().long()] for labels in (first, second)]
+        for number in second.unique():
+            for labels, image, means in ((first, one, ranges[0]), (second, other, ranges[1])):
+                expected = (contrast.means[number] - means.min()) / (means.max() - means.min())
+                found = image[labels == number]
+                assert torch.allclose(found, expected**contrast.gamma, atol=1e-5)
+    contrast = draw_contrast(range(107), seeded(), SynthesisOptions(zero_background=1))
+    sharp = SynthesisOptions(blur_voxels=0)
+    one, other = (synthesize(first, seeded(seed), sharp, contrast) for seed in (1, 2))
+    inside = first > 0
+    assert (one[~inside] == 0).all() and not torch.allclose(one[inside], other[inside], atol=0.02)
+    with pytest.raises(ValueError, match="contrast must be of labels up to 106, got 45"):
+        synthesize(first, seeded(), None, draw_contrast((0, 44, 45), seeded()))
 
 
 def test_mirrored_pairs_lie_on_either_side_of_the_midline(embedded_cohort):
@@ -340,7 +362,8 @@ def test_a_step_depends_on_the_generator_alone_and_weighs_as_the_preset_says():
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
-def test_training_on_labels_aligns_images_that_were_never_seen():
+@pytest.mark.parametrize("coarse", [False, True])
+def test_training_on_labels_aligns_images_that_were_never_seen(coarse):
     shape = (12, 14, 16)
     grid = spatial.identity_grid(shape)
     labels = []
@@ -348,7 +371,9 @@ def test_training_on_labels_aligns_images_that_were_never_seen():
         distance = torch.linalg.vector_norm(grid - torch.tensor(centre).view(1, 3, 1, 1, 1), dim=1, keepdim=True)
         labels.append(torch.where(distance < 2.5, 45, torch.where(distance < 4, 44, 0)).to(torch.int16))
     fixed, moving = labels
-    row = SynthMorph(encoder="8-8-8", decoder="8-8-8-8", warp_sigma_mm=0.0, smoothness_weight=0.2, draws=1)
+    row = SynthMorph(smoothness_weight=0.2)
+    row = row.fitted(get_preset("demo")) if coarse else row
+    row = replace(row, encoder="8-8-8", decoder="8-8-8-8", warp_sigma_mm=0.0, draws=1)
     torch.manual_seed(0)
     model, preset, generator = row.build(), row.adapt(get_preset("demo")), seeded()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -378,6 +403,28 @@ def test_row_adapts_the_preset_and_narrows():
         SynthMorphNetwork((8,), (8, 8))
     with pytest.raises(ValueError, match="squarings must be a whole number from 0, got -1"):
         SynthMorphNetwork(squarings=-1)
+
+
+def test_on_coarse_voxels_the_row_takes_the_settings_that_learn_in_few_steps():
+    row = SynthMorph()
+    assert row.fitted(PAPER) == row
+    fine, coarse = row.fitted(get_preset("half")), row.fitted(get_preset("demo"))
+    assert fine.draws == row.draws and not fine.normalization
+    assert (coarse.draws, coarse.shared_contrast, coarse.corruption, coarse.normalization) == (4, 1.0, 0.5, True)
+    assert coarse.synthesis(4).sigma_high == row.synthesis(4).sigma_high / 2
+    assert coarse.build().flow.weight.std() > 30 * row.build().flow.weight.std()
+    for name in ("shared_contrast", "corruption", "flow_std"):
+        with pytest.raises(ValueError, match=f"{name} must be from 0 to .*, got -1"):
+            replace(row, **{name: -1.0})
+
+
+def test_normalization_makes_features_independent_of_an_images_scale():
+    torch.manual_seed(0)
+    model = SynthMorphNetwork((4, 5, 6), (6, 5, 4), normalization=True, flow_std=0.1)
+    fixed, moving = torch.rand(2, 1, 1, 10, 11, 12, generator=seeded())
+    plain, scaled = model(fixed, moving), model(0.5 * fixed, 0.5 * moving)
+    assert plain.abs().max() > 0.01
+    assert (plain - scaled).abs().max() < 0.05 * plain.abs().max()
 
 
 def test_a_step_draws_as_many_images_as_asked_for_and_swaps_their_roles():

@@ -149,8 +149,53 @@ def _tissues(present: torch.Tensor, generator: torch.Generator, options: Synthes
     return tissue.unique(return_inverse=True)[1]
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """How tissues look in one image: what :func:`draw_contrast` draws.
+
+    Attributes:
+        means: of the label numbers from 0, ``(numbers,)``.
+        sigmas: standard deviations within them, likewise.
+        stripped: whether label 0 is exactly zero.
+        gamma: exponent.
+    """
+
+    means: torch.Tensor
+    sigmas: torch.Tensor
+    stripped: bool
+    gamma: float
+
+
+def draw_contrast(
+    numbers: Sequence[int], generator: torch.Generator, options: SynthesisOptions | None = None
+) -> Contrast:
+    """A random contrast of the labels of one image, or of several that are to look alike.
+
+    Args:
+        numbers: labels that need one.
+        generator: of random numbers, on the CPU.
+        options: see :class:`SynthesisOptions`; the defaults if None.
+    """
+    options = options or SynthesisOptions()
+    present = torch.tensor(sorted(set(numbers)))
+    tissue = _tissues(present, generator, options)
+    drawn = {}
+    for name in ("mean", "sigma"):
+        low, high = getattr(options, f"{name}_low"), getattr(options, f"{name}_high")
+        drawn[name] = torch.zeros(int(present.max()) + 1)
+        drawn[name][present] = _uniform(generator, low, high, len(present))[tissue]
+    stripped = float(_uniform(generator, 0, 1)) < options.zero_background
+    if stripped:
+        drawn["mean"][0] = drawn["sigma"][0] = 0.0
+    gamma = math.exp(options.gamma_sigma * float(torch.randn(1, generator=generator)))
+    return Contrast(drawn["mean"], drawn["sigma"], stripped, gamma)
+
+
 def synthesize(
-    labels: torch.Tensor, generator: torch.Generator, options: SynthesisOptions | None = None
+    labels: torch.Tensor,
+    generator: torch.Generator,
+    options: SynthesisOptions | None = None,
+    contrast: Contrast | None = None,
 ) -> torch.Tensor:
     """An image of random contrast from a label map.
 
@@ -161,12 +206,13 @@ def synthesize(
         labels: ``(1, 1, D, H, W)`` integers, 0 is the background; they are not deformed here.
         generator: of random numbers, on the CPU.
         options: see :class:`SynthesisOptions`; the defaults if None.
+        contrast: of these labels, from :func:`draw_contrast`; drawn here if None.
 
     Returns:
         ``(1, 1, D, H, W)`` float32 in [0, 1], on the device of `labels`.
 
     Raises:
-        ValueError: `labels` is not (1, 1, D, H, W) or holds negative numbers.
+        ValueError: `labels` is not (1, 1, D, H, W), holds negative numbers, or one that the contrast lacks.
         TypeError: `labels` does not hold integers.
     """
     options = options or SynthesisOptions()
@@ -174,19 +220,15 @@ def synthesize(
     if labels.shape[0] != 1:
         raise ValueError(f"labels must be (1, 1, D, H, W), got {tuple(labels.shape)}")
     shape, device = tuple(labels.shape[2:]), labels.device
-    present, place = labels.unique(return_inverse=True)  # place: which of the present labels a voxel has
-    tissue = _tissues(present.cpu(), generator, options)
-    means = _uniform(generator, options.mean_low, options.mean_high, len(present))[tissue]
-    sigmas = _uniform(generator, options.sigma_low, options.sigma_high, len(present))[tissue]
-    stripped = float(_uniform(generator, 0, 1)) < options.zero_background
-    if stripped:
-        background = present.cpu() == 0
-        means[background], sigmas[background] = 0.0, 0.0
+    contrast = contrast or draw_contrast(labels.unique().tolist(), generator, options)
+    if int(labels.max()) >= len(contrast.means):
+        raise ValueError(f"contrast must be of labels up to {int(labels.max())}, got {len(contrast.means) - 1}")
 
     def noise() -> torch.Tensor:
         return torch.randn(labels.shape, generator=generator).to(device)
 
-    image = means.to(device)[place] + sigmas.to(device)[place] * noise()
+    place = labels.long()
+    image = contrast.means.to(device)[place] + contrast.sigmas.to(device)[place] * noise()
     width = float(_uniform(generator, 0, options.blur_voxels))
     if width > 0:
         reach = math.ceil(3 * width)
@@ -197,7 +239,8 @@ def synthesize(
     image = image * (strength * bias).exp().to(device)
     added = float(_uniform(generator, 0, options.noise_sigma)) * noise()
     # a stripped background stays exactly zero, except for what the blur has put there
-    image = (image + (torch.where(image > 0, added, added.new_zeros(())) if stripped else added)).clamp_min(0)
+    kept = torch.where(image > 0, added, added.new_zeros(())) if contrast.stripped else added
+    image = (image + kept).clamp_min(0)
     low, high = image.min(), image.max()
     image = (image - low) / (high - low).clamp_min(torch.finfo(image.dtype).tiny)
-    return image ** float((options.gamma_sigma * torch.randn(1, generator=generator)).exp())
+    return image**contrast.gamma

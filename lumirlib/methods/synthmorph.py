@@ -5,8 +5,9 @@ Hoffmann et al., "SynthMorph: Learning Contrast-Invariant Registration Without A
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import ClassVar
 
@@ -16,11 +17,11 @@ from torch import nn
 
 from lumirlib import losses, spatial
 from lumirlib._checks import check_displacement, check_labels, check_same_grid
-from lumirlib.data.synthesis import SynthesisOptions, deform_labels, synthesize
+from lumirlib.data.synthesis import SynthesisOptions, deform_labels, draw_contrast, synthesize
 from lumirlib.models.synthmorph import SynthMorphNetwork
-from lumirlib.models.unet import divide_widths, parse_widths
+from lumirlib.models.unet import FLOW_STD, divide_widths, parse_widths
 from lumirlib.presets import Preset
-from lumirlib.rows import Baseline
+from lumirlib.rows import ADDED_LATER, COARSE_MM, Baseline
 
 
 def _corner_values(volume: torch.Tensor, points: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -132,6 +133,12 @@ class SynthMorph(Baseline):
         zero_background: see :class:`SynthesisOptions`.
         mirrored: likewise.
         shared_cortex: likewise.
+        shared_contrast: probability that both images of a draw have one contrast, that is the means and spreads of
+            their labels, background and gamma; everything else stays their own.
+        corruption: the generator's spreads, blur, bias field and noise are drawn up to this times those of
+            :class:`SynthesisOptions`.
+        normalization: see :class:`lumirlib.models.synthmorph.SynthMorphNetwork`.
+        flow_std: likewise.
     """
 
     name: str = "SynthMorph"
@@ -148,11 +155,28 @@ class SynthMorph(Baseline):
     zero_background: float = 0.5
     mirrored: float = 0.5
     shared_cortex: float = 0.5
+    shared_contrast: float = field(default=0.0, metadata=ADDED_LATER)
+    corruption: float = field(default=1.0, metadata=ADDED_LATER)
+    normalization: bool = field(default=False, metadata=ADDED_LATER)
+    flow_std: float = field(default=FLOW_STD, metadata=ADDED_LATER)
     trains_on: ClassVar[str] = "labels"
 
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise ValueError(f"draws must be 1 or more, got {self.draws}")
+        for name, highest in (("shared_contrast", 1), ("corruption", math.inf), ("flow_std", math.inf)):
+            if not 0 <= getattr(self, name) <= highest:
+                raise ValueError(f"{name} must be from 0 to {highest}, got {getattr(self, name)}")
+
+    def fitted(self, preset: Preset) -> SynthMorph:
+        """The row at a preset's width; on coarse voxels made to learn in a few hundred steps, see DEVIATIONS.md."""
+        row = super().fitted(preset)
+        if preset.resolution_mm < COARSE_MM:
+            return row
+        return replace(
+            row, draws=4, dice_between_voxels=True, shared_contrast=1.0, corruption=0.5, normalization=True,
+            flow_std=1e-3,
+        )  # fmt: skip
 
     def narrowed(self, divisor: int) -> SynthMorph:
         """The row with its widths divided, at least 2 each."""
@@ -164,12 +188,16 @@ class SynthMorph(Baseline):
     def build(self) -> nn.Module:
         """A fresh network, its weights drawn from torch's global generator."""
         return SynthMorphNetwork(
-            parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder"), self.squarings
-        )
+            parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder"), self.squarings,
+            self.normalization, self.flow_std,
+        )  # fmt: skip
 
     def synthesis(self, resolution_mm: float) -> SynthesisOptions:
         """The generator's options at a voxel size."""
+        usual = SynthesisOptions()
+        strengths = ("sigma_low", "sigma_high", "blur_voxels", "bias_sigma", "noise_sigma")
         return SynthesisOptions(
+            **{name: self.corruption * getattr(usual, name) for name in strengths},
             resolution_mm=resolution_mm,
             warp_sigma_mm=self.warp_sigma_mm,
             warp_spacing_mm=self.warp_spacing_mm,
@@ -199,7 +227,10 @@ class SynthMorph(Baseline):
         for draw in range(self.draws):
             ends = (moving, fixed) if draw % 2 else (fixed, moving)
             pairs.append([deform_labels(labels, generator, options) for labels in ends])
-            images.append([synthesize(labels, generator, options) for labels in pairs[-1]])
+            alike = self.shared_contrast and float(torch.rand(1, generator=generator)) < self.shared_contrast
+            numbers = torch.cat([labels.unique() for labels in pairs[-1]]).tolist()
+            contrast = draw_contrast(numbers, generator, options) if alike else None
+            images.append([synthesize(labels, generator, options, contrast) for labels in pairs[-1]])
         displacements = model(*(torch.cat(ends) for ends in zip(*images, strict=True)))
         similarity = torch.stack(
             [

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lumirlib import spatial
-from lumirlib.models.unet import NEGATIVE_SLOPE, UNet, check_pair, check_widths, flow_convolution
+from lumirlib.models.unet import FLOW_STD, UNet, check_pair, check_widths, convolve, flow_convolution
 
 
 class SynthMorphNetwork(nn.Module):
@@ -25,6 +25,9 @@ class SynthMorphNetwork(nn.Module):
         encoder: widths of the encoder, finest level first, at least two.
         decoder: widths of the decoder, coarsest level first; one per level of the encoder, then those of the rest.
         squarings: squarings of the integration.
+        normalization: instance normalization without parameters behind every convolution but the last; the published
+            network has none.
+        flow_std: standard deviation of the last convolution's initial weights.
 
     Raises:
         ValueError: an option out of its range.
@@ -35,6 +38,8 @@ class SynthMorphNetwork(nn.Module):
         encoder: Sequence[int] = (64, 64, 64, 64),
         decoder: Sequence[int] = (64, 64, 64, 64, 64, 64),
         squarings: int = 7,
+        normalization: bool = False,
+        flow_std: float = FLOW_STD,
     ) -> None:
         super().__init__()
         encoder, decoder = check_widths(encoder, "encoder"), check_widths(decoder, "decoder")
@@ -47,13 +52,14 @@ class SynthMorphNetwork(nn.Module):
             raise ValueError(f"squarings must be a whole number from 0, got {squarings!r}")
         self.squarings = squarings
         self.stem = nn.Conv3d(2, encoder[0], kernel_size=3, padding=1)
-        self.unet = UNet(encoder[0], encoder[1:], decoder, downsampling="pool")
-        self.flow = flow_convolution(self.unet.channels)
+        self.normalization = normalization
+        self.unet = UNet(encoder[0], encoder[1:], decoder, downsampling="pool", normalization=normalization)
+        self.flow = flow_convolution(self.unet.channels, flow_std)
 
     def velocity(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Velocity ``(B, 3, ceil(D/2), ceil(H/2), ceil(W/2))`` in voxels of that grid; arguments as `forward`."""
         check_pair(fixed, moving, self.flow.weight.dtype)
-        features = F.leaky_relu(self.stem(torch.cat([moving, fixed], dim=1)), NEGATIVE_SLOPE)
+        features = convolve(self.stem, torch.cat([moving, fixed], dim=1), self.normalization)
         velocity = self.flow(self.unet(F.max_pool3d(features, 2, ceil_mode=True)))
         return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 

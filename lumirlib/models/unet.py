@@ -14,6 +14,7 @@ from torch import nn
 from lumirlib import spatial
 from lumirlib._checks import check_choice, check_finite, check_network_images
 from lumirlib.models.layout import Conv3d
+from lumirlib.models.normalization import instance_norm_prelu
 
 DOWNSAMPLINGS = ("stride", "pool")
 UPSAMPLINGS = ("nearest", "trilinear")
@@ -72,12 +73,20 @@ def check_pair(fixed: torch.Tensor, moving: torch.Tensor, weights: torch.dtype) 
     check_finite(moving, "moving")
 
 
-def flow_convolution(in_channels: int) -> nn.Conv3d:
-    """Convolution 3^3 to a displacement, with weights of standard deviation 1e-5 and no bias at first."""
+def flow_convolution(in_channels: int, std: float = FLOW_STD) -> nn.Conv3d:
+    """Convolution 3^3 to a displacement, with weights of standard deviation `std` and no bias at first."""
     convolution = Conv3d(in_channels, 3, kernel_size=3, padding=1)
-    nn.init.normal_(convolution.weight, std=FLOW_STD)
+    nn.init.normal_(convolution.weight, std=std)
     nn.init.zeros_(convolution.bias)
     return convolution
+
+
+def convolve(convolution: nn.Conv3d, features: torch.Tensor, normalization: bool) -> torch.Tensor:
+    """A convolution, instance normalization without parameters where asked for, and a leaky ReLU."""
+    features = convolution(features)
+    if normalization:
+        return instance_norm_prelu(features, torch.full((1,), NEGATIVE_SLOPE, device=features.device))
+    return F.leaky_relu(features, NEGATIVE_SLOPE)
 
 
 class UNet(nn.Module):
@@ -100,6 +109,7 @@ class UNet(nn.Module):
             "pool", convolutions at full resolution first, then the maximum of 2^3 voxels.
         upsampling: "nearest", or "trilinear" with aligned corners.
         out_kernel: side of the last convolution's kernel, odd.
+        normalization: see :func:`convolve`.
 
     Attributes:
         channels: width of the output.
@@ -117,6 +127,7 @@ class UNet(nn.Module):
         downsampling: str = "stride",
         upsampling: str = "nearest",
         out_kernel: int = 3,
+        normalization: bool = False,
     ) -> None:
         super().__init__()
         encoder, decoder = check_widths(encoder, "encoder"), check_widths(decoder, "decoder")
@@ -126,7 +137,7 @@ class UNet(nn.Module):
             raise ValueError(f"decoder must have at least the {len(encoder)} widths of encoder, got {len(decoder)}")
         if out_kernel < 1 or out_kernel % 2 == 0:
             raise ValueError(f"out_kernel must be odd and positive, got {out_kernel}")
-        self.downsampling, self.upsampling = downsampling, upsampling
+        self.downsampling, self.upsampling, self.normalization = downsampling, upsampling, normalization
         stride = 2 if downsampling == "stride" else 1
         before = (in_channels, *encoder[:-1])
         self.encoder = nn.ModuleList(
@@ -148,13 +159,13 @@ class UNet(nn.Module):
         for convolution in self.encoder:
             if self.downsampling == "stride":
                 skips.append(features)
-                features = F.leaky_relu(convolution(features), NEGATIVE_SLOPE)
+                features = convolve(convolution, features, self.normalization)
             else:
-                skips.append(F.leaky_relu(convolution(features), NEGATIVE_SLOPE))
+                skips.append(convolve(convolution, features, self.normalization))
                 features = F.max_pool3d(skips[-1], 2, ceil_mode=True)
         aligned = True if self.upsampling == "trilinear" else None
         for convolution in self.decoder:
-            features = F.leaky_relu(convolution(features), NEGATIVE_SLOPE)
+            features = convolve(convolution, features, self.normalization)
             if skips:
                 skip = skips.pop()
                 features = F.interpolate(features, size=skip.shape[2:], mode=self.upsampling, align_corners=aligned)
