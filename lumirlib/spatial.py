@@ -71,7 +71,7 @@ def _is_for_numba(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """No autocast to what must not touch coordinates: bfloat16 resolves whole voxels only beyond 128."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -130,7 +130,7 @@ def sample(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         ``(B, C, d, h, w)`` in the dtype of `image`.
     """
     working = torch.promote_types(image.dtype, torch.float32)
-    with _without_autocast(image.device):
+    with without_autocast(image.device):
         grid = voxel_to_normalized(points.to(working).movedim(1, -1), image.shape[2:])  # (B, d, h, w, 3)
         return F.grid_sample(image.to(working), grid, mode="bilinear", padding_mode="zeros", align_corners=True).to(
             image.dtype
@@ -185,7 +185,7 @@ def warp(image: torch.Tensor, displacement: torch.Tensor, mode: str = "bilinear"
     if mode == "nearest":
         return _warp_nearest(image, displacement)
     working = torch.promote_types(image.dtype, torch.float32)
-    with _without_autocast(image.device):
+    with without_autocast(image.device):
         if _is_for_numba(image):
             warped = _trilinear.warp(image.to(working), displacement.to(working))
         else:
@@ -305,7 +305,7 @@ def integrate(velocity: torch.Tensor, steps: int = 7) -> torch.Tensor:
     velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
     if steps == 0:
         return velocity
-    with _without_autocast(velocity.device):
+    with without_autocast(velocity.device):
         if _is_for_numba(velocity):
             return _trilinear.integrate(velocity, steps).to(memory_format=_memory_format(velocity))
         scale = _normalized_per_voxel(velocity)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lumirlib import costs, figures, load_cohort, methods, report, sweep, tables, training
+from lumirlib.engine import Engine
 from lumirlib.methods.released import MethodUnavailableError
 from lumirlib.presets import PAPER, PRESETS, split_options
 from lumirlib.rows import Baseline, Tool
@@ -17,7 +18,7 @@ from lumirlib.study import AblationRun
 from lumirlib.training import Trainer, make_config
 
 RETRAINED = ("TransMorph", "uniGradICON", "SynthMorph", "VoxelMorph")
-CPU = torch.device("cpu")
+CPU = Engine("cpu")
 TINY = replace(
     PRESETS["smoke"], name="tiny", resolution_mm=1, epochs=2, steps_per_epoch=None, channel_divisor=16, levels=3
 )
@@ -35,7 +36,7 @@ def config_for(name, cohort, seed=0):
 
 def prepare(name, small_cohort_json, out, **options):
     return AblationRun.prepare(
-        name, "smoke", str(small_cohort_json), out=str(out), device="cpu",
+        name, "smoke", str(small_cohort_json), out=str(out), engine="cpu",
         options={"resolution_mm": 1, "channel_divisor": 16, **options},
     )  # fmt: skip
 
@@ -90,12 +91,12 @@ def test_every_network_trains_and_a_stopped_run_ends_in_the_same_weights(name, c
     again = Trainer(config, cohort, tmp_path / "stopped", CPU, progress=False)
     step, taken = again._step, []
 
-    def stop_after_three(pair):
+    def stop_after_three(batch, stop):
         if len(taken) == 3:
             again.save()
             raise KeyboardInterrupt
-        taken.append(pair)
-        return step(pair)
+        taken.append(batch)
+        return step(batch, stop)
 
     monkeypatch.setattr(again, "_step", stop_after_three)
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,7 @@ Registration", arXiv 2509.00451); DEVIATIONS.md says what was inferred.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -69,16 +69,10 @@ class ConvBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm = nn.InstanceNorm3d(out_channels)
         self.activation = nn.PReLU()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return instance_norm_prelu(self.conv(features), self.activation.weight)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off for a device, where it knows any."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def recomputed(function: Callable[..., torch.Tensor], *arguments: torch.Tensor | None) -> torch.Tensor:
@@ -117,11 +111,11 @@ class Encoder(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """``(B, 1, D, H, W)`` -> ``(B, N, D, H, W)``; the first block, and LK's last, without autocast."""
         # in bfloat16 an image's grey levels would be rounded to 256 steps, which the first, high-pass block amplifies
-        with full_precision(image.device):
+        with spatial.without_autocast(image.device):
             features = self._block(self.block1, image.to(self.dtype))
         features = self._block(self.block2, features)
         # three rounded branches add up to more than 0.01 voxels where the displacement is 4
-        with full_precision(image.device) if self.large_kernel else nullcontext():
+        with spatial.without_autocast(image.device) if self.large_kernel else nullcontext():
             return self._block(self.block3, features.to(self.dtype) if self.large_kernel else features)
 
     def _block(self, block: nn.Module, features: torch.Tensor) -> torch.Tensor:
@@ -154,7 +148,7 @@ class FlowEstimator(nn.Module):
         features = torch.cat([fixed, moving], dim=1)
         features = F.relu(self.conv1._conv_forward(features, weight, self.conv1.bias))
         features = F.relu(self.conv2(features))
-        with full_precision(features.device):
+        with spatial.without_autocast(features.device):
             return self.conv3(features.to(self.conv3.weight.dtype))
 
 
@@ -283,7 +277,7 @@ class RegistrationNetwork(nn.Module):
         Under autocast all but the finest level stay in float32: their errors are multiplied on the way to the result,
         and they have an eighth of its voxels.
         """
-        with full_precision(fixed.device) if level else nullcontext():
+        with spatial.without_autocast(fixed.device) if level else nullcontext():
             if level:
                 working = self.encoder.dtype
                 fixed, moving = fixed.to(working), moving.to(working)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numba import njit
 from torch.autograd.function import once_differentiable
 
-from lumirlib import _compiled
+from lumirlib import _compiled, spatial
 
 #: Added to the variance, as torch.nn.InstanceNorm3d does.
 EPSILON = 1e-5
@@ -159,5 +159,5 @@ def instance_norm_prelu(features: torch.Tensor, slope: torch.Tensor) -> torch.Te
         return torch.where(normalized > 0, normalized, normalized * slope).to(features.dtype)
     if features.device.type == "cpu":
         return _InstanceNormPReLU.apply(features, slope)
-    with torch.autocast(features.device.type, enabled=False):
+    with spatial.without_autocast(features.device):
         return F.prelu(F.instance_norm(features, eps=EPSILON), slope.to(features.dtype))
