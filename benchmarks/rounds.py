@@ -8,9 +8,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib.costs import MEBIBYTE, PeakMemory
+from lumirlib.costs import MEBIBYTE, PeakMemory, in_own_process
 from lumirlib.engine import pick_device
 from lumirlib.files import write_json
 
@@ -57,6 +56,15 @@ def _measure(make: Callable, size: Size, device: str, repeats: int, threads: int
     return {"first": times[0], "times": times[1:], "mib": memory.peak / MEBIBYTE, "note": ""}
 
 
+def peers() -> dict[str, str]:
+    """Versions of the packages compared with, where they are installed."""
+    found = {}
+    for name in ("voxelmorph", "neurite", "monai"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def parser(text: str, default_sizes: dict[str, list[str]]) -> argparse.ArgumentParser:
     """Options of a benchmark's command line."""
     options = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,7 +99,7 @@ def run(
     about = {
         "command": f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip(),
         "commit": provenance.commit(), "device": provenance.describe_device(device), "made": provenance.now(),
-        "rounds": given.rounds, "repeats": given.repeats, "versions": provenance.versions(),
+        "rounds": given.rounds, "repeats": given.repeats, "versions": provenance.versions() | peers(),
         "tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32},
         "images": "random",
     }  # fmt: skip
@@ -117,9 +125,8 @@ def measure_all(
                     work = (make, (shape, int(channels)), device, repeats, torch.get_num_threads())
                     if not found[one] or not found[one][-1]["note"]:
                         try:
-                            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                                found[one].append(pool.submit(_measure, *work).result())
-                        except BrokenProcessPool:
+                            found[one].append(in_own_process(one, _measure, *work))
+                        except MemoryError:
                             found[one].append({"note": "killed: memory?"})
                     bar.update()
             plain = None

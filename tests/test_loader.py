@@ -150,11 +150,13 @@ def test_an_interruption_while_waiting_ends_the_threads():
         time.sleep(0.3)
         return volume(subject)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     timer = threading.Timer(0.1, signal.raise_signal, (signal.SIGINT,))
     timer.start()
     with pytest.raises(KeyboardInterrupt), PairLoader(slow, [[pair] for pair in PAIRS]) as loader:
         list(loader)
     timer.join()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_loader_is_iterated_over_once():
