@@ -72,9 +72,7 @@ def test_a_gain_that_hangs_on_one_person_has_a_wide_interval():
 
 def test_the_interval_over_people_is_that_of_a_direct_bootstrap():
     found = table({"a": noisy(0.7), "b": noisy(0.69, offset=1)}, seeds=(0,))
-    values = [
-        found[found["variant"] == row].pivot_table(index=["fixed", "moving"], columns="seed", values="value") for row in "ab"
-    ]
+    values = [found[found["variant"] == row].pivot_table("value", ["fixed", "moving"], "seed") for row in "ab"]
     low, high = bootstrap_over_people(*values, draws=3000)
     difference = (values[0][0] - values[1][0]).to_dict()
     generator, means = np.random.default_rng(1), []
