@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -94,8 +94,6 @@ def run(
     kind = "cuda" if device.type == "cuda" else "cpu"
     sizes, every = given.sizes or default_sizes[kind], candidates(kind)
     chosen = {one: make for one, make in every.items() if given.only in one or one == next(iter(every))}
-    table = measure_all(chosen, sizes, str(device), given.rounds, given.repeats)
-    print(table.drop(columns="seconds").to_string(index=False, float_format="%.3f"))
     about = {
         "command": f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip(),
         "commit": provenance.commit(), "device": provenance.describe_device(device), "made": provenance.now(),
@@ -104,45 +102,57 @@ def run(
         "images": "random",
     }  # fmt: skip
     path = provenance.results_folder(given.out) / "benchmarks" / f"{name}_{device.type}.json"
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    write_json(path, {"provenance": about, "rows": rows})
+    for table in measure_all(chosen, sizes, str(device), given.rounds, given.repeats):  # a cut loses one measurement
+        rows = table.astype(object).where(table.notna(), None).to_dict("records")
+        write_json(path, {"provenance": about, "rows": rows})
+    print(table.drop(columns="seconds").to_string(index=False, float_format="%.3f"))
     print(path)
     return path
 
 
 def measure_all(
     candidates: dict[str, Callable], sizes: Sequence[str], device: str, rounds: int, repeats: int
-) -> pd.DataFrame:
-    """One row per size and candidate: medians and minima of all rounds, and ratios to the first candidate."""
-    rows = []
+) -> Iterator[pd.DataFrame]:
+    """After each measurement, all so far: medians and minima by size and candidate, ratios to the first candidate."""
+    found: dict[tuple[str, str], list[dict]] = {}
     with tqdm(total=len(candidates) * len(sizes) * rounds, unit="measurement") as bar:
         for size in sizes:
             shape, _, channels = size.partition(":")
-            found: dict[str, list[dict]] = {one: [] for one in candidates}
             for _ in range(rounds):
                 for one, make in candidates.items():
                     bar.set_postfix_str(f"{size} {one}")
                     work = (make, (shape, int(channels)), device, repeats, torch.get_num_threads())
-                    if not found[one] or not found[one][-1]["note"]:
+                    measured = found.setdefault((size, one), [])
+                    if not measured or not measured[-1]["note"]:
                         try:
-                            found[one].append(in_own_process(one, _measure, *work))
+                            measured.append(in_own_process(one, _measure, *work))
                         except MemoryError:
-                            found[one].append({"note": "killed: memory?"})
+                            measured.append({"note": "killed: memory?"})
                     bar.update()
-            plain = None
-            for one, measured in found.items():
-                row = {"size": size, "candidate": one, "note": measured[-1]["note"]}
-                if not row["note"]:
-                    seconds = [value for each in measured for value in each["times"]]
-                    row |= {
-                        "median_s": statistics.median(seconds), "min_s": min(seconds),
-                        "first_s": min(each["first"] for each in measured),
-                        "mib": statistics.median(each["mib"] for each in measured), "seconds": seconds,
-                    }  # fmt: skip
-                plain = row if plain is None or one.endswith("plain") else plain
-                for column, ratio in (("median_s", "times_as_fast"), ("mib", "share_of_memory")):
-                    ours, theirs = row.get(column, math.nan), plain.get(column, math.nan)
-                    row[ratio] = theirs / ours if column == "median_s" else ours / theirs
-                rows.append(row)
+                    yield summarize(found)
+
+
+def summarize(found: dict[tuple[str, str], list[dict]]) -> pd.DataFrame:
+    """One row per size and candidate.
+
+    Args:
+        found: what :func:`_measure` gave in each round, by size and candidate.
+    """
+    rows: list[dict] = []
+    plain: dict = {}
+    for (size, one), measured in found.items():
+        row = {"size": size, "candidate": one, "note": measured[-1]["note"]}
+        if not row["note"]:
+            seconds = [value for each in measured for value in each["times"]]
+            row |= {
+                "median_s": statistics.median(seconds), "min_s": min(seconds),
+                "first_s": min(each["first"] for each in measured),
+                "mib": statistics.median(each["mib"] for each in measured), "seconds": seconds,
+            }  # fmt: skip
+        if not rows or rows[-1]["size"] != size or one.endswith("plain"):
+            plain = row
+        row["times_as_fast"] = plain.get("median_s", math.nan) / row.get("median_s", math.nan)
+        row["share_of_memory"] = row.get("mib", math.nan) / plain.get("mib", math.nan)
+        rows.append(row)
     columns = ["size", "candidate", "median_s", "min_s", "first_s", "mib", "times_as_fast", "share_of_memory"]
     return pd.DataFrame(rows).reindex(columns=[*columns, "note", "seconds"])

@@ -245,10 +245,10 @@ class AblationRun:
         Raises:
             RuntimeError: one of several processes broke.
         """
-        if self.engine.processes > 1 and self.config.variant.trains_on != "nothing":
-            train_in_processes(self.config, self.out, self.engine.processes, self.arguments, resume, progress)
-            resume = True
-        return train(self.config, self.cohort, self.out, replace(self.engine, processes=1), resume, progress)
+        if self.engine.processes == 1 or self.config.variant.trains_on == "nothing":
+            return train(self.config, self.cohort, self.out, self.engine, resume, progress)
+        train_in_processes(self.config, self.out, self.engine.processes, self.arguments, resume, progress)
+        return train(self.config, self.cohort, self.out, replace(self.engine, processes=1), True, progress)
 
     def evaluate(self, result: TrainingResult, progress: bool = True) -> pd.DataFrame:
         """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table."""

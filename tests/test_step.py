@@ -1,5 +1,6 @@
 """The fast training step against the plain one of benchmarks/plain.py: fields, gradients, mixed precision, memory."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -245,6 +246,20 @@ def test_compiled_parts_have_no_graph_breaks_and_give_the_same_fields():
         found = traced(fixed, moving)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert (found - model(fixed, moving)).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="needs a C++ compiler")
+def test_compiled_networks_give_the_same_fields_and_gradients_in_both_precisions():
+    model, fixed, moving = trained("backbone"), *pair(7)
+    compiled = place(build_model("backbone", start_channels=6, head_channels=9, levels=3), "cpu")
+    compiled.load_state_dict(model.state_dict())
+    compile_model(compiled)
+    for mixed, tolerance in ((False, 1e-4), (True, 1e-2)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            found, expected = (one.fields(fixed, moving).displacements[0] for one in (compiled, model))
+        assert (found - expected).abs().max() < tolerance
+        ours, theirs = gradients(compiled, found.square().mean()), gradients(model, expected.square().mean())
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
 
 
 @pytest.mark.gpu
