@@ -155,7 +155,7 @@ class Queue:
             if options.get(name, 1) != 1:
                 raise ValueError(
                     f"--slurm {name} must be 1, got {options[name]!r}: a run is one task of one node; for several GPUs "
-                    "of it give gpus_per_node, --launcher train and --processes"
+                    "of it give gpus_per_node and --processes"
                 )
         given = {"name": "lumirlib", "timeout_min": TIMEOUT_MIN, **options}
         if jobs:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import nbformat
@@ -29,10 +29,12 @@ from tqdm.auto import tqdm
 
 from lumirlib import cluster, provenance
 from lumirlib._checks import check_choice
+from lumirlib.engine import Engine
 from lumirlib.methods import parse_row
 from lumirlib.presets import parse_setting, split_options
 from lumirlib.report import find_runs, paper_table
 from lumirlib.rows import file_name
+from lumirlib.train import add_engine_options, engine_options
 from lumirlib.training import trained_row
 from lumirlib.variants import Variant
 
@@ -40,7 +42,7 @@ from lumirlib.variants import Variant
 NOTEBOOKS = {"variant": "run_ablation.ipynb", "method": "run_baseline.ipynb"}
 #: The variant that stands for the paper's submission in Table 1: its figures there are those of LC-2 in Table 2.
 NEXT_GEN_NN = "LC-2"
-#: How a run is started: its notebook by papermill, or `python -m lumirlib.train`, by torchrun where it has processes.
+#: How a run is started: its notebook by papermill, or `python -m lumirlib.train`.
 LAUNCHERS = ("notebook", "train")
 #: Lines of a broken run's messages that are shown; all are in its failed output.
 SHOWN_LINES = 40
@@ -63,7 +65,8 @@ class SweepRun:
         parameters: what papermill injects.
         options: what it injects as the notebook's parameter of that name.
         launcher: one of :data:`LAUNCHERS`.
-        processes: that torchrun starts, with the launcher "train"; 1 does without torchrun.
+        engine: arguments of :class:`lumirlib.engine.Engine` that are not at their default. A run that is finished is so
+            whatever it was computed on.
     """
 
     notebook: Path
@@ -71,7 +74,12 @@ class SweepRun:
     parameters: dict[str, str]
     options: dict[str, object] = field(default_factory=dict)
     launcher: str = "notebook"
-    processes: int = 1
+    engine: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        """How many train it together."""
+        return int(self.engine.get("processes", 1))
 
     @property
     def row(self) -> str:
@@ -91,13 +99,14 @@ class SweepRun:
         words = [sys.executable, "-m", "papermill", _relative(self.notebook), _relative(output), "--no-progress-bar"]
         for name, value in self.parameters.items():
             words += ["-p" if name == "seed" else "-r", name, value]
-        return words + (["-y", json.dumps({"options": self.options})] if self.options else [])
+        typed = {**({"options": self.options} if self.options else {}), **self.engine}
+        return words + (["-y", json.dumps(typed)] if typed else [])
 
     def _train_command(self) -> list[str]:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
-        words = [sys.executable, *(torchrun if self.processes > 1 else []), "-m", "lumirlib.train", "--quiet"]
+        words = [sys.executable, "-m", "lumirlib.train", "--quiet"]
         for name, value in self.parameters.items():
             words += ["--variant" if name == "method" else f"--{name.replace('_', '-')}", value]
+        words += [f"--{name}" if value is True else f"--{name}={value}" for name, value in self.engine.items()]
         settings = [
             f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in self.options.items()
         ]
@@ -120,6 +129,8 @@ class SweepRun:
         record = found.metadata.get("papermill", {})
         injected = dict(record.get("parameters", {}))
         same = injected.pop("options", {}) == self.options
+        for one in fields(Engine):
+            injected.pop(one.name, None)
         same = same and {name: str(value) for name, value in injected.items()} == self.parameters
         return same and record.get("exception") is None and record.get("end_time") is not None
 
@@ -208,10 +219,9 @@ def plan(
     cohort: str,
     data_root: str,
     out: str,
-    device: str = "auto",
     options: Mapping[str, object] | None = None,
     launcher: str = "notebook",
-    processes: int = 1,
+    engine: Mapping[str, object] | None = None,
 ) -> list[SweepRun]:
     """The runs of a sweep, row by row, each with all its seeds; variants with "BF-post" last, as they need others.
 
@@ -222,22 +232,28 @@ def plan(
         cohort: "embedded", "lumir", "brains" or the path of a dataset JSON.
         data_root: as the notebook's parameter.
         out: results folder; empty for the usual one.
-        device: as the notebook's parameter.
         options: of variant and preset to set in every run.
         launcher: one of :data:`LAUNCHERS`.
-        processes: of each run, with the launcher "train".
+        engine: arguments of :class:`lumirlib.engine.Engine` for each run.
 
     Raises:
         ValueError: an unknown variant, preset, option or launcher, or a value that does not fit it.
         FileNotFoundError: the notebook is not there, as in a package installed without its checkout.
     """
     check_choice(launcher, LAUNCHERS, "launcher")
-    if processes < 1 or (processes > 1 and launcher != "train"):
-        raise ValueError(f"processes must be 1, or more with the launcher 'train', got {processes}")
+    checked = Engine(**{**(engine or {}), "device": "cpu"})  # a cluster's front end may lack the device
+    standard = {one.name: one.default for one in fields(Engine)}
+    changed = {name: value for name, value in (engine or {}).items() if value != standard[name]}
     names = sorted(table_rows(rows), key=needs_another)
     options = dict(options or {})
     for name in names:
-        split_options(preset, parse_row(name), options)
+        row = parse_row(name)
+        batch = split_options(preset, row, options)[0].batch_size
+        if row.trains_on != "nothing" and batch % checked.processes:
+            raise ValueError(
+                f"batch_size must be a multiple of the {checked.processes} processes that share it, got {batch}: "
+                f"--set batch_size={checked.processes}"
+            )
     notebooks = (provenance.project_root() or Path.cwd()) / "notebooks"
     for notebook in (notebooks / name for name in NOTEBOOKS.values()):
         if not notebook.is_file():
@@ -245,7 +261,6 @@ def plan(
     # what is at its default is not injected: executed notebooks are committed, and hold no path of a machine unasked
     common = {"preset": preset, "cohort": cohort}
     common |= {name: value for name, value in (("data_root", data_root), ("out", out)) if value}
-    common |= {"device": device} if device != "auto" else {}
     tag = "".join(f"_{name}-{value}" for name, value in options.items())
     folder = provenance.results_folder(out) / "runs"
     ending = {"notebook": "ipynb", "train": "txt"}[launcher]
@@ -257,7 +272,7 @@ def plan(
             {kinds[name]: name, "seed": str(seed), **common},
             options,
             launcher,
-            processes,
+            changed,
         )
         for name in names
         for seed in (seeds if parse_row(name).trains_on != "nothing" else seeds[:1])  # nothing in it is random
@@ -307,12 +322,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     options.add_argument("--out", default="", help="results folder")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
+    add_engine_options(options)
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
                          "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
     options.add_argument("--jobs", type=int, help="runs at a time: 1 here, all on a cluster")
     options.add_argument("--launcher", default="notebook", help="notebook, or train: `python -m lumirlib.train`")
-    options.add_argument("--processes", type=int, default=1, help="of each run by torchrun, with --launcher train")
     options.add_argument("--executor", default="local", choices=["local", "slurm"], help="where the runs are executed")
     options.add_argument("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="of each job, as submitit "
                          "has them: partition=gpu gpus_per_node=1 mem_gb=64 timeout_min=1440 ...")  # fmt: skip
@@ -330,8 +344,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--jobs must be 1 or more, got {given.jobs}")
         if not on_slurm and (given.slurm or given.no_wait):
             raise ValueError("--slurm and --no-wait go with --executor slurm")
-        runs = plan(given.rows, given.seeds, given.preset, given.cohort, given.data_root, given.out, given.device,
-                    dict(parse_setting(text) for text in given.set), given.launcher, given.processes)  # fmt: skip
+        runs = plan(given.rows, given.seeds, given.preset, given.cohort, given.data_root, given.out,
+                    dict(parse_setting(text) for text in given.set), given.launcher, engine_options(given))  # fmt: skip
         if given.dry_run:
             for run in runs:
                 print("finished" if run.is_finished() else "to run  ", shlex.join(run.command(run.output)))

@@ -14,6 +14,22 @@ from lumirlib.training import NonFiniteLossError
 from lumirlib.variants import variant_choices
 
 
+def add_engine_options(options: argparse.ArgumentParser) -> None:
+    """Add those of :class:`lumirlib.engine.Engine`."""
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    options.add_argument("--precision", default="auto", help=", ".join(PRECISIONS))
+    options.add_argument("--processes", type=int, default=1, help="GPUs of this machine to train on; or call torchrun")
+    options.add_argument("--compile", action="store_true", help="compile the network")
+    options.add_argument("--checkpointing", action="store_true", help="less memory for more time")
+    options.add_argument("--cache", default="auto", help=f"volumes on disk, made once: {', '.join(CACHES)}")
+    options.add_argument("--readers", type=int, default=1, help="threads that read ahead")
+
+
+def engine_options(given: argparse.Namespace) -> dict[str, object]:
+    """What :func:`add_engine_options` has read, as arguments of :class:`lumirlib.engine.Engine`."""
+    return {one.name: getattr(given, one.name) for one in fields(Engine)}
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(prog="python -m lumirlib.train", description=(__doc__ or "").splitlines()[0])
@@ -23,13 +39,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=0, help="of weights and pairs")
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     options.add_argument("--out", default="", help="results folder")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    options.add_argument("--precision", default="auto", help=", ".join(PRECISIONS))
-    options.add_argument("--processes", type=int, default=1, help="GPUs of this machine to train on; or call torchrun")
-    options.add_argument("--compile", action="store_true", help="compile the network")
-    options.add_argument("--checkpointing", action="store_true", help="less memory for more time")
-    options.add_argument("--cache", default="auto", help=f"volumes on disk, made once: {', '.join(CACHES)}")
-    options.add_argument("--readers", type=int, default=1, help="threads that read ahead")
+    add_engine_options(options)
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
                          "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
     options.add_argument("--restart", action="store_true", help="start anew where a checkpoint would be resumed")
@@ -49,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             given.seed,
             given.data_root,
             given.out,
-            Engine(**{one.name: getattr(given, one.name) for one in fields(Engine)}),
+            Engine(**engine_options(given)),
             options=dict(parse_setting(text) for text in given.set),
             command="python -m lumirlib.train, as papermill notebooks/run_ablation.ipynb <output>.ipynb",
         )

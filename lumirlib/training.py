@@ -655,7 +655,8 @@ def train_in_processes(
 ) -> None:
     """Train a run to its end in several processes of this machine, started by torchrun.
 
-    Progress is shown by epochs. What stops this process asks the others to save a checkpoint, and waits for that.
+    Progress is shown by epochs. What stops this process, SIGTERM too, asks the others to save a checkpoint, and waits
+    for that.
 
     Args:
         config: what `arguments` stand for.
@@ -679,14 +680,17 @@ def train_in_processes(
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
         tqdm(total=config.preset.epochs, desc=f"train {config.variant.name} in {processes} processes", unit="epoch",
              disable=not progress) as bar,
+        _StopRequest() as stop,
     ):  # fmt: skip
         # a session of its own: Ctrl-C reaches it once, by us
         child = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
         try:
-            while child.poll() is None:
+            while child.poll() is None and not stop.signal:
                 time.sleep(0.2)
                 if log.is_file():
                     bar.update(max(0, len(pd.read_csv(log)) - 1 - bar.n))
+            if stop.signal:
+                stop.obey()
         except BaseException:
             child.send_signal(signal.SIGTERM)
             child.wait()

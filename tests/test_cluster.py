@@ -45,7 +45,7 @@ with Path(out, "epochs.txt").open("a") as file:
     print(result.history["epoch"].max(), len(result.history), file=file)
 """
 #: For the small cohort, whose voxels are of 1 mm: seconds.
-TINY = {"resolution_mm": 1, "levels": 3, "channel_divisor": 16, "epochs": 30}
+TINY = {"resolution_mm": 1, "levels": 3, "channel_divisor": 16, "epochs": 6}
 
 
 def write_notebook(path, code):
@@ -102,10 +102,18 @@ def test_jobs_are_waited_for_and_broken_ones_reported_and_submitted_again(queue,
     assert [(tmp_path / "out" / f"{row}-0.txt").read_text() for row in ("backbone", "LK")] == ["ran ", "ran "]
 
 
-def test_the_same_command_comes_back_to_jobs_at_work(queue, tmp_path, capsys):
+def test_ctrl_c_leaves_the_jobs_at_work_and_the_same_command_comes_back_to_them(queue, tmp_path, capsys, monkeypatch):
     runs = planned(tmp_path, ["backbone", "CA"])
     queue.submit(runs, {})
     ids = [queue.job_id(run) for run in runs]
+
+    def press(seconds):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(cluster.time, "sleep", press)
+        queue.wait(runs)
+    assert f"scancel {' '.join(ids)}" in "".join(capsys.readouterr())
     again = cluster.Queue(queue.folder, "local", poll_seconds=0.2)
     again.submit(runs, {})
     assert "2 runs, 0 finished before, 2 submitted before\n" in capsys.readouterr().out
@@ -113,22 +121,6 @@ def test_the_same_command_comes_back_to_jobs_at_work(queue, tmp_path, capsys):
     (tmp_path / "out" / "go").touch()
     assert again.wait(runs) == {}
     assert [(tmp_path / "out" / f"{row}-0.txt").read_text() for row in ("backbone", "CA")] == ["ran ", "ran "]
-
-
-def test_ctrl_c_leaves_the_jobs_at_work_and_says_how_to_end_them(queue, tmp_path, capsys, monkeypatch):
-    (run,) = planned(tmp_path, ["backbone"])
-    queue.submit([run], {})
-
-    def press(seconds):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cluster.time, "sleep", press)
-    with pytest.raises(KeyboardInterrupt):
-        queue.wait([run])
-    monkeypatch.undo()
-    assert f"scancel {queue.job_id(run)}" in "".join(capsys.readouterr())
-    (tmp_path / "out" / "go").touch()
-    assert queue.wait([run]) == {}
 
 
 def test_a_job_whose_time_is_over_saves_and_goes_on_from_there(queue, tmp_path, small_cohort_json):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
 from dataclasses import replace
@@ -514,6 +515,24 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, monkeypatch):
     path = embedded.embedded_json(4, population, tmp_path, progress=False)
     assert set(made) == {0, 1, 2, 3} - done_before and 2 in made
     assert len(load_cohort(path).validation_pairs) == 2
+
+
+def test_jobs_that_make_the_embedded_cohort_at_once_leave_it_whole(tmp_path):
+    population = embedded.EmbeddedPopulation(training=1, validation=2)
+    context = multiprocessing.get_context("spawn")
+    folders = [tmp_path / "shared", tmp_path / "shared", tmp_path / "alone"]
+    jobs = [context.Process(target=embedded.embedded_json, args=(4, population, each, False)) for each in folders]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    paths = [embedded.embedded_json(4, population, each) for each in folders[1:]]
+    shared, alone = (load_cohort(path) for path in paths)
+    assert shared.digest == alone.digest and not list(tmp_path.rglob(".partial-*"))
+    people = [[*one.train, one.validation_pairs[0].fixed, one.validation_pairs[0].moving] for one in (shared, alone)]
+    for one, other in zip(*people, strict=True):
+        assert torch.equal(shared.image(one), alone.image(other))
 
 
 # real brains ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from small_cohorts import write_small_cohort
@@ -60,18 +61,21 @@ def test_two_processes_give_the_weights_and_the_log_of_one_at_the_same_batch(
     pd.testing.assert_frame_equal(first.history[columns], second.history[columns], rtol=1e-12)
 
 
+@pytest.mark.parametrize("starter", [TORCHRUN, [sys.executable, "-m", "lumirlib.train", "--processes=2"]])
 def test_processes_that_are_told_to_stop_save_and_another_number_of_them_goes_on(
-    small_cohort_json, tmp_path, one_thread
+    small_cohort_json, tmp_path, one_thread, starter
 ):
     whole = prepare(small_cohort_json, tmp_path / "whole", epochs=12)
     whole.train(progress=False)
     cut = prepare(small_cohort_json, tmp_path / "cut", epochs=12)
     log = cut.out / "logs" / f"{cut.config.run}.csv"
-    child = subprocess.Popen([*TORCHRUN, *cut.arguments, "--train-only", "--quiet"], stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([*starter, *cut.arguments, "--train-only", "--quiet"], stderr=subprocess.PIPE, text=True)
     while not log.is_file() and child.poll() is None:
         time.sleep(0.01)
+    started = psutil.Process(child.pid).children(recursive=True)
     child.send_signal(signal.SIGTERM)
     _, said = child.communicate(timeout=60)
+    assert not psutil.wait_procs(started, timeout=10)[1]
     trained = len(pd.read_csv(log)) - 1
     assert child.returncode != 0 and 0 < trained < 12, said
     cut.train(progress=False)

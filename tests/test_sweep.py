@@ -90,15 +90,32 @@ def test_filters_of_trained_weights_are_run_when_all_else_has_ended(tmp_path):
     assert [run.parameters["variant"] for run in planned] == ["backbone", "backbone", "BF-post", "BF-post"]
 
 
-def test_the_launcher_train_needs_no_notebook_and_starts_processes_by_torchrun(tmp_path, capsys):
+def test_the_launcher_train_needs_no_notebook(tmp_path, capsys):
     arguments = ["--rows", "VoxelMorph", "--seeds", "2", "--launcher", "train", "--out", str(tmp_path), "--dry-run"]
     assert sweep.main([*arguments, "--set", "similarity=mse", "amsgrad=false"]) == 0
     alone = capsys.readouterr().out
     assert "-m lumirlib.train --quiet --variant VoxelMorph --seed 2 --preset demo --cohort embedded" in alone
     assert alone.endswith(f"--out {tmp_path} --set similarity=mse amsgrad=false\n")
-    assert "torch.distributed" not in alone
-    assert sweep.main([*arguments, "--processes", "4"]) == 0
-    assert "-m torch.distributed.run --standalone --nproc-per-node 4 -m lumirlib.train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("launcher", ["notebook", "train"])
+def test_how_a_run_is_computed_is_handed_to_either_launcher_and_names_no_output(launcher, tmp_path, capsys):
+    arguments = ["--rows", "LK", "--launcher", launcher, "--out", str(tmp_path), "--set", "batch_size=4", "--dry-run"]
+    arguments += ["--device", "cuda", "--processes", "4", "--precision", "bf16-mixed", "--compile"]
+    assert sweep.main(arguments) == 0  # where there may be no such device
+    printed = capsys.readouterr().out
+    if launcher == "train":
+        assert "--device=cuda --precision=bf16-mixed --processes=4 --compile --set batch_size=4" in printed
+    else:
+        engine = '"device": "cuda", "precision": "bf16-mixed", "processes": 4, "compile": true'
+        assert f"""-y '{{"options": {{"batch_size": 4}}, {engine}}}'""" in printed
+        assert "LK_embedded_demo_batch_size-4_seed0.ipynb" in printed
+
+
+def test_a_run_that_is_finished_is_so_whatever_it_was_computed_on(runs):
+    run = replace(runs[0], engine={"device": "cpu"})
+    assert run.execute(threads=1) == ""
+    assert run.is_finished() and runs[0].is_finished()
 
 
 def test_the_launcher_train_takes_a_run_with_metrics_of_its_parameters_for_finished(tmp_path):
@@ -120,7 +137,9 @@ def test_the_launcher_train_takes_a_run_with_metrics_of_its_parameters_for_finis
         (["--set", "epochs"], "--set takes name=value, got 'epochs'"),
         (["--jobs", "0"], "--jobs must be 1 or more, got 0"),
         (["--launcher", "trian"], "launcher must be one of notebook, train"),
-        (["--processes", "2"], "processes must be 1, or more with the launcher 'train', got 2"),
+        (["--processes", "0"], "processes must be a whole number from 1, got 0"),
+        (["--processes", "2"], "batch_size must be a multiple of the 2 processes that share it, got 1: --set batch"),
+        (["--precision", "fp8"], "precision must be one of auto, 32-true, bf16-mixed"),
         (["--slurm", "partition=gpu"], "--slurm and --no-wait go with --executor slurm"),
     ],
 )
