@@ -47,6 +47,16 @@ def _weight(corner, r, s, t, one):  # pragma: no cover (compiled)
 
 
 @njit(**_OPTIONS)
+def _weights(r, s, t, one):  # pragma: no cover (compiled)
+    """Those of all eight neighbours."""
+    near_i, near_j, near_k = one - r, one - s, one - t
+    return (
+        near_i * near_j * near_k, near_i * near_j * t, near_i * s * near_k, near_i * s * t,
+        r * near_j * near_k, r * near_j * t, r * s * near_k, r * s * t,
+    )  # fmt: skip
+
+
+@njit(**_OPTIONS)
 def _place(corner, a, b, c, shape):  # pragma: no cover (compiled)
     """Index of a neighbour among all voxels, or -1 outside."""
     x, y, z = a + (corner >> 2), b + ((corner >> 1) & 1), c + (corner & 1)
@@ -94,10 +104,7 @@ def _kernels(count):
                     if kind == 2:
                         at = np.uint64((a * shape[1] + b) * shape[2] + c) * channels
                         next_k = at + channels
-                        w000, w001 = (one - r) * (one - s) * (one - t), (one - r) * (one - s) * t
-                        w010, w011 = (one - r) * s * (one - t), (one - r) * s * t
-                        w100, w101 = r * (one - s) * (one - t), r * (one - s) * t
-                        w110, w111 = r * s * (one - t), r * s * t
+                        w000, w001, w010, w011, w100, w101, w110, w111 = _weights(r, s, t, one)
                         for n in range(channels):
                             low, high = at + n, next_k + n
                             value = w000 * values[low] + w001 * values[high]
@@ -150,10 +157,7 @@ def _kernels(count):
                     if kind == 2 and a >= first and a + 1 < last:
                         at = np.uint64((a * shape[1] + b) * shape[2] + c) * channels
                         next_k = at + channels
-                        w000, w001 = (one - r) * (one - s) * (one - t), (one - r) * (one - s) * t
-                        w010, w011 = (one - r) * s * (one - t), (one - r) * s * t
-                        w100, w101 = r * (one - s) * (one - t), r * (one - s) * t
-                        w110, w111 = r * s * (one - t), r * s * t
+                        w000, w001, w010, w011, w100, w101, w110, w111 = _weights(r, s, t, one)
                         for n in range(channels):
                             value, below, above = given[source + n], at + n, next_k + n
                             into[below] += w000 * value

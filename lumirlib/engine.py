@@ -10,7 +10,7 @@ machine or several:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -58,6 +58,11 @@ def pick_device(device: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that it lacks
         raise ValueError(f"device must be auto, cpu or a device of this machine, got {device!r}: {error}") from error
     return chosen
+
+
+def as_arguments(parameters: Mapping[str, object]) -> list[str]:
+    """Arguments of :class:`Engine` as those of a command line."""
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in parameters.items()]
 
 
 @dataclass(frozen=True)
@@ -194,17 +199,13 @@ class Engine:
         if self.is_first:
             self.barrier()
 
-    def _changed(self) -> dict[str, object]:
-        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
-
     def as_parameters(self) -> dict[str, object]:
         """What differs from the defaults, as parameters of a notebook."""
-        return self._changed()
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
 
     def as_arguments(self) -> list[str]:
         """What differs from the defaults, but for the processes, as arguments of `python -m lumirlib.train`."""
-        words = {name: value for name, value in self._changed().items() if name != "processes"}
-        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in words.items()]
+        return as_arguments({name: value for name, value in self.as_parameters().items() if name != "processes"})
 
     def barrier(self) -> None:
         """Wait until all processes have come here."""

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from lumirlib import cluster, provenance
 from lumirlib._checks import check_choice
-from lumirlib.engine import Engine
+from lumirlib.engine import Engine, as_arguments
 from lumirlib.methods import parse_row
 from lumirlib.presets import parse_setting, split_options
 from lumirlib.report import find_runs, paper_table
@@ -106,7 +106,7 @@ class SweepRun:
         words = [sys.executable, "-m", "lumirlib.train", "--quiet"]
         for name, value in self.parameters.items():
             words += ["--variant" if name == "method" else f"--{name.replace('_', '-')}", value]
-        words += [f"--{name}" if value is True else f"--{name}={value}" for name, value in self.engine.items()]
+        words += as_arguments(self.engine)
         settings = [
             f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in self.options.items()
         ]
