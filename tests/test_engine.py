@@ -1,11 +1,11 @@
 """Where and how a run is computed: several processes, precision, and runs that are killed."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -169,57 +169,52 @@ def test_recomputed_activations_train_to_the_same_weights_and_networks_that_cann
 # killed --------------------------------------------------------------------------------------------------------------
 
 KILLED = """
-import os, sys, time
+import json, os, sys, time
+from pathlib import Path
+import numpy as np
+import torch
 from lumirlib.study import AblationRun
-cohort, out, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
-import lumirlib.training, torch
+
+cohort, out, checkpoint, options, ahead = *sys.argv[1:4], json.loads(sys.argv[4]), float(sys.argv[5])
 torch.set_num_threads(1)
-delays = [float(word) for word in sys.argv[4:]]
-def train():
-    run = AblationRun.prepare("backbone", "smoke", cohort, out=out, engine="cpu", options=options)
-    run.train(progress=False)
-kills = 0
-for delay in delays:  # children of one process that has everything imported: they start in no time
-    child = os.fork()
+generator = np.random.default_rng(0)
+
+def written():
+    return Path(checkpoint).stat().st_mtime_ns if Path(checkpoint).exists() else 0
+
+for number in range(20):  # children of one process that has everything imported: they start in no time
+    before, child = written(), os.fork()
     if child == 0:
         try:
-            train()
+            run = AblationRun.prepare("backbone", "smoke", cohort, out=out, engine="cpu", options=options)
+            run.train(progress=False)
         finally:
             os._exit(0 if sys.exc_info()[0] is None else 1)
-    deadline = time.monotonic() + delay
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, status
-            break
-        time.sleep(0.002)
-    else:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-        kills += 1
-print(kills)
+    if number % 4:  # at any moment of the epochs behind its first checkpoint
+        while written() == before:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "ended without a checkpoint"
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, ahead))
+    else:  # or of its start
+        time.sleep(generator.uniform(0, 1))
+    os.kill(child, 9)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), f"run {number} ended before it was killed, with {status}"
 """
 
 
 def test_killed_twenty_times_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, one_thread):
     cohort = write_small_cohort(tmp_path / "small")
-    options = {**TINY, "epochs": 100, "batch_size": 1}
-    times = []
-    for _ in range(2):  # the second time nothing is left to train
-        started = time.perf_counter()
-        whole = prepare(cohort, tmp_path / "whole", **options)
-        result = whole.train(progress=False)
-        times.append(time.perf_counter() - started)
-    # at any moment from the start to some epochs ahead, so that twenty times do not reach the end
-    epochs_ahead = 6 * (times[0] - times[1]) / 100
-    delays = np.random.default_rng(0).uniform(0.02, 2 * times[1] + epochs_ahead, 20)
-    cut = prepare(cohort, tmp_path / "cut", **options)
-    command = [sys.executable, "-c", KILLED, str(cohort), str(cut.out), repr(options), *map(str, delays)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    options = {**TINY, "epochs": 150, "batch_size": 1}
+    whole, cut = (prepare(cohort, tmp_path / name, **options) for name in ("whole", "cut"))
+    result = whole.train(progress=False)
+    epoch_seconds = 4 * result.history["seconds"].median()
+    last = cut.out / "checkpoints" / cut.config.run / "last.pt"
+    words = [str(cohort), str(cut.out), str(last), json.dumps(options), str(4 * epoch_seconds)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 20, f"only {done.stdout} of 20 runs were killed before they ended"
-    epochs = training.load_checkpoint(cut.out / "checkpoints" / cut.config.run / "last.pt")["state"]["epoch"]
-    assert 0 < epochs < 100
+    epochs = training.load_checkpoint(last)["state"]["epoch"]
+    assert 0 < epochs < 150
     resumed = cut.train(progress=False)
     assert same_weights(weights(whole), weights(cut))
     assert same_weights(weights(whole, "best.pt"), weights(cut, "best.pt"))
