@@ -19,7 +19,7 @@ import pandas as pd
 
 from lumirlib import provenance
 from lumirlib.data.embedded import FRAME_SHAPE
-from lumirlib.files import write_atomically
+from lumirlib.files import write_between
 from lumirlib.presets import PAPER
 from lumirlib.sweep import rows_of_table
 from lumirlib.tables import read_measured, to_markdown
@@ -157,16 +157,6 @@ def readable_budget(budget: Budget) -> str:
     return f"{to_markdown(pd.DataFrame(shown))}\n\n" + "\n".join(f"- {note}" for note in notes)
 
 
-def write_into(path: Path, text: str) -> Path:
-    """Replace what stands between :data:`MARKERS` in a file; ValueError for one that lacks them."""
-    before, start, rest = path.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    if not (start and end):
-        raise ValueError(f"{path} must hold {MARKERS[0]} and, after it, {MARKERS[1]}")
-    whole = f"{before}{start}\n\n{text}\n\n{end}{after}"
-    return write_atomically(path, lambda to: to.write_text(whole, encoding="utf-8"))
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, or write it into README.md; the exit status is 0, or 2 where something is missing."""
     options = argparse.ArgumentParser(prog="python -m lumirlib.budget", description=(__doc__ or "").splitlines()[0])
@@ -176,7 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         text = readable_budget(load_budget(provenance.results_folder(given.out)))
         if given.write:
-            print(write_into((provenance.project_root() or Path.cwd()) / "README.md", text))
+            readme = (provenance.project_root() or Path.cwd()) / "README.md"
+            print(write_between(readme, MARKERS, text))
         else:
             print(text)
     except (ValueError, FileNotFoundError) as error:

@@ -5,7 +5,7 @@ Pairs share people, so an interval is drawn over people: a test over pairs takes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -31,12 +31,6 @@ def _values(table: pd.DataFrame, row: str, metric: str) -> pd.DataFrame:
     return own.pivot_table(index=["fixed", "moving"], columns="seed", values="value")
 
 
-def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean over pairs; NaN where no pair has a weight."""
-    total = weights.sum()
-    return values @ weights / total if total else np.full(values.shape[:-1], np.nan)
-
-
 def bootstrap_over_people(
     first: pd.DataFrame, second: pd.DataFrame, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float]:
@@ -57,15 +51,17 @@ def bootstrap_over_people(
     people, places = np.unique(np.array([list(pair) for pair in first.index]), return_inverse=True)
     places = places.reshape(len(first), 2)
     generator = np.random.default_rng(seed)
-    found = np.empty(draws)
-    for draw in range(draws):
-        counts = np.bincount(generator.integers(len(people), size=len(people)), minlength=len(people))
-        weights = counts[places[:, 0]] * counts[places[:, 1]]
-        means = []
-        for one in (first, second):
-            seeds = generator.integers(one.shape[1], size=one.shape[1])
-            means.append(_weighted_mean(one.to_numpy()[:, seeds].mean(axis=1), weights))
-        found[draw] = means[0] - means[1]
+
+    def counts(things: int) -> np.ndarray:
+        """How often each of so many things is drawn, ``(draws, things)``."""
+        return generator.multinomial(things, np.full(things, 1 / things), size=draws)
+
+    drawn = counts(len(people))
+    weights = drawn[:, places[:, 0]] * drawn[:, places[:, 1]]
+    total = weights.sum(axis=1)
+    found = np.full(draws, np.nan)  # where no pair has a weight
+    means = [(weights @ one.to_numpy() * counts(one.shape[1])).sum(axis=1) / one.shape[1] for one in (first, second)]
+    np.divide(means[0] - means[1], total, out=found, where=total > 0)
     low, high = np.nanpercentile(found, [2.5, 97.5])
     return float(low), float(high)
 
@@ -90,18 +86,25 @@ def verdict(difference: float, low: float, high: float, p_holm: float, seeds_sd:
 
 
 def compare_rows(
-    table: pd.DataFrame, rows: Sequence[str], reference: str, metric: str, draws: int = DRAWS, seed: int = 0
+    table: pd.DataFrame,
+    rows: Sequence[str],
+    reference: str,
+    metric: str,
+    draws: int = DRAWS,
+    seed: int = 0,
+    deterministic: Collection[str] = (),
 ) -> pd.DataFrame:
     """Rows against one of them on one metric.
 
     Args:
-        table: long table with the columns variant, seed, fixed, moving, metric, value, as the `table` of
-            :func:`lumirlib.report.load_runs`.
+        table: long table with the columns variant, seed, fixed, moving, metric, value, as the `values` of
+            :class:`lumirlib.report.Runs`.
         rows: to compare.
         reference: the row that they are compared with.
         metric: one of the challenge's.
         draws: of :func:`bootstrap_over_people`.
         seed: likewise.
+        deterministic: rows without random numbers, whose one run has no spread over seeds.
 
     Returns:
         One line per row: row, reference, metric, difference (mean of row - reference), low and high (its interval),
@@ -131,7 +134,11 @@ def compare_rows(
                 "row": row, "reference": reference, "metric": metric, "difference": differences.mean(),
                 "low": low, "high": high,
                 "p": float(wilcoxon(differences).pvalue) if differences.any() else 1.0,
-                "seeds_sd": max(one.mean().std(ddof=1) for one in (first, second)),
+                # np.max: one seed of a trained row makes it NaN
+                "seeds_sd": float(np.max([
+                    0.0 if name in deterministic else values.mean().std(ddof=1)
+                    for name, values in ((row, first), (reference, second))
+                ])),
                 "effect": differences.mean() / deviation if deviation > 0 else np.nan,
                 "pairs": len(shared), "people": len({person for pair in shared for person in pair}),
                 "seeds": first.shape[1],

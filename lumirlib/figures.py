@@ -20,11 +20,15 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lumirlib import spatial
+from lumirlib import metrics, spatial
 from lumirlib._checks import check_labels
+from lumirlib.claims import Finding
+from lumirlib.comparison import MATCHING
 from lumirlib.data.synthesis import SynthesisOptions, deform_labels, synthesize
 from lumirlib.files import write_atomically
-from lumirlib.report import Runs, paper_table
+from lumirlib.methods import parse_row
+from lumirlib.report import BEFORE, COLUMNS, Runs, paper_method, paper_table
+from lumirlib.training import trained_row
 
 #: Metric -> axis label, factor to the unit of the label.
 METRIC_LABELS: dict[str, tuple[str, float]] = {
@@ -233,6 +237,14 @@ def metrics_figure(before: pd.DataFrame, after: pd.DataFrame, title: str) -> Fig
     return figure
 
 
+@torch.no_grad()
+def displacement_of(model, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+    """Displacement ``(1, 3, D, H, W)`` on the CPU of a network, wherever its weights are, or of any other method."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    device = next((parameter.device for parameter in parameters), "cpu")
+    return model(fixed.to(device), moving.to(device)).cpu()
+
+
 def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
     """The paper's Fig. 3 for one network: five columns, a row for each pair.
 
@@ -244,12 +256,9 @@ def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
     """
     by_name = {pair.name: pair for pair in cohort.validation_pairs}
     figure, axes = plt.subplots(len(names), 5, figsize=(13, 3.1 * len(names)), layout="constrained", squeeze=False)
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    device = next((parameter.device for parameter in parameters), "cpu")
     for row, name in enumerate(names):
         fixed, moving = (cohort.image(subject) for subject in (by_name[name].fixed, by_name[name].moving))
-        with torch.no_grad():
-            displacement = model(fixed.to(device), moving.to(device)).cpu()
+        displacement = displacement_of(model, fixed, moving)
         plot_pair(axes[row], fixed, moving, displacement, cohort.resolution_mm, titles=row == 0)
         axes[row, 0].set_ylabel(f"{by_name[name].fixed.name} ← {by_name[name].moving.name}", fontsize=8)
     figure.suptitle(title)
@@ -406,5 +415,204 @@ def folding_figure(folding: pd.DataFrame, title: str) -> Figure:
         ax.set_ylim(bottom=0)
         ax.set(xlabel="mean displacement (mm)", ylabel="NDV (%)", title=f"velocities of {variant}")
         ax.legend(loc="upper left", title="joined by")
+    figure.suptitle(title)
+    return figure
+
+
+def histories_figure(runs: Runs, title: str, columns: int = 6) -> Figure:
+    """The paper's Fig. 2 for every run on one page: training loss above, validation Dice below, a column per row.
+
+    Thin lines are seeds, the thick one their mean. Losses of different methods have different scales; Dice shares one.
+
+    Args:
+        runs: what is drawn; rows without a training are left out.
+        title: of the figure.
+        columns: rows of the study beside each other.
+
+    Raises:
+        ValueError: no run has a log.
+    """
+    names = [name for name in runs.variants if name in set(runs.history["variant"]) and parse_row(name) == trained_row(
+        parse_row(name))]  # fmt: skip
+    if not names:
+        raise ValueError(f"no run of {', '.join(runs.variants)} has a log")
+    blocks = -(-len(names) // columns)
+    columns = min(columns, len(names))
+    figure, axes = plt.subplots(2 * blocks, columns, figsize=(2.5 * columns, 4.4 * blocks), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    trained = runs.history[runs.history["variant"].isin(names)]
+    lowest, highest = 100 * trained["val_dice"].min(), 100 * trained["val_dice"].max()
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for number, name in enumerate(names):
+        block, column = divmod(number, columns)
+        own = trained[trained["variant"] == name]
+        for row, (measure, factor, colour) in enumerate((("loss", 1, "C0"), ("val_dice", 100, "C2"))):
+            ax = axes[2 * block + row, column]
+            ax.set_visible(True)
+            values = own.dropna(subset=measure).pivot_table(index="epoch", columns="seed", values=measure) * factor
+            ax.plot(values, color=colour, linewidth=0.8, alpha=0.5)
+            ax.plot(values.mean(axis=1), color=colour)
+            ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            ax.yaxis.set_major_locator(MaxNLocator(5))
+            if column == 0:
+                ax.set_ylabel("training loss" if measure == "loss" else "validation Dice (%)")
+            if measure == "loss":
+                ax.set_title(name)
+            else:
+                ax.set(xlabel="epoch", ylim=(lowest - 0.5, highest + 0.5))
+                ax.axhline(values.iloc[0].mean(), color="0.4", linestyle="--", linewidth=1)
+    figure.suptitle(f"{title}\nthin: a seed; thick: their mean; dashed: before registration")
+    return figure
+
+
+def plot_overlap(ax: Axes, labels: torch.Tensor, fixed_labels: torch.Tensor, slice_index: int) -> Axes:
+    """Axial slice of two label maps (1, 1, D, H, W): grey where they agree on a label, orange where they do not."""
+    first, second = _plane(labels, slice_index), _plane(fixed_labels, slice_index)
+    state = np.where(first == second, 1, 2)
+    state[(first == 0) & (second == 0)] = 0
+    ax.imshow(state, origin="lower", cmap=ListedColormap(["white", "0.75", "C1"]), vmin=-0.5, vmax=2.5,
+              interpolation="nearest")  # fmt: skip
+    return _hide_axes(ax, labels.shape[2:4])
+
+
+def _plot_map(ax: Axes, values: torch.Tensor, inside: torch.Tensor, slice_index: int, label: str, **drawing) -> Axes:
+    plane = np.ma.masked_where(_plane(inside, slice_index) == 0, _plane(values, slice_index))
+    shown = ax.imshow(plane, origin="lower", interpolation="nearest", **drawing)
+    bar = ax.figure.colorbar(shown, ax=ax, fraction=0.045, pad=0.02)
+    bar.set_label(label)
+    bar.ax.grid(False)
+    return _hide_axes(ax, values.shape[2:4])
+
+
+def maps_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
+    """What the paper's Fig. 3 lacks: log-Jacobian, overlap of labels before and after, and error of the displacement.
+
+    A row for each pair, axial slices at 45 % of the height: the fixed image; the natural logarithm of the Jacobian
+    determinant inside the fixed brain (blue shrinks, red grows, black folds); where labels agree before and after
+    registration; and, for simulated people, the distance to the true displacement in mm before and after.
+
+    Args:
+        model: ``model(fixed, moving) -> displacement``.
+        cohort: gives images, labels and, if it is simulated, true displacements.
+        names: names of validation pairs of the cohort.
+        title: of the figure.
+    """
+    by_name = {pair.name: pair for pair in cohort.validation_pairs}
+    pairs = [by_name[name] for name in names]
+    simulated = cohort.true_displacement(pairs[0]) is not None
+    columns = 2 + 2 * cohort.has_labels + 2 * simulated
+    figure, axes = plt.subplots(len(pairs), columns, figsize=(2.7 * columns, 3.1 * len(pairs)), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    for row, pair in enumerate(pairs):
+        fixed, moving = cohort.image(pair.fixed), cohort.image(pair.moving)
+        displacement = displacement_of(model, fixed, moving)
+        brain, middle = fixed > 0, int(0.45 * fixed.shape[4])
+        heads = iter(axes[row])
+        plot_slice(ax := next(heads), fixed, middle).set_ylabel(f"{pair.fixed.name} ← {pair.moving.name}", fontsize=8)
+        ax.set_title("fixed")
+        determinant = metrics.jacobian_determinant(displacement)
+        folds = (determinant <= 0) & brain
+        drawing = {"cmap": "RdBu_r", "vmin": -1.0, "vmax": 1.0}
+        ax = _plot_map(next(heads), determinant.clamp(min=1e-6).log(), brain, middle, "log |J|", **drawing)
+        ax.imshow(np.ma.masked_equal(_plane(folds.float(), middle), 0), origin="lower", vmin=0, vmax=1, cmap="gray_r")
+        inside = determinant[brain].clamp(min=1e-6).log()
+        ax.set_title(f"log-Jacobian, SD {float(inside.std()):.2f}")
+        if cohort.has_labels:
+            target, source = cohort.label_volume(pair.fixed), cohort.label_volume(pair.moving)
+            warped = spatial.warp(source, displacement, mode="nearest")
+            for when, labels in (("before", source), ("after", warped)):
+                dice = 100 * metrics.dice(labels, target, source, cohort.labels)
+                plot_overlap(next(heads), labels, target, middle).set_title(f"labels {when}, Dice {dice:.1f} %")
+        if simulated:
+            truth = cohort.true_displacement(pair)
+            errors = [
+                (field - truth).norm(dim=1, keepdim=True) * cohort.resolution_mm
+                for field in (torch.zeros_like(truth), displacement)
+            ]
+            top = float(errors[0][brain].quantile(0.99))
+            for when, error in zip(("before", "after"), errors, strict=True):
+                ax = _plot_map(next(heads), error, brain, middle, "mm", cmap="viridis", vmin=0, vmax=top)
+                ax.set_title(f"error {when}, {float(error[brain].mean()):.2f} mm")
+    figure.suptitle(title)
+    return figure
+
+
+def claim_figure(finding: Finding) -> Figure | None:
+    """The comparisons behind a claim: our difference with its interval beside the paper's, a panel per metric.
+
+    Args:
+        finding: with comparisons.
+
+    Returns:
+        The figure; None where nothing of the claim could be compared.
+    """
+    checks = finding.checks
+    if "difference" not in checks or checks["difference"].isna().all():
+        return None
+    shown = checks.dropna(subset="difference")
+    groups = list(shown.groupby("metric", sort=False))
+    height = 1.1 + 0.36 * max(len(part) for _, part in groups)
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups) + 1.2, height), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    for ax, (metric, part) in zip(axes[0], groups, strict=True):
+        plot_differences(ax, part)
+        ax.set_xlabel(f"{METRIC_LABELS[metric][0]}: row minus reference")
+    figure.suptitle(f"{finding.claim}: {finding.verdict}", fontsize=10)
+    return figure
+
+
+def plot_differences(ax: Axes, checks: pd.DataFrame) -> Axes:
+    """Differences of rows on one metric with their intervals, and the paper's own as open diamonds.
+
+    Args:
+        ax: to draw on.
+        checks: columns row, reference, metric, difference, low, high, paper, in the paper's units.
+    """
+    places = np.arange(len(checks))[::-1]
+    margin = COLUMNS[checks["metric"].iloc[0]][1] * MATCHING[checks["metric"].iloc[0]]
+    ax.axvspan(-margin, margin, color="0.93", zorder=0)
+    ax.axvline(0, color="0.4", linewidth=1)
+    ax.hlines(places, checks["low"], checks["high"], color="C0", linewidth=2.2)
+    ax.plot(checks["difference"], places, linestyle="none", marker="o", color="C0", label="ours, 95 % interval")
+    ax.plot(checks["paper"], places, linestyle="none", marker="D", markerfacecolor="white", color="C1", markersize=6,
+            label="paper")  # fmt: skip
+    ax.set(yticks=places, ylim=(-0.7, len(checks) - 0.3))
+    ax.set_yticklabels([f"{row} − {reference}" for row, reference in zip(checks["row"], checks["reference"],
+                                                                        strict=True)])  # fmt: skip
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.grid(visible=False, axis="y")
+    return ax
+
+
+def study_figure(runs: Runs, comparable: pd.DataFrame, title: str) -> Figure:
+    """The study at a glance: how much each row gains in Dice, the paper's beside ours, and the schemes' differences.
+
+    Left: Dice minus that of zero displacement; right: Dice minus the backbone's, as :func:`plot_differences` draws it.
+
+    Args:
+        runs: of all rows.
+        comparable: the comparisons of the schemes with the backbone, as in :func:`plot_differences`.
+        title: of the figure.
+    """
+    dice = runs.values[runs.values["metric"] == "dice"].groupby(["variant", "seed"])["value"].mean() * 100
+    ours = dice.groupby("variant").mean() - dice[BEFORE].mean()
+    published = paper_table().drop_duplicates("method").set_index("method")["dice"]
+    theirs = published - published["Zero Displacement"]
+    names = sorted(runs.variants, key=lambda name: ours[name])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.34 * len(names) + 1.4), layout="constrained",
+                                         width_ratios=(1, 1.1))  # fmt: skip
+    for place, name in enumerate(names):
+        seeds = dice[name] - dice[BEFORE].mean()
+        left.plot(seeds, [place] * len(seeds), linestyle="none", marker="|", color="C0", markersize=10)
+        left.plot(ours[name], place, marker="o", color="C0", linestyle="none", label="ours (ticks: seeds)")
+        found = theirs.get(name, theirs.get(paper_method(name), np.nan))
+        left.plot(found, place, marker="D", color="C1", markerfacecolor="white", linestyle="none", label="paper, LUMIR")
+    left.set(yticks=range(len(names)), yticklabels=names, xlabel="Dice gained over zero displacement (points)")
+    left.grid(visible=False, axis="y")
+    plot_differences(right, comparable).set_xlabel("Dice (points): scheme minus backbone; grey: too small to matter")
+    for ax in (left, right):
+        entries = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # of each kind of mark one
+        ax.legend(entries.values(), entries.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.suptitle(title)
     return figure

@@ -43,3 +43,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
 def write_json(path: str | Path, content: Any) -> Path:
     """Write `content` as indented JSON, atomically."""
     return write_atomically(path, lambda to: to.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+
+
+def write_between(path: str | Path, markers: tuple[str, str], text: str) -> Path:
+    """Replace what stands between two markers in a text file, atomically; ValueError for one that lacks them."""
+    path = Path(path)
+    before, start, rest = path.read_text(encoding="utf-8").partition(markers[0])
+    _, end, after = rest.partition(markers[1])
+    if not (start and end):
+        raise ValueError(f"{path} must hold {markers[0]} and, after it, {markers[1]}")
+    whole = f"{before}{start}\n\n{text}\n\n{end}{after}"
+    return write_atomically(path, lambda to: to.write_text(whole, encoding="utf-8"))

@@ -32,6 +32,8 @@ DIGITS = {"val_dice": 2, "dice": 2, "dice_std": 2, "tre_mm": 4, "ndv_percent": 4
 #: Metrics of which more is better; of the others less is.
 HIGHER_IS_BETTER = ("val_dice", "dice")
 BEFORE = "Before Reg"
+#: Points of Dice that a converged run may rise by over the last quarter of its epochs (docs/protocol.md).
+CONVERGED = 0.3
 
 
 def paper_table(table: int | None = None) -> pd.DataFrame:
@@ -137,8 +139,11 @@ class Runs:
         variants: names, in the order of the table.
         preset: of all runs.
         options: what was set besides in all runs.
-        values: columns variant, seed, pair, metric, value; the variant "Before Reg", seed 0, is zero displacement.
+        values: columns variant, seed, pair, fixed, moving, metric, value; the variant "Before Reg", seed 0, is zero
+            displacement.
         facts: one row per run: variant, seed, run, val_dice, val_dice_before and the rest of its provenance.
+        history: one row per run and epoch: variant, seed and the columns of its log; a row that only filters another's
+            result has the history of that one, a row that is not trained has none.
         missing: variants without a run.
         command: the sweep that makes what is missing.
     """
@@ -150,6 +155,7 @@ class Runs:
     facts: pd.DataFrame
     missing: tuple[str, ...]
     command: str
+    history: pd.DataFrame
 
     @property
     def title(self) -> str:
@@ -290,7 +296,7 @@ def load_runs(
     if not before:
         raise ValueError(f"{folder / 'metrics'} has no zero displacement on the pairs of {first['run']}")
     tables.insert(0, pd.read_csv(before[0]).assign(variant=BEFORE, seed=0))
-    values = pd.concat(tables)[["variant", "seed", "pair", "metric", "value"]].reset_index(drop=True)
+    values = pd.concat(tables, ignore_index=True)[["variant", "seed", "pair", "fixed", "moving", "metric", "value"]]
     present = set(about["variant"])
     return Runs(
         tuple(name for name in names if name in present),
@@ -300,7 +306,35 @@ def load_runs(
         about,
         tuple(name for name in names if name not in present),
         command,
+        _histories(folder, about),
     )
+
+
+def _histories(folder: Path, facts: pd.DataFrame) -> pd.DataFrame:
+    found = [pd.DataFrame({"variant": [], "seed": [], "epoch": [], "val_dice": []})]
+    for _, fact in facts.iterrows():
+        weights = fact.get("weights")
+        log = folder / "logs" / f"{weights if isinstance(weights, str) else fact['run']}.csv"
+        if log.is_file():
+            found.append(pd.read_csv(log).assign(variant=fact["variant"], seed=fact["seed"]))
+    return pd.concat(found[1:] or found, ignore_index=True)
+
+
+def late_rises(runs: Runs) -> pd.DataFrame:
+    """By how much the validation Dice of each run rose over the last quarter of its epochs.
+
+    Returns:
+        Columns variant, seed, epochs, rise (points), converged (rise at most :data:`CONVERGED`); runs with a log only.
+    """
+    rows = []
+    for (variant, seed), log in runs.history.groupby(["variant", "seed"], sort=False):
+        dice = 100 * log.set_index("epoch")["val_dice"]
+        last = int(dice.index.max())
+        rise = float(dice[last] - dice[last - max(1, last // 4)])
+        rows.append(
+            {"variant": variant, "seed": seed, "epochs": last, "rise": rise, "converged": not rise > CONVERGED}
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=["variant", "seed", "epochs", "rise", "converged"])
 
 
 def table1(runs: Runs) -> pd.DataFrame:

@@ -171,6 +171,13 @@ def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
     idle = [name for name in runs.variants if dice[name] <= dice[BEFORE]]
     if idle:
         note += f" Not better than zero displacement in Dice, so it has learned nothing yet: {', '.join(idle)}."
+    rises = report.late_rises(runs)
+    still = list(dict.fromkeys(rises.loc[~rises["converged"].astype(bool), "variant"]))
+    if still:
+        note += (
+            f" Not converged, as the validation Dice of a seed still rose by more than {report.CONVERGED} points over "
+            f"the last quarter of its epochs: {', '.join(still)}."
+        )
     return publish(stem, table, readable_table(table), f"Table {number}, paper and ours ({runs.title})", note,
                    runs.about(), readable_table(table, r"\textbf{{{}}}"))  # fmt: skip
 

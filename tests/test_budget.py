@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from lumirlib import budget
+from lumirlib.files import write_between
 from lumirlib.provenance import project_root
 
 COMMITTED = project_root() / "results"
@@ -88,8 +89,8 @@ def test_costs_that_lack_a_row_are_refused_and_none_at_all_too(folder, tmp_path)
 def test_the_table_is_written_between_the_markers_and_nothing_else_is_touched(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{budget.MARKERS[0]}\nold\n{budget.MARKERS[1]}\nafter\n")
-    budget.write_into(readme, "| new |")
+    write_between(readme, budget.MARKERS, "| new |")
     assert readme.read_text() == f"before\n{budget.MARKERS[0]}\n\n| new |\n\n{budget.MARKERS[1]}\nafter\n"
     readme.write_text("no markers")
     with pytest.raises(ValueError, match=r"must hold <!-- python -m lumirlib.budget"):
-        budget.write_into(readme, "| new |")
+        write_between(readme, budget.MARKERS, "| new |")

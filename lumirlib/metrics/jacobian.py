@@ -125,3 +125,23 @@ def ndv_percent(displacement: torch.Tensor, mask: torch.Tensor | None = None) ->
     if counted == 0:
         raise ValueError("mask must hold at least one voxel away from the border, got none")
     return 100 * volume / counted
+
+
+def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
+    """Determinant of the Jacobian of ``p + displacement(p)`` from central differences (one-sided at the border).
+
+    It is what is drawn; the challenge's measure of folding is :func:`ndv_volume`.
+
+    Args:
+        displacement: ``(1, 3, D, H, W)`` in voxels, sides of at least 2.
+
+    Returns:
+        ``(1, 1, D, H, W)``: the local change of volume, 1 where there is none, 0 or less where space folds.
+    """
+    check_displacement(displacement)
+    if displacement.shape[0] != 1:
+        raise ValueError(f"displacement must be (1, 3, D, H, W), got {tuple(displacement.shape)}")
+    columns = [torch.stack(torch.gradient(component)) for component in displacement[0]]
+    columns = [column + unit.view(3, 1, 1, 1) for column, unit in zip(columns, torch.eye(3).to(displacement),
+                                                                       strict=True)]  # fmt: skip
+    return _dot(columns[0], _cross(columns[1], columns[2]))[None, None]

@@ -1,0 +1,209 @@
+"""Verdicts follow from the CSVs by stated rules, and change if the CSVs do."""
+
+import itertools
+import json
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lumirlib import claims, figures, report
+from lumirlib.claims import FAILS, HOLDS, NOT_SUPPORTED, OPEN, SUPPORTED, Check, Study, judge, load_study
+from lumirlib.metrics import jacobian_determinant
+from lumirlib.presets import get_preset
+from lumirlib.provenance import project_root
+from lumirlib.report import Runs, late_rises
+from lumirlib.sweep import rows_of_table
+from lumirlib.tables import Measured
+
+PAIRS = list(itertools.permutations([f"P{number}" for number in range(6)], 2))
+PAPER = {"dice": 0.76, "hd95_mm": 3.5, "tre_mm": 2.4, "ndv_percent": 0.2}
+NOISE = {"dice": 0.002, "hd95_mm": 0.02, "tre_mm": 0.02, "ndv_percent": 0.002}
+
+
+def study(changes=None, seeds=(0, 1, 2), landmark_people=6, history=None, folding=None, mse=0.70, ndv=0.2):
+    """A study in which all rows are alike but for `changes`: {(row, metric): difference}."""
+    lines = []
+    names = list(dict.fromkeys([*rows_of_table(2), "BF-post", *rows_of_table(1)]))
+    for name, seed, (fixed, moving) in itertools.product([*names, claims.WITH_MSE], seeds, PAIRS):
+        for metric, value in {**PAPER, "ndv_percent": ndv}.items():
+            if metric == "tre_mm" and max(int(fixed[1]), int(moving[1])) >= landmark_people:
+                value = math.nan
+            drawn = np.random.default_rng([int(fixed[1]), int(moving[1]), seed, len(name), ord(name[-1])])
+            value += (changes or {}).get((name, metric), 0.0) + drawn.normal(0, NOISE[metric])
+            if metric == "dice" and name == claims.WITH_MSE:
+                value = value - PAPER["dice"] + mse
+            lines.append((name, seed, f"{fixed}_{moving}", fixed, moving, metric, value))
+    values = pd.DataFrame(lines, columns=["variant", "seed", "pair", "fixed", "moving", "metric", "value"])
+    other = values["variant"] == claims.WITH_MSE
+    facts = pd.DataFrame([{"variant": name, "seed": seed, "val_dice": 0.5} for name in names for seed in seeds])
+
+    def runs(table, history=history):
+        logs = pd.DataFrame(history or [], columns=["variant", "seed", "epoch", "val_dice"])
+        return Runs(tuple(names), get_preset("demo"), {}, table, facts, (), "", logs)
+
+    with_mse = {0.1: runs(values[other].assign(variant="backbone"))}
+    return Study(runs(values[~other]), with_mse, Measured(folding, {}, "not measured"))
+
+
+def verdicts(given):
+    return {finding.key: finding.verdict for finding in judge(given)}
+
+
+def test_rows_that_are_alike_support_only_that_they_match():
+    found = verdicts(study())
+    assert found["comparable"] == SUPPORTED and found["ncc"] == SUPPORTED
+    for key in ("transmorph", "bf", "bf-post", "lk", "channels", "channels-dice", "ca-bf", "table1", "lc"):
+        assert found[key] == NOT_SUPPORTED, key
+    for key in ("leaderboard", "convergence", "cascade"):
+        assert found[key] == OPEN, key
+
+
+def test_a_verdict_turns_when_the_figures_do():
+    better = {("BF", "dice"): 0.01, ("BF", "hd95_mm"): -0.2, ("BF", "ndv_percent"): -0.05}
+    found = verdicts(study(better))
+    assert found["bf"] == SUPPORTED and found["bf-post"] == NOT_SUPPORTED
+    assert found["comparable"] == NOT_SUPPORTED, "a scheme that is a point better does not merely match"
+    assert verdicts(study({**better, ("BF", "hd95_mm"): 0.2}))["bf"] == NOT_SUPPORTED
+    assert verdicts(study(mse=0.80))["ncc"] == NOT_SUPPORTED
+    cascade = {("LC-2", "ndv_percent"): -0.2}
+    assert verdicts(study(cascade))["lc"] == SUPPORTED
+    assert verdicts(study({**cascade, ("LC-2", "dice"): -0.01}))["lc"] == NOT_SUPPORTED
+
+
+def test_a_gain_of_a_stated_size_must_be_reached_by_the_interval():
+    def found(gain):
+        return verdicts(study({("TransMorph", "dice"): -gain}))["transmorph"]
+
+    assert found(0.02) == SUPPORTED and found(0.014) == SUPPORTED
+    assert found(0.010) == NOT_SUPPORTED and found(-0.01) == NOT_SUPPORTED
+
+
+def test_what_the_runs_cannot_show_is_left_open_with_its_reason():
+    lk = {("LK", "tre_mm"): -0.2, ("LK", "ndv_percent"): -0.05}
+    assert verdicts(study(lk))["lk"] == SUPPORTED
+    few = Check("LK", "backbone", "tre_mm").judge(study(lk, landmark_people=3))
+    assert (few["outcome"], few["why"]) == (OPEN, "landmarks on 3 people only")
+    assert few["difference"] == pytest.approx(-0.2, abs=0.02), "it is shown all the same"
+    unfolded = Check("LK", "backbone", "ndv_percent").judge(study(lk, ndv=0.0))
+    assert unfolded["outcome"] == OPEN and "folds in less than 0.01 %" in unfolded["why"]
+    once = Check("LK", "backbone", "tre_mm").judge(study(lk, seeds=(0,)))
+    assert (once["outcome"], once["why"]) == (OPEN, "one seed")
+    absent = study(lk)
+    absent = Study(absent.runs, {}, absent.folding)
+    line = Check("backbone", claims.WITH_MSE, "dice").judge(absent)
+    assert line["outcome"] == OPEN and line["why"] == f"not run: {claims.WITH_MSE}"
+    assert verdicts(absent)["ncc"] == OPEN
+
+
+def test_one_run_of_a_method_without_random_numbers_is_enough():
+    given = study({("deedsBCV", "dice"): -0.05})
+    values = given.runs.values
+    once = values[(values["variant"] != "deedsBCV") | (values["seed"] == 0)]
+    given.runs.__dict__["values"] = once  # a frozen dataclass
+    line = Check("LC-2", "deedsBCV", "dice").judge(given)
+    assert line["outcome"] == HOLDS and line["difference"] == pytest.approx(5, abs=0.3)
+    assert line["low"] < line["difference"] < line["high"] and line["paper"] == pytest.approx(7.57)
+    once = values[(values["variant"] != "TransMorph") | (values["seed"] == 0)]
+    given = study({("TransMorph", "dice"): -0.05})
+    given.runs.__dict__["values"] = once
+    assert Check("LC-2", "TransMorph", "dice").judge(given)["why"] == "one seed"
+
+
+def test_differences_are_of_the_row_minus_the_reference_whichever_is_the_family_s():
+    given = study({("TransMorph", "dice"): -0.03})
+    forth, back = given.compare("LC-2", "TransMorph", "dice"), given.compare("TransMorph", "LC-2", "dice")
+    assert forth["difference"] == -back["difference"] == pytest.approx(0.03, abs=0.002)
+    assert (forth["low"], forth["high"]) == (-back["high"], -back["low"])
+    assert (forth["verdict"], back["verdict"]) == ("better", "worse")
+    assert Check("TransMorph", "LC-2", "dice").judge(given)["outcome"] == FAILS
+
+
+def history(rise, name="backbone", seeds=(0, 1)):
+    curve = [0.5, *([0.58] * 5), 0.58, 0.58 + rise / 2, 0.58 + rise]
+    return [(name, seed, epoch, dice) for seed in seeds for epoch, dice in enumerate(curve)]
+
+
+def test_convergence_is_judged_by_when_the_gain_is_there_and_left_open_while_dice_rises():
+    assert verdicts(study(history=history(0.0)))["convergence"] == SUPPORTED
+    assert verdicts(study(history=history(0.02)))["convergence"] == OPEN
+    late = [("LK", seed, epoch, 0.5 + 0.08 * (epoch >= 5)) for seed in (0, 1) for epoch in range(9)]
+    assert verdicts(study(history=late))["convergence"] == NOT_SUPPORTED
+    rises = late_rises(study(history=history(0.02)).runs)
+    assert list(rises["rise"].round(6)) == [2.0, 2.0] and not rises["converged"].any()
+    assert late_rises(study(history=history(0.002)).runs)["converged"].all()
+
+
+def test_wide_differences_between_pairs_support_that_pairs_differ():
+    assert verdicts(study())["pairs"] == NOT_SUPPORTED
+    given = study()
+    values = given.runs.values
+    hard = values["pair"].eq("P0_P1") & values["metric"].eq("dice")
+    given.runs.__dict__["values"] = values.assign(value=values["value"] - 0.2 * hard)
+    assert verdicts(given)["pairs"] == SUPPORTED
+
+
+def test_the_cascade_that_folds_less_wherever_the_other_folds_is_smoother():
+    def found(additive, compositional):
+        lines = [
+            {"variant": "LC-1", "seed": seed, "pair": "a", "cascade": cascade, "factor": 2.0, "ndv_percent": ndv}
+            for seed in (0, 1) for cascade, ndv in (("additive", additive), ("compositional", compositional))
+        ]  # fmt: skip
+        return verdicts(study(folding=pd.DataFrame(lines)))["cascade"]
+
+    assert (found(0.2, 0.0), found(0.2, 0.3), found(0.0, 0.0)) == (SUPPORTED, NOT_SUPPORTED, OPEN)
+
+
+def test_committed_runs_give_a_finding_for_every_claim_and_files_with_provenance(tmp_path):
+    given = load_study(project_root() / "results", "embedded", "demo")
+    findings = judge(given)
+    assert len(findings) == len(claims.CLAIMS) == len({finding.key for finding in findings})
+    text = claims.publish_claims(given, findings, tmp_path / "claims")
+    assert "simulated" in text and all(finding.claim in text for finding in findings)
+    about = json.loads((tmp_path / "claims.json").read_text())
+    assert about["runs"] and about["commits"]
+    numbers = pd.read_csv(tmp_path / "claims.csv")
+    line = numbers[(numbers["claim"] == "channels-dice")].iloc[0]
+    effects = report.effects(given.runs).set_index(["variant", "metric"])
+    assert line["difference"] == pytest.approx(effects.loc[("LC-1", "dice"), "ours"])
+    assert line["paper"] == pytest.approx(effects.loc[("LC-1", "dice"), "paper"])
+    summary = claims.summary(given, findings)
+    assert summary.count("\n| ") == len(given.rows) + 2, "every row, and zero displacement"
+    assert all(finding.claim in summary for finding in findings)
+    plt.close(figures.claim_figure(findings[0]))
+    plt.close(figures.histories_figure(given.runs, "simulated"))
+
+
+def test_runs_that_are_not_there_are_named_with_the_command_that_makes_them(tmp_path, capsys):
+    assert claims.main(["--out", str(tmp_path), "--cohort", "embedded", "--preset", "demo"]) == 2
+    assert "python -m lumirlib.sweep --rows" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="metric must be one of"):
+        Check("LK", "backbone", "seconds")
+    with pytest.raises(ValueError, match="expect must be one of"):
+        Check("LK", "backbone", "dice", "worse")
+
+
+def test_readme_shows_the_verdicts_of_the_committed_runs():
+    readme = (project_root() / "README.md").read_text(encoding="utf-8")
+    given = load_study(project_root() / "results")
+    _, start, rest = readme.partition(claims.MARKERS[0])
+    text, end, _ = rest.partition(claims.MARKERS[1])
+    assert start and end
+    assert text.strip() == claims.summary(given, judge(given)), "python -m lumirlib.claims --write"
+
+
+def test_the_jacobian_determinant_of_a_linear_map_is_its_determinant():
+    matrix = torch.eye(3) + 0.2 * torch.tensor([[1.0, 0.5, 0], [0, -1, 0.3], [0.2, 0, 0.5]])
+    points = torch.stack(torch.meshgrid(*(torch.arange(float(side)) for side in (5, 6, 7)), indexing="ij"))
+    moved = torch.einsum("ij,jdhw->idhw", matrix, points)
+    determinant = jacobian_determinant((moved - points)[None])
+    assert determinant.shape == (1, 1, 5, 6, 7)
+    torch.testing.assert_close(determinant, torch.linalg.det(matrix).expand_as(determinant))
+    flipped = torch.zeros(1, 3, 5, 6, 7)
+    flipped[:, 0] = -2 * points[0]
+    assert (jacobian_determinant(flipped) < 0).all()
+    with pytest.raises(ValueError, match="at least 2 voxels"):
+        jacobian_determinant(torch.zeros(1, 3, 1, 4, 4))
