@@ -122,7 +122,7 @@ class PairViewer:
         self.panels: tuple = ()
         figure = slice_figure(fixed, moving, displacement, spacing_mm, title)
         png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=90)
+        figure.savefig(png, format="png", dpi=75)
         plt.close(figure)
         self.png = png.getvalue()
         self._box = self._waiting() if self.interactive else None
