@@ -225,8 +225,8 @@ def studies(folder: str | Path) -> pd.DataFrame:
         folder: results folder, with `metrics/`.
 
     Returns:
-        Columns cohort, preset, set_besides ("name=value, ..."; empty where nothing was), resolution_mm, simulated, rows,
-        seeds, runs (their numbers), methods (names, joined by ", "); real data first, then by voxel size.
+        Columns cohort, preset, set_besides ("name=value, ..."; empty where nothing was), resolution_mm, simulated,
+        rows, seeds, runs (their numbers), methods (names, joined by ", "); real data first, then by voxel size.
     """
     found = [
         {"cohort": about["cohort"], "preset": about["preset"]["name"], "method": about["method"], "seed": about["seed"],
