@@ -19,7 +19,6 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tqdm.auto import tqdm
 
 from lumirlib import spatial
 from lumirlib._checks import check_labels
@@ -234,7 +233,7 @@ def metrics_figure(before: pd.DataFrame, after: pd.DataFrame, title: str) -> Fig
     return figure
 
 
-def pairs_figure(model, cohort, names: Sequence[str], title: str, progress: bool = True) -> Figure:
+def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
     """The paper's Fig. 3 for one network: five columns, a row for each pair.
 
     Args:
@@ -242,13 +241,12 @@ def pairs_figure(model, cohort, names: Sequence[str], title: str, progress: bool
         cohort: gives the images.
         names: names of validation pairs of the cohort.
         title: of the figure.
-        progress: show a progress bar.
     """
     by_name = {pair.name: pair for pair in cohort.validation_pairs}
     figure, axes = plt.subplots(len(names), 5, figsize=(13, 3.1 * len(names)), layout="constrained", squeeze=False)
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     device = next((parameter.device for parameter in parameters), "cpu")
-    for row, name in enumerate(tqdm(names, desc="pairs of the figure", unit="pair", disable=not progress)):
+    for row, name in enumerate(names):
         fixed, moving = (cohort.image(subject) for subject in (by_name[name].fixed, by_name[name].moving))
         with torch.no_grad():
             displacement = model(fixed.to(device), moving.to(device)).cpu()

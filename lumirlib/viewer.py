@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from lumirlib import figures, spatial
 from lumirlib._checks import check_choice, check_displacement
+from lumirlib.data import Cohort
+from lumirlib.evaluation import Method
 
 #: Plane -> the two axes of the array that lie in it.
 PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
@@ -185,3 +187,26 @@ class PairViewer:
         if self._box is None:
             return {**shown, "text/plain": f"{shown['text/plain']}\n{MISSING}"}
         return {**self._box._repr_mimebundle_(), **shown}
+
+
+def view_pair(
+    method: Method, cohort: Cohort, name: str, title: str = "", device: torch.device | str = "cpu"
+) -> PairViewer:
+    """Register a validation pair and look at it: the viewer, as the last line of a cell.
+
+    Args:
+        method: ``method(fixed, moving) -> displacement``; a network is one.
+        cohort: gives the images.
+        name: of a validation pair of the cohort.
+        title: says what is shown, and "simulated" where it is; the pair's name is added.
+        device: where the method runs.
+
+    Raises:
+        ValueError: no pair of that name.
+    """
+    by_name = {pair.name: pair for pair in cohort.validation_pairs}
+    check_choice(name, tuple(by_name), "name")
+    fixed, moving = (cohort.image(one).to(device) for one in (by_name[name].fixed, by_name[name].moving))
+    with torch.no_grad():
+        displacement = method(fixed, moving)
+    return PairViewer(fixed, moving, displacement, cohort.resolution_mm, f"{name}: {title}" if title else name)

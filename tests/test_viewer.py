@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lumirlib import spatial
-from lumirlib.viewer import MISSING, PairViewer, warped_grid
+from lumirlib import load_cohort, spatial
+from lumirlib.viewer import MISSING, PairViewer, view_pair, warped_grid
 
 SHAPE = (5, 6, 7)
 
@@ -95,3 +95,16 @@ def test_buttons_turn_all_panels_and_draw_the_grid_of_the_plane():
     shown = nib.Nifti1Image.from_bytes(gzip.decompress(viewer.panels[3].volumes[0].data)).get_fdata()
     expected = warped_grid(viewer.displacement, "sagittal", every=12)[0, 0].numpy()
     assert np.abs(shown - expected).max() <= 0.51 / 255
+
+
+def test_pair_is_registered_and_named(small_cohort_json):
+    cohort = load_cohort(small_cohort_json)
+    chosen = cohort.validation_pairs[1]
+    shift = torch.tensor([1.0, 0.0, -2.0]).view(1, 3, 1, 1, 1)
+    viewer = view_pair(lambda fixed, moving: shift.expand(1, 3, *fixed.shape[2:]), cohort, chosen.name, "small")
+    assert viewer.title == f"{chosen.name}: small" and viewer.spacing_mm == 1
+    assert torch.equal(viewer.images["fixed"], cohort.image(chosen.fixed))
+    assert torch.equal(viewer.images["moving"], cohort.image(chosen.moving))
+    assert torch.equal(viewer.images["warped"][0, 0, :-1, :, 2:], cohort.image(chosen.moving)[0, 0, 1:, :, :-2])
+    with pytest.raises(ValueError, match=r"name must be one of SMALL_0100_SMALL_0101.*got 'SMALL'"):
+        view_pair(lambda fixed, moving: fixed, cohort, "SMALL")
