@@ -69,6 +69,7 @@ class SweepJob:
         self._stopped = False
 
     def __call__(self) -> None:
+        """Run it, unless it is finished; submitit calls this in the job."""
         if self.run.is_finished():  # Slurm may requeue a job at any time
             return
         signal.signal(signal.SIGTERM, self._terminate)

@@ -67,7 +67,7 @@ def bootstrap_over_people(
 
 
 def verdict(difference: float, low: float, high: float, p_holm: float, seeds_sd: float, metric: str) -> str:
-    """ "better", "worse", "matches" or "cannot be told", as docs/protocol.md defines them.
+    """Whether a row is "better" or "worse", "matches" or "cannot be told", as docs/protocol.md defines them.
 
     Args:
         difference: of the first row from the second.

@@ -14,6 +14,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
+from tqdm.auto import tqdm
 
 from lumirlib.data import Cohort, Subject
 from lumirlib.metrics.overlap import label_counts
@@ -34,13 +35,14 @@ def _ratio(first: float, second: float) -> float:
     return max(first, second) / min(first, second) if min(first, second) > 0 else math.nan
 
 
-def pair_table(cohort: Cohort, before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+def pair_table(cohort: Cohort, before: pd.DataFrame, after: pd.DataFrame, progress: bool = True) -> pd.DataFrame:
     """One row per labelled pair, hardest first.
 
     Args:
         cohort: of the pairs.
         before: long table of zero displacement.
         after: long table of one or more runs of a method; several values of a pair are averaged.
+        progress: show a progress bar.
 
     Returns:
         Columns pair, dice (after, percent), gain (points), dice_before (percent), brain_ratio and ventricle_ratio
@@ -65,7 +67,7 @@ def pair_table(cohort: Cohort, before: pd.DataFrame, after: pd.DataFrame) -> pd.
     if not names:
         raise ValueError(f"{cohort.path}: no pair of the tables has a Dice")
     rows = []
-    for name in names:
+    for name in tqdm(names, desc="pairs", unit="pair", disable=not progress):
         if name not in dice_before.index or ("displacement_mm", name) not in values.index:
             raise ValueError(
                 f"the tables must have Dice before registration and displacement_mm for {name}, but lack one of them"

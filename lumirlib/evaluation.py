@@ -25,6 +25,10 @@ NDV_MASKS = ("moving", "fixed")
 #: A registration method: images (1, 1, D, H, W) in [0, 1] -> displacement (1, 3, D, H, W) in voxels.
 Method = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+#: Metrics of your own, by the name that they get in the CSV: each is ``metric(cohort, pair, displacement) -> float``,
+#: with the displacement (1, 3, D, H, W) in voxels on the CPU. Every evaluation computes them; see docs/extending.md.
+FURTHER_METRICS: dict[str, Callable[[Cohort, Pair, torch.Tensor], float]] = {}
+
 
 def zero_displacement(fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
     """The row "Zero Displacement" of Table 1: ``(B, 3, D, H, W)`` zeros, the images as they are."""
@@ -90,7 +94,7 @@ def score_displacement(
     Returns:
         The four of :func:`evaluate_pair`, "tre_points_mm" (the textbook's form), "displacement_mm" (mean length
         inside the fixed brain) and, for simulated pairs, "displacement_error_mm" (mean distance to the true
-        displacement, likewise); NaN where the cohort lacks what a metric needs.
+        displacement, likewise); NaN where the cohort lacks what a metric needs. Then those of :data:`FURTHER_METRICS`.
     """
     check_choice(ndv_mask, NDV_MASKS, "ndv_mask")
     spacing = cohort.resolution_mm
@@ -114,7 +118,7 @@ def score_displacement(
     if truth is not None:
         error = (displacement - truth).norm(dim=1, keepdim=True)[brain]
         found["displacement_error_mm"] = float(error.mean()) * spacing
-    return found
+    return found | {name: float(metric(cohort, pair, displacement)) for name, metric in FURTHER_METRICS.items()}
 
 
 def evaluate_method(

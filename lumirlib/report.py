@@ -211,17 +211,47 @@ def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
     return {**later, **given, "about": ""} == {**asdict(wanted), "about": ""}
 
 
-def _described(folder: str | Path, cohort: str) -> list[tuple[Path, dict]]:
-    """CSV and provenance of all that was measured on a cohort."""
+def _described(folder: str | Path, cohort: str | None = None) -> list[tuple[Path, dict]]:
+    """CSV and provenance of all that was measured on a cohort; None takes all cohorts."""
     found = []
     for path in sorted(Path(folder, "metrics").glob("*.json")):
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:  # a run is writing it anew at this moment
             continue
-        if about.get("cohort") == cohort and path.with_suffix(".csv").is_file():
+        if cohort in (None, about.get("cohort")) and path.with_suffix(".csv").is_file():
             found.append((path.with_suffix(".csv"), about))
     return found
+
+
+def studies(folder: str | Path) -> pd.DataFrame:
+    """What a results folder holds: one line for each cohort, preset and set of other options that was run.
+
+    Args:
+        folder: results folder, with `metrics/`.
+
+    Returns:
+        Columns cohort, preset, set_besides ("name=value, ..."; empty where nothing was), resolution_mm, simulated,
+        rows, seeds, runs (their numbers), methods (names, joined by ", "); real data first, then by voxel size.
+    """
+    found = [
+        {"cohort": about["cohort"], "preset": about["preset"]["name"], "method": about["method"], "seed": about["seed"],
+         "set_besides": ", ".join(f"{name}={value}" for name, value in sorted(about.get("set_besides", {}).items())),
+         "resolution_mm": about["resolution_mm"], "simulated": about["simulated"]}
+        for _, about in _described(folder) if "preset" in about
+    ]  # fmt: skip
+    keys = ["simulated", "resolution_mm", "cohort", "preset", "set_besides"]
+    columns = ["cohort", "preset", "set_besides", "resolution_mm", "simulated", "rows", "seeds", "runs", "methods"]
+    if not found:
+        return pd.DataFrame(columns=columns)
+    grouped = pd.DataFrame(found).groupby(keys)
+    table = grouped.agg(
+        rows=("method", "nunique"),
+        seeds=("seed", "nunique"),
+        runs=("method", "size"),
+        methods=("method", lambda names: ", ".join(dict.fromkeys(names))),
+    )
+    return table.reset_index()[columns]
 
 
 def find_runs(
@@ -362,7 +392,8 @@ def _beside(runs: Runs, names: Mapping[str, str], table: int) -> pd.DataFrame:
         seeds = []
         for seed, values in runs.values[runs.values["variant"] == name].groupby("seed"):
             if name == BEFORE:
-                val_dice, sc = float(runs.facts["val_dice_before"].dropna().iloc[0]), None
+                known = runs.facts.get("val_dice_before", pd.Series(dtype=float)).dropna()  # the first runs lack it
+                val_dice, sc = float(known.iloc[0]) if len(known) else math.nan, None
             else:
                 fact = runs.facts[(runs.facts["variant"] == name) & (runs.facts["seed"] == seed)].iloc[0]
                 val_dice, sc = float(fact["val_dice"]), fact["options"].get("start_channels")

@@ -113,8 +113,10 @@ def voxel_to_normalized(points: torch.Tensor, shape: Sequence[int]) -> torch.Ten
 
 
 def normalized_to_voxel(points: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Convert normalized coordinates (last axis k, j, i) to voxels (last axis i, j, k): the inverse of
-    :func:`voxel_to_normalized`."""
+    """Convert normalized coordinates (last axis k, j, i) to voxels (last axis i, j, k).
+
+    The inverse of :func:`voxel_to_normalized`.
+    """
     sides = torch.tensor([side - 1 for side in shape], dtype=points.dtype, device=points.device)
     return (points.flip(-1) + 1.0) * (sides / 2.0)
 

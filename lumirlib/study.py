@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from tqdm.auto import tqdm
 
 from lumirlib import provenance
 from lumirlib.data import Cohort, Pair, load_cohort
@@ -213,8 +214,13 @@ class AblationRun:
         source = training_source(self.config.variant, self.cohort)
         return source.label_volume(source.train[0])
 
-    def inverse_consistency(self, result: TrainingResult, count: int = 5) -> pd.DataFrame:
+    def inverse_consistency(self, result: TrainingResult, count: int = 5, progress: bool = True) -> pd.DataFrame:
         """Inverse consistency on `count` pairs, spread evenly, before training and after.
+
+        Args:
+            result: of :meth:`train`.
+            count: number of pairs.
+            progress: show a progress bar.
 
         Returns:
             Columns when, error_voxels (mean distance of both directions composed to the identity), displacement_voxels
@@ -227,7 +233,7 @@ class AblationRun:
         rows = []
         for when, model in stages.items():
             found = []
-            for pair in spread(self.pairs, count):
+            for pair in tqdm(spread(self.pairs, count), desc=when, unit="pair", disable=not progress):
                 fixed, moving = (self.cohort.image(one).to(self.device) for one in (pair.fixed, pair.moving))
                 with torch.no_grad():
                     forward, backward = model(fixed, moving), model(moving, fixed)

@@ -73,6 +73,24 @@ def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
     return frame
 
 
+def brief_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Table 1 or 2 as text on one screen: a line a method, "paper | ours" in a column for each metric of the challenge.
+
+    Args:
+        table: as :func:`lumirlib.report.table1` or :func:`lumirlib.report.table2` gives it.
+    """
+    rows = []
+    for method, part in table.groupby("method", sort=False):
+        variant, values = part["variant"].iloc[0], part.set_index("metric")
+        named = variant in (BEFORE, method) or method.startswith("backbone")
+        row = {"method": method if named else f"{method} ({variant})"}
+        for metric in ("dice", "tre_mm", "ndv_percent", "hd95_mm"):
+            figures = [_number(values.loc[metric, whose], DIGITS[metric]) for whose in ("paper", "ours")]
+            row[f"{COLUMNS[metric][2]}: paper, ours"] = " · ".join(figures)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def readable_effects(table: pd.DataFrame) -> pd.DataFrame:
     """:func:`effects` as text: a line per variant; "paper / ours (spread over seeds), share of pairs improved"."""
     rows = []

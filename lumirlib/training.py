@@ -382,10 +382,12 @@ class Trainer:
 
     @property
     def best_path(self) -> Path:
+        """The weights of the best epoch so far."""
         return self.folder / "best.pt"
 
     @property
     def last_path(self) -> Path:
+        """Where the run stands, to go on from."""
         return self.folder / "last.pt"
 
     def save(self) -> None:

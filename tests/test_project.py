@@ -10,6 +10,10 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from lumirlib import __version__, train
 from lumirlib.presets import PRESETS
@@ -87,14 +91,33 @@ def test_results_go_where_they_are_asked_for(monkeypatch):
     assert results_folder() == (project_root() or Path.cwd()) / "results"
 
 
-def test_versions_stand_in_one_place():
-    environment = (ROOT / "environment.yml").read_text()
-    assert "-r requirements.txt" in environment
-    assert not re.search(r"^\s*- (?!python)[\w-]+=", environment, re.M)  # no second list of pins
-    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-"]
+#: Extras that requirements.txt leaves out: their packages hold others back, or need what pip cannot install.
+NOT_PINNED = ("classical", "browser")
+#: Packages that others bring, pinned because a change in them changes results or the committed notebooks.
+BROUGHT_BY_OTHERS = {"nbclient", "deepbet", "torchreg"}
+
+
+def test_environment_requirements_and_project_agree_and_versions_stand_in_one_place():
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11, as requirements.txt does")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "lumirlib" and environment["channels"][0] == "conda-forge"
+    python, *rest = environment["dependencies"]
+    assert rest == ["pip", {"pip": ["-r requirements.txt"]}]  # no second list of pins
+    assert python.removeprefix("python=") + ".0" in SpecifierSet(project["requires-python"])
+    *pins, own = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert own == "-e ."
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
-    pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
-    declared = re.findall(r'^    "([\w-]+)>=', (ROOT / "pyproject.toml").read_text(), re.M)
-    declared += re.findall(r'^(?:slurm|test) = \["([\w-]+)>=', (ROOT / "pyproject.toml").read_text(), re.M)
-    assert {"pytest", "submitit"} < set(declared) <= pinned
+    pinned = {canonicalize_name(name): version for name, version in (pin.split("==") for pin in pins)}
+    extras = project["optional-dependencies"]
+    chosen = [Requirement(line) for line in project["dependencies"]]
+    chosen += [Requirement(line) for extra, lines in extras.items() if extra not in NOT_PINNED for line in lines]
+    for requirement in chosen:
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version is not None, f"requirements.txt does not pin {requirement.name}"
+        assert version in requirement.specifier, (
+            f"requirements.txt pins {requirement.name} to {version}, not {requirement}"
+        )
+    declared = {canonicalize_name(requirement.name) for requirement in chosen}
+    assert set(pinned) - declared == BROUGHT_BY_OTHERS
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text()

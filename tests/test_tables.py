@@ -109,6 +109,37 @@ def test_table_2_has_means_over_seeds_spread_and_difference_in_the_papers_units(
     assert table.loc[("LC-2", "dice"), "sc"] == 16  # 64 of the paper, a quarter at demo
 
 
+def test_brief_table_has_a_line_a_method_with_the_papers_figure_and_ours(runs):
+    brief = tables.brief_table(report.table2(runs)).set_index("method")
+    assert brief.index.tolist() == ["Before Reg", "backbone", "backbone+LC-2"]
+    assert brief.loc["backbone", "Dice (%): paper, ours"] == "77.31 · 71.00"
+    assert brief.loc["backbone+LC-2", "NDV (%): paper, ours"] == "0.0001 · 0.0000"
+    first = tables.brief_table(report.table1(runs))
+    assert first["method"].tolist() == ["Zero Displacement", "backbone", "next-gen-nn (LC-2)"]
+    assert first.loc[1, "Dice (%): paper, ours"] == "– · 71.00"
+
+
+def test_what_a_results_folder_holds_is_listed_with_real_data_first(folder, tmp_path):
+    write_run(folder, "LK", 0, 0.7, cohort="brains", simulated=False, run="LK_brains")
+    write_run(folder, "LK", 0, 0.7, set_besides={"epochs": 6}, run="LK_short")
+    found = report.studies(folder)
+    assert found["cohort"].tolist() == ["brains", "embedded", "embedded"]
+    assert found["set_besides"].tolist() == ["", "", "epochs=6"]
+    assert found[["rows", "seeds", "runs"]].to_numpy().tolist() == [[1, 1, 1], [2, 2, 4], [1, 1, 1]]
+    assert found.loc[1, "methods"] == "LC-2, backbone"
+    assert report.studies(tmp_path / "nothing").empty
+
+
+def test_runs_of_an_earlier_version_without_validation_dice_before_are_shown(folder):
+    for path in (folder / "metrics").glob("*.json"):
+        about = json.loads(path.read_text())
+        about.pop("val_dice_before", None)
+        path.write_text(json.dumps(about))
+    table = report.table2(report.load_runs(folder, ["backbone"])).set_index(["variant", "metric"])
+    assert np.isnan(table.loc[("Before Reg", "val_dice"), "ours"])
+    assert table.loc[("Before Reg", "dice"), "ours"] == pytest.approx(50)
+
+
 def test_best_figures_are_bold_and_ties_of_all_are_not(runs):
     shown = tables.readable_table(report.table2(runs))
     ours = shown[shown["whose"] == "ours"]

@@ -308,7 +308,10 @@ class Cohort:
         Args:
             folder: where caches are kept; None takes the folder of the embedded cohort, see README.
             dtype: "auto", or "float16" or "float32" for images whatever they hold.
-            workers, progress, verify, repair: of :meth:`lumirlib.data.cache.VolumeCache.build`.
+            workers: of :meth:`lumirlib.data.cache.VolumeCache.build`, as are the others.
+            progress: show progress bars.
+            verify: compare every checksum now.
+            repair: likewise, and make anew what is damaged.
         """
         people = dict.fromkeys([*self.train, *(s for pair in self.validation_pairs for s in (pair.fixed, pair.moving))])
         sources = [Source("images", one.image, one.name, partial(self._read_image, one.image)) for one in people]

@@ -77,6 +77,7 @@ class PairLoader:
 
     @property
     def total(self) -> float:
+        """Seconds since the first batch was asked for, up to the end."""
         if self._started is None:
             return 0.0
         return (time.perf_counter() if self._ended is None else self._ended) - self._started

@@ -1,5 +1,4 @@
-"""The paper's backbone: a weight-shared encoder at full resolution, a feature pyramid and a cascade of small
-flow estimators.
+"""The paper's backbone: a weight-shared encoder, a feature pyramid and a cascade of small flow estimators.
 
 After Fig. 1 of the paper and the authors' later description of the same network (EOIR, "Encoder-Only Image
 Registration", arXiv 2509.00451); DEVIATIONS.md says what was inferred.
@@ -72,6 +71,7 @@ class ConvBlock(nn.Module):
         self.activation = nn.PReLU()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features ``(B, C, D, H, W)`` after convolution, norm and activation, on the same grid."""
         return instance_norm_prelu(self.conv(features), self.activation.weight)
 
 
