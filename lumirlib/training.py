@@ -392,6 +392,7 @@ class Trainer:
             state.trained_by.append(session)
         with (
             _StopRequest() as stop,
+            self.engine.reproducibly(),
             tqdm(total=preset.epochs * self.steps, initial=done, desc=f"train {self.config.variant.name}",
                  unit="pair" if preset.batch_size == 1 else "step", disable=not self.progress) as bar,
         ):  # fmt: skip
