@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--cache", action="store_true", help="read a cache on disk, as large cohorts are")
     options.add_argument("--out", type=Path, default=provenance.results_folder() / "benchmarks" / "long_run_cpu.json")
     given = options.parse_args(arguments)
+    commit = provenance.commit()
     cohort = load_cohort("embedded", 4)
     cohort = cohort.with_cache() if given.cache else cohort
     preset = get_preset("smoke", steps_per_epoch=24)
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = long_run(cohort, preset, given.steps, engine)
     about = {
         "command": " ".join(["python benchmarks/long_run.py", *(arguments or sys.argv[1:])]),
-        "commit": provenance.commit(), "device": engine.describe(), "readers": given.readers, "cache": given.cache,
+        "commit": commit, "device": engine.describe(), "readers": given.readers, "cache": given.cache,
         "written": provenance.now(), "versions": {**provenance.versions(), "psutil": psutil.__version__},
     }  # fmt: skip
     write_json(given.out, {**about, **cohort_facts(cohort), **found, "torch_threads": torch.get_num_threads()})

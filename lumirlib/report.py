@@ -209,7 +209,8 @@ def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
 MEASURED_FACTS = {"run": str, "method": str, "cohort": str, "cohort_digest": str, "resolution_mm": (int, float),
                   "evaluated_pairs": int}  # fmt: skip
 RUN_FACTS = {"options": dict, "preset": dict, "seed": int, "val_dice": (int, float),
-             "val_dice_before": (int, float, type(None)), "commit": str, "device": str, "cohort_name": str, "simulated": bool}  # fmt: skip
+             "val_dice_before": (int, float, type(None)), "commit": str,
+             "device": str, "cohort_name": str, "simulated": bool}  # fmt: skip
 
 
 def _check_facts(path: Path, about: Mapping[str, object]) -> None:
