@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lumirlib.files import write_atomically
 from lumirlib.methods import row_from_options
@@ -153,10 +152,17 @@ def described_row(path: str | Path, content: Mapping[str, Any]) -> Row:
     return row
 
 
-def build_shapes(build: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
-    """The weights of a network that is built without memory for them."""
-    with torch.device("meta"):
-        return build().state_dict()
+def shapes_of(path: str | Path, row: Row) -> dict[str, torch.Tensor]:
+    """The weights of a row's network, built without memory for them.
+
+    Raises:
+        ValueError: options that make no network.
+    """
+    try:
+        with torch.device("meta"):
+            return row.build().state_dict()
+    except Exception as error:  # layers raise many types for options that they cannot be made of
+        raise ValueError(f"{path}: config.variant describes no network: {error}") from error
 
 
 def check_weights(path: str | Path, weights: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:

@@ -36,12 +36,12 @@ from tqdm.auto import tqdm
 from lumirlib import losses, metrics, spatial
 from lumirlib.checkpoints import (
     TrainingState,
-    build_shapes,
     check_weights,
     described_row,
     load_checkpoint,
     load_optimizer,
     save_checkpoint,
+    shapes_of,
     training_state,
 )
 from lumirlib.data import Cohort, Pair, Subject, load_cohort
@@ -253,7 +253,7 @@ def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> n
         raise ValueError(f"{path}: no bilateral filter can be put behind {variant.name}")
     if bilateral and variant.bilateral_window:
         raise ValueError(f"{path}: {variant.name} was trained with a bilateral filter; none can be put behind it")
-    check_weights(path, content["model"], build_shapes(variant.build))
+    check_weights(path, content["model"], shapes_of(path, variant))
     model = to_device(replace(variant, **bilateral).build(), target)
     model.load_state_dict(content["model"], strict=not bilateral)
     return model.eval()

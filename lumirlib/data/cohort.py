@@ -44,6 +44,8 @@ CREDITS = {
 SMALLEST_LABEL = 8
 #: Voxel coordinates of landmarks are below this.
 MOST_COORDINATE = 1e6
+#: Landmarks of one person, which are few; an image in their place has as many as gray values.
+MOST_LANDMARKS = 1000
 #: Labelled scans of which all ordered pairs are evaluated where the JSON names none; LUMIR has ten.
 MOST_HELD_OUT = 100
 #: Downsampled volumes kept in memory by one cohort, in bytes.
@@ -205,7 +207,13 @@ class Cohort:
                 if not all(-0.5 <= x <= side - 0.5 for x, side in zip(place, sides, strict=True)):
                     raise ValueError(f"{subject.landmarks}: landmark {name!r} at {place} lies outside {tuple(sides)}")
         else:
-            points = landmark_centroids(self._read_labels(subject.landmarks)[0, 0].numpy())
+            volume = self._read_labels(subject.landmarks)[0, 0].numpy()
+            count = len(np.unique(volume[volume > 0]))
+            if not 1 <= count <= MOST_LANDMARKS:
+                raise ValueError(
+                    f"{subject.landmarks}: expected 1 to {MOST_LANDMARKS} landmarks, each a number above 0, got {count}"
+                )
+            points = landmark_centroids(volume)
         shift = (self.downsampling - 1) / 2
         return {name: tuple((x - shift) / self.downsampling for x in place) for name, place in points.items()}
 
