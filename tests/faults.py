@@ -119,7 +119,7 @@ def harmed(content: bytes, harm: tuple[str, Any]) -> bytes:
 JSON_VALUES = st.recursive(
     st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6),
-        st.sampled_from([10**400, -1, 0, 2**31, 1e308, "../x.nii.gz", "/etc/passwd", "a\0b", "x" * 5000, "NaN", "$(true)"]),
+        st.sampled_from([10**400, -1, 0, 2**31, 1e308, "../x.nii.gz", "/etc/passwd", "a\0b", "x" * 5000, "$(true)"]),
     ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
     max_leaves=5,
