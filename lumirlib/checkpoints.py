@@ -212,6 +212,8 @@ def training_state(path: str | Path, content: Mapping[str, Any]) -> TrainingStat
     state = TrainingState(**given)
     if not (0 <= state.best_epoch <= state.epoch and state.step >= 0):
         raise ValueError(f"{path}: no run can stand at epoch {state.epoch}, step {state.step}, best {state.best_epoch}")
+    if not all(isinstance(session, str) for session in state.trained_by):
+        raise ValueError(f"{path}: state.trained_by must hold text only")
     numbers = [*state.history, state.sums]
     if not all(isinstance(row, dict) and all(type(value) in (int, float) for value in row.values()) for row in numbers):
         raise ValueError(f"{path}: state.history and state.sums must hold numbers by name")

@@ -116,6 +116,13 @@ def harmed(content: bytes, harm: tuple[str, Any]) -> bytes:
     return bytes(raw)
 
 
+class Content(bytes):
+    """A file's bytes that hypothesis does not print."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes>"
+
+
 JSON_VALUES = st.recursive(
     st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6),

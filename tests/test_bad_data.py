@@ -19,7 +19,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from faults import BYTE_HARM, JSON_VALUES, LONG, PLACES, QUICK, at_most, harmed, json_harm, refused_or, try_inputs
+from faults import (
+    BYTE_HARM,
+    JSON_VALUES,
+    LONG,
+    PLACES,
+    QUICK,
+    Content,
+    at_most,
+    harmed,
+    json_harm,
+    refused_or,
+    try_inputs,
+)
 from hypothesis import strategies as st
 from small_cohorts import SMALL_SHAPE, smooth_blob, write_small_cohort
 
@@ -145,7 +157,7 @@ def header_with(**fields) -> bytes:
         ({"type": (70, "2h", (128, 24))}, "expected real numbers of at most 64 bits, got data type 128"),
         ({"type": (70, "2h", (77, 8))}, "cannot read .* as NIfTI"),
         ({"offset": (108, "f", math.nan)}, "cannot read .* as NIfTI"),
-        ({"offset": (108, "f", 1e9)}, "expected voxels from byte 348 to 1048576, got from 1e"),
+        ({"offset": (108, "f", 1e9)}, "expected voxels from byte 352 to 1048576, got from 1e"),
         ({"magic": (344, "4s", b"ni1\0")}, "expected the magic n.1 or n.2 of one file, got b'ni1'"),
         ({"magic": (344, "4s", b"nope")}, "cannot read .* as NIfTI"),
         ({"size": (0, "i", 349)}, "expected a header of 348 or 540 bytes, got 5d010000"),
@@ -565,9 +577,9 @@ def zip_harm(draw, content: bytes):
     """A zip with a harm to its bytes, or to the bytes of a file in it."""
     kind = draw(st.sampled_from(["bytes", "ends", "member", "field"]))
     if kind == "bytes":
-        return harmed(content, draw(BYTE_HARM))
+        return Content(harmed(content, draw(BYTE_HARM)))
     if kind == "ends":  # the directory of the zip
-        return content[:-300] + harmed(content[-300:], draw(BYTE_HARM))
+        return Content(content[:-300] + harmed(content[-300:], draw(BYTE_HARM)))
     with zipfile.ZipFile(io.BytesIO(content)) as source:
         members = {name: source.read(name) for name in source.namelist()}
     name = draw(st.sampled_from(sorted(members)))
@@ -577,7 +589,7 @@ def zip_harm(draw, content: bytes):
     with zipfile.ZipFile(target, "w", draw(st.sampled_from([0, 8, 12, 14]))) as archive:
         for member, packed in members.items():
             archive.writestr(member, packed)
-    return target.getvalue()
+    return Content(target.getvalue())
 
 
 @amounts
@@ -631,7 +643,7 @@ def stored_weights(path: Path) -> dict:
 @st.composite
 def checkpoint_harm(draw, content: bytes):
     if draw(st.booleans()):
-        return "bytes", harmed(content, draw(BYTE_HARM))
+        return "bytes", Content(harmed(content, draw(BYTE_HARM)))
     found = torch.load(io.BytesIO(content), weights_only=True)
     for _ in range(draw(st.integers(1, 2))):
         holder = found
@@ -652,7 +664,7 @@ def checkpoint_harm(draw, content: bytes):
             break
     target = io.BytesIO()
     torch.save(found, target)
-    return "schema", target.getvalue()
+    return "schema", Content(target.getvalue())
 
 
 @amounts

@@ -79,9 +79,8 @@ def _parse_header(content: bytes) -> _Header:
     if dtype.kind not in "uif" or dtype.itemsize > 8:
         raise ValueError(f"expected real numbers of at most 64 bits, got data type {int(header['datatype'])}, {dtype}")
     offset = float(header["vox_offset"])
-    offset = size if offset == 0 else offset
-    if not size <= offset <= MOST_OTHER_BYTES or offset % 1:
-        raise ValueError(f"expected voxels from byte {size} to {MOST_OTHER_BYTES}, got from {offset:g}")
+    if not size + 4 <= offset <= MOST_OTHER_BYTES or offset % 1:  # four bytes say whether there are extensions
+        raise ValueError(f"expected voxels from byte {size + 4} to {MOST_OTHER_BYTES}, got from {offset:g}")
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
     if not np.isfinite(affine).all():
         raise ValueError(f"expected a finite affine, got {affine.tolist()}")
