@@ -12,6 +12,17 @@ import pytest
 COMMITTED = Path(__file__).resolve().parent / "results"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run what is marked long too: minutes to hours")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --long"))
+
+
 def pytest_configure(config):
     """Send what tests and notebooks write to a temporary folder, not into the checkout's results/."""
     config.lumirlib_results = tempfile.mkdtemp(prefix="lumirlib-test-results-")

@@ -15,7 +15,6 @@ is finished, so the same command comes back at any time. Files in `<out>/slurm/`
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -31,7 +30,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib.files import write_json
+from lumirlib.files import read_json, write_json
 from lumirlib.methods import parse_row
 from lumirlib.training import trained_row
 
@@ -123,9 +122,11 @@ class Queue:
     def job_id(self, run: SweepRun) -> str:
         """Of the run's last job; empty where it has had none."""
         try:
-            return str(json.loads(self._record(run).read_text(encoding="utf-8"))["job"])
+            return str(read_json(self._record(run))["job"])
         except FileNotFoundError:
             return ""
+        except KeyError as error:
+            raise ValueError(f"{self._record(run)}: has no {error}, the id of the run's last job") from error
 
     def live(self, runs: Sequence[SweepRun]) -> list[SweepRun]:
         """Those of the runs that have a job in the queue or at work.

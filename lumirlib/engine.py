@@ -80,6 +80,8 @@ class Engine:
         cache: whether volumes are read from a cache on disk (:mod:`lumirlib.data.cache`), made first: "on", "off", or
             "auto", where a cohort's scans exceed the memory that it may take.
         readers: threads that read ahead.
+        deterministic: take no algorithm whose result depends on the order in which threads come: see
+            :meth:`reproducibly`.
     """
 
     device: str = "auto"
@@ -89,10 +91,13 @@ class Engine:
     checkpointing: bool = False
     cache: str = "auto"
     readers: int = 1
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_choice(self.precision, PRECISIONS, "precision")
         check_choice(self.cache, CACHES, "cache")
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic must be true or false, got {self.deterministic!r}")
         for name in ("processes", "readers"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -199,6 +204,28 @@ class Engine:
         if self.is_first:
             self.barrier()
 
+    @contextmanager
+    def reproducibly(self) -> Iterator[None]:
+        """What is inside gives the same bits again, as far as the device can, where the engine is `deterministic`.
+
+        On CPUs that is wholly so on one machine, with the same versions and number of threads (`OMP_NUM_THREADS`):
+        PyTorch raises for what it cannot promise. On GPUs the gradients of sampling and of trilinear resizing are sums
+        by atomic additions, in no fixed order: PyTorch warns of each, and results differ in their last digits.
+        """
+        if not self.deterministic:
+            yield
+            return
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True, warn_only=self.target.type != "cpu")
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
     def as_parameters(self) -> dict[str, object]:
         """What differs from the defaults, as parameters of a notebook."""
         return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
@@ -219,4 +246,5 @@ class Engine:
             words[0] = f"{self.world_size} processes, each {words[0]}"
         words += [self.chosen_precision] if self.chosen_precision != "32-true" else []
         words += ["compiled"] if self.compile else []
+        words += ["deterministic"] if self.deterministic else []
         return ", ".join(words)

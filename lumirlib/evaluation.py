@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,12 +17,14 @@ from tqdm.auto import tqdm
 from lumirlib import metrics, provenance, spatial
 from lumirlib._checks import check_choice, check_displacement, check_finite, check_labels
 from lumirlib.data import Cohort, Pair
-from lumirlib.files import write_atomically, write_json
+from lumirlib.files import read_json, write_atomically, write_json
 from lumirlib.labels import LUMIR_LABELS
 
 #: The four metrics of the challenge, in the paper's order. Dice is in [0, 1] in files, in percent in tables.
 METRICS = ("dice", "tre_mm", "ndv_percent", "hd95_mm")
 NDV_MASKS = ("moving", "fixed")
+#: Of a table of metrics, at least.
+COLUMNS = ("pair", "metric", "value")
 
 #: A registration method: images (1, 1, D, H, W) in [0, 1] -> displacement (1, 3, D, H, W) in voxels.
 Method = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -181,7 +185,8 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
 def write_results(table: pd.DataFrame, path: str | Path, about: dict) -> Path:
     """Write a table of metrics, and beside it (`.json`) where it comes from.
 
-    Both are written atomically, the provenance last: what stands beside a CSV always belongs to it.
+    Both are written atomically, the provenance last: what stands beside a CSV always belongs to it, and holds its
+    SHA-256, so that :func:`read_results` tells a damaged one.
 
     Args:
         table: as :func:`evaluate_method` gives it.
@@ -195,8 +200,56 @@ def write_results(table: pd.DataFrame, path: str | Path, about: dict) -> Path:
     full = {**about, "written": provenance.now(), "versions": provenance.versions()}
     path.with_suffix(".json").unlink(missing_ok=True)
     write_atomically(path, lambda to: table.to_csv(to, index=False))
-    write_json(path.with_suffix(".json"), full)
+    write_json(path.with_suffix(".json"), {**full, "table_sha256": _digest(path.read_bytes())})
     return path
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest()  # whatever git made of line ends
+
+
+def read_table(path: str | Path, about: Mapping[str, object], columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """The table that :func:`write_results` wrote.
+
+    Args:
+        path: of the CSV.
+        about: its provenance; the first results have no checksum there.
+        columns: that it must have. With those of a table of metrics, each pair and metric comes once, with a number.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, cut off, or not such a table.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    content = path.read_bytes()
+    if about.get("table_sha256", _digest(content)) != _digest(content):
+        raise ValueError(f"{path}: damaged or changed, its SHA-256 is not the one in {path.with_suffix('.json').name}")
+    if not content.endswith(b"\n"):
+        raise ValueError(f"{path}: expected a table that ends with its last line, got one that is cut off")
+    try:
+        table = pd.read_csv(io.BytesIO(content))
+    except (ValueError, OverflowError) as error:  # pandas' own errors are ValueErrors
+        raise ValueError(f"{path}: cannot be read as CSV: {error}") from error
+    lacking = set(columns) - set(table.columns)
+    if lacking:
+        raise ValueError(f"{path} lacks the column(s) {', '.join(sorted(lacking))} of such a table")
+    if set(COLUMNS) <= set(columns):
+        if not len(table) or table["value"].dtype.kind not in "if":
+            raise ValueError(f"{path}: expected numbers as values, got {list(table['value'][:3])}")
+        if table[["pair", "metric"]].isna().any(axis=None) or table.duplicated(["pair", "metric"]).any():
+            raise ValueError(f"{path}: expected every pair and metric once, got one twice or without a name")
+    return table
+
+
+def read_results(path: str | Path) -> tuple[pd.DataFrame, dict]:
+    """A table of metrics and its provenance; errors as of :func:`read_table` and :func:`lumirlib.files.read_json`."""
+    for needed in (Path(path), Path(path).with_suffix(".json")):
+        if not needed.is_file():
+            raise FileNotFoundError(f"no such file: {needed}")
+    about = read_json(Path(path).with_suffix(".json"))
+    return read_table(path, about), about
 
 
 def data_title(cohort: str, name: str, simulated: bool, resolution_mm: float) -> str:

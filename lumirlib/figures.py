@@ -489,8 +489,9 @@ def maps_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
     """What the paper's Fig. 3 lacks: log-Jacobian, overlap of labels before and after, and error of the displacement.
 
     A row for each pair, axial slices at 45 % of the height: the fixed image; the natural logarithm of the Jacobian
-    determinant inside the fixed brain (going to the moving one, blue shrinks, red grows, black folds); where labels agree before and after
-    registration; and, for simulated people, the distance to the true displacement in mm before and after.
+    determinant inside the fixed brain (going to the moving one, blue shrinks, red grows, black folds); where labels
+    agree before and after registration; and, for simulated people, the distance to the true displacement in mm before
+    and after.
 
     Args:
         model: ``model(fixed, moving) -> displacement``.

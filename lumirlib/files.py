@@ -1,17 +1,21 @@
-"""Atomic writes of small files: a reader, or a run that resumes, sees the whole file or none."""
+"""Small files: written atomically, so that a reader or a run that resumes sees the whole file or none; JSON read."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 # os.umask can only be read by setting it, for the whole process: done once here, before there are threads
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+#: Temporary files of writers that were killed are removed by the next one in that folder when they are this old.
+STALE_SECONDS = 24 * 3600.0
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -23,21 +27,42 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
 
     Returns:
         `path`.
+
+    Raises:
+        OSError: of the system's own kind, that names `path`: a folder that cannot be written, a full disk.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(path.suffixes), dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
     try:
-        write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_UMASK)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(path.suffixes), dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o666 & ~_UMASK)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:  # names the temporary file, or none
+        kept = "; the file that was there is kept" if path.is_file() else ""
+        raise OSError(error.errno, f"cannot write: {error.strerror or error}{kept}", str(path)) from error
     return path
+
+
+def _remove_stale(folder: Path) -> None:
+    for left in folder.glob(".partial-*"):
+        with suppress(OSError):  # another process may be doing the same
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder where it is missing, and raise the OSError of :func:`write_atomically` unless it can be written."""
+    probe = Path(folder) / ".writable"
+    write_atomically(probe, lambda to: to.write_bytes(b"0")).unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any) -> Path:
@@ -54,3 +79,35 @@ def write_between(path: str | Path, markers: tuple[str, str], text: str) -> Path
         raise ValueError(f"{path} must hold {markers[0]} and, after it, {markers[1]}")
     whole = f"{before}{start}\n\n{text}\n\n{end}{after}"
     return write_atomically(path, lambda to: to.write_text(whole, encoding="utf-8"))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, not an object, or an object that has a key twice, of which a reader would drop one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such JSON file: {path}")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(content: bytes, name: str) -> dict[str, Any]:
+    """As :func:`read_json`, from the bytes of a file with a name."""
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:  # numbers of too many digits and double keys are ValueErrors too
+        raise ValueError(f"{name}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice in one object")
+    return found

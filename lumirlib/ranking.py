@@ -8,7 +8,6 @@ The published rows of other teams are means only: they can take part in the snap
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
+from lumirlib.evaluation import read_results as read_metrics
 from lumirlib.evaluation import summarize
 from lumirlib.report import paper_table
 
@@ -182,14 +182,7 @@ def read_results(paths: Sequence[str | Path]) -> tuple[dict[str, pd.DataFrame], 
     """
     tables, cohorts = {}, {}
     for path in map(Path, paths):
-        for needed in (path, path.with_suffix(".json")):
-            if not needed.is_file():
-                raise FileNotFoundError(f"no such file: {needed}")
-        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        table = pd.read_csv(path)
-        lacking = {"pair", "metric", "value"} - set(table.columns)
-        if lacking:
-            raise ValueError(f"{path} lacks the column(s) {', '.join(sorted(lacking))} of a table of metrics")
+        table, about = read_metrics(path)
         name = str(about.get("run", path.stem))
         if name in tables:
             raise ValueError(f"{path}: the run {name} is given twice")

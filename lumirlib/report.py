@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lumirlib.evaluation import data_title, summarize
+from lumirlib.evaluation import data_title, read_table, summarize
+from lumirlib.files import read_json
 from lumirlib.methods import parse_row
 from lumirlib.presets import Preset, split_options
 from lumirlib.rows import Row
@@ -211,14 +211,31 @@ def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
     return {**later, **given, "about": ""} == {**asdict(wanted), "about": ""}
 
 
+#: What the provenance of everything measured says, and that of a run besides.
+MEASURED_FACTS = {"run": str, "method": str, "cohort": str, "cohort_digest": str, "resolution_mm": (int, float),
+                  "evaluated_pairs": int}  # fmt: skip
+RUN_FACTS = {"options": dict, "preset": dict, "seed": int, "val_dice": (int, float),
+             "val_dice_before": (int, float, type(None)), "commit": str,
+             "device": str, "cohort_name": str, "simulated": bool}  # fmt: skip
+
+
+def _check_facts(path: Path, about: Mapping[str, object]) -> None:
+    for name, kind in {**MEASURED_FACTS, **(RUN_FACTS if "options" in about else {})}.items():
+        value = about.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            kinds = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{path}: expected {kinds} as {name!r}, got {value!r}")
+
+
 def _described(folder: str | Path, cohort: str | None = None) -> list[tuple[Path, dict]]:
     """CSV and provenance of all that was measured on a cohort; None takes all cohorts."""
     found = []
     for path in sorted(Path(folder, "metrics").glob("*.json")):
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
+            about = read_json(path)
         except FileNotFoundError:  # a run is writing it anew at this moment
             continue
+        _check_facts(path, about)
         if cohort in (None, about.get("cohort")) and path.with_suffix(".csv").is_file():
             found.append((path.with_suffix(".csv"), about))
     return found
@@ -252,6 +269,18 @@ def studies(folder: str | Path) -> pd.DataFrame:
         methods=("method", lambda names: ", ".join(dict.fromkeys(names))),
     )
     return table.reset_index()[columns]
+
+
+def _table_of(path: Path, about: Mapping[str, object]) -> pd.DataFrame:
+    """The table of something measured, with all of its pairs."""
+    table = read_table(path, about)
+    pairs = table["pair"].nunique()
+    if pairs != about["evaluated_pairs"] or len(table) != pairs * table["metric"].nunique():
+        raise ValueError(
+            f"{path}: expected {about['evaluated_pairs']} pairs with all metrics, as its provenance says, got "
+            f"{pairs} pairs in {len(table)} rows"
+        )
+    return table
 
 
 def find_runs(
@@ -308,7 +337,7 @@ def load_runs(
     for name in names:
         for path, about in find_runs(folder, rows[name], preset, cohort, given):
             facts.append({"variant": name, **about})
-            tables.append(pd.read_csv(path).assign(variant=name, seed=about["seed"]))
+            tables.append(_table_of(path, about).assign(variant=name, seed=about["seed"]))
     if not facts:
         raise FileNotFoundError(f"{folder / 'metrics'} has no run of {', '.join(names)}; make them with: {command}")
     about = pd.DataFrame(facts)
@@ -319,13 +348,13 @@ def load_runs(
         raise ValueError(f"{folder / 'metrics'}: the runs are on different states of the cohort {cohort!r}")
     first = about.iloc[0]
     before = [
-        path for path, other in _described(folder, cohort)
+        (path, other) for path, other in _described(folder, cohort)
         if other["method"] == "Zero Displacement" and other["cohort_digest"] == first["cohort_digest"]
         and other["resolution_mm"] == first["resolution_mm"] and other["evaluated_pairs"] == first["evaluated_pairs"]
     ]  # fmt: skip
     if not before:
         raise ValueError(f"{folder / 'metrics'} has no zero displacement on the pairs of {first['run']}")
-    tables.insert(0, pd.read_csv(before[0]).assign(variant=BEFORE, seed=0))
+    tables.insert(0, _table_of(*before[0]).assign(variant=BEFORE, seed=0))
     values = pd.concat(tables, ignore_index=True)[["variant", "seed", "pair", "fixed", "moving", "metric", "value"]]
     present = set(about["variant"])
     return Runs(

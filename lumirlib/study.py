@@ -19,8 +19,15 @@ from lumirlib import provenance
 from lumirlib.data import Cohort, Pair, load_cohort
 from lumirlib.data.cohort import SMALLEST_LABEL
 from lumirlib.engine import Engine
-from lumirlib.evaluation import cohort_facts, data_title, evaluate_method, write_results, zero_displacement
-from lumirlib.files import write_atomically
+from lumirlib.evaluation import (
+    cohort_facts,
+    data_title,
+    evaluate_method,
+    read_results,
+    write_results,
+    zero_displacement,
+)
+from lumirlib.files import check_writable, read_json, write_atomically
 from lumirlib.labels import LUMIR_LABELS
 from lumirlib.methods import parse_row
 from lumirlib.metrics import inverse_consistency_error
@@ -47,7 +54,7 @@ def without_folders(value: object) -> str:
 def _written_by(path: Path) -> str:
     """The commit that wrote a table of metrics; empty where there is none, or where its code was not committed."""
     try:
-        commit = str(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("commit", ""))
+        commit = str(read_json(path.with_suffix(".json")).get("commit", ""))
     except (OSError, ValueError):
         return ""
     return commit if path.is_file() and len(commit) == 40 else ""
@@ -250,7 +257,10 @@ class AblationRun:
 
         Raises:
             RuntimeError: one of several processes broke.
+            OSError: the results folder cannot be written, said before anything is trained.
         """
+        if self.engine.is_first:
+            check_writable(self.out)
         if self.engine.processes == 1 or self.config.variant.trains_on == "nothing":
             return train(self.config, self.cohort, self.out, self.engine, resume, progress)
         train_in_processes(self.config, self.out, self.engine.processes, self.arguments, resume, progress)
@@ -259,9 +269,10 @@ class AblationRun:
     def evaluate(self, result: TrainingResult, progress: bool = True) -> pd.DataFrame:
         """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table."""
         name = self.config.variant.name
-        table = evaluate_method(
-            result.model, self.cohort, self.pairs, self.device, progress=progress, description=f"evaluate {name}"
-        )
+        with self.engine.reproducibly():
+            table = evaluate_method(
+                result.model, self.cohort, self.pairs, self.device, progress=progress, description=f"evaluate {name}"
+            )
         about = {
             "run": self.config.run,
             "method": name,
@@ -330,4 +341,4 @@ class AblationRun:
                 "device": "cpu",
             }
             write_results(table, path, {**about, "evaluated_pairs": len(self.pairs), **facts})
-        return pd.read_csv(path)
+        return read_results(path)[0]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import gzip
 import itertools
 import re
+import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -24,13 +25,16 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from lumirlib import conventions, spatial
+from lumirlib._checks import check_finite
 from lumirlib.data import Cohort, Pair
-from lumirlib.data.nifti import write_nifti
+from lumirlib.data.nifti import parse_nifti, write_nifti
 from lumirlib.evaluation import Method, evaluate_method
 from lumirlib.files import write_atomically
 
 #: What a NIfTI file holds besides its voxels, at most, in bytes.
 HEADER_BYTES = 1 << 20
+#: What zipfile, gzip and zlib raise for a broken file, an encrypted one and one of a later version.
+BROKEN_ZIP = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, struct.error, ArithmeticError)
 #: A misreading is named when it aligns the images this much better than the file as it is (correlation, 0 to 1).
 MARGIN = 0.01
 
@@ -129,32 +133,35 @@ def _open(path: str | Path) -> zipfile.ZipFile:
         raise FileNotFoundError(f"no such submission: {path}")
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (*BROKEN_ZIP, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} as a zip (truncated?): {error}") from error
 
 
 def _read_array(archive: zipfile.ZipFile, member: str, shape: tuple[int, ...]) -> np.ndarray:
     """Array of a member, read in memory and never more of it than a field of `shape` can need."""
     limit = int(np.prod(shape)) * 3 * 8 + HEADER_BYTES
+    about = archive.getinfo(member)
+    if about.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take the memory they ask for
+        raise ValueError(f"{member}: cannot be unpacked: expected it stored or deflated, got method "
+                         f"{about.compress_type}")  # fmt: skip
+    if about.file_size > limit:
+        raise ValueError(f"{member}: has {about.file_size} bytes, more than the {limit} of a field of {shape} voxels")
     try:
-        with archive.open(member) as packed, gzip.GzipFile(fileobj=packed) as stream:
+        with archive.open(about) as packed, gzip.GzipFile(fileobj=packed) as stream:
             content = stream.read(limit + 1)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except BROKEN_ZIP as error:
         raise ValueError(f"{member}: cannot be unpacked (truncated, encrypted or not gzip?): {error}") from error
     if len(content) > limit:
         raise ValueError(f"{member}: unpacks to more than {limit} bytes, which no field of {shape} voxels needs")
-    try:
-        image = nib.Nifti1Image.from_bytes(content)
-        return np.asanyarray(image.dataobj)
-    except Exception as error:  # nibabel raises many types for a broken file
-        raise ValueError(f"{member}: cannot be read as NIfTI: {error}") from error
+    return parse_nifti(content, member)
 
 
 def _as_displacement(array: np.ndarray, shape: tuple[int, ...], member: str) -> torch.Tensor:
-    if array.shape == (*shape, 3):
-        return conventions.channels_last_to_voxel(array)
-    if array.shape == (3, *shape):
-        return conventions.channels_first_to_voxel(array)
+    with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is refused as such
+        if array.shape == (*shape, 3):
+            return conventions.channels_last_to_voxel(array)
+        if array.shape == (3, *shape):
+            return conventions.channels_first_to_voxel(array)
     raise ValueError(f"{member}: expected shape {(*shape, 3)} or {(3, *shape)}, got {array.shape}")
 
 
@@ -168,11 +175,13 @@ def read_submission(path: str | Path, cohort: Cohort, pairs: tuple[Pair, ...] | 
         ValueError: a file that is missing, broken, or of another shape.
     """
     with _open(path) as archive:
-        present = set(archive.namelist())
+        present = Counter(archive.namelist())
         for name, pair in files_of(cohort.validation_pairs if pairs is None else pairs).items():
-            if name not in present:
-                raise ValueError(f"{path}: {name} is missing")
-            yield pair, _as_displacement(_read_array(archive, name, cohort.shape), cohort.shape, name)
+            if present[name] != 1:
+                raise ValueError(f"{path}: {name} is {f'there {present[name]} times' if present[name] else 'missing'}")
+            displacement = _as_displacement(_read_array(archive, name, cohort.shape), cohort.shape, name)
+            check_finite(displacement, f"{path}: {name}")
+            yield pair, displacement
 
 
 def score_submission(
@@ -233,12 +242,12 @@ def validate_submission(
     expected = files_of(cohort.validation_pairs if pairs is None else pairs)
     findings: list[Finding] = []
     with _open(path) as archive:
-        members = archive.namelist()
-        for name in sorted({name for name in members if members.count(name) > 1}):
-            findings.append(Finding(name, "duplicate", f"{name} is in the zip {members.count(name)} times"))
-        for name in sorted(set(members) - expected.keys()):
+        members = Counter(archive.namelist())
+        for name in sorted(name for name, count in members.items() if count > 1):
+            findings.append(Finding(name, "duplicate", f"{name} is in the zip {members[name]} times"))
+        for name in sorted(members.keys() - expected.keys()):
             findings.append(_misplaced(name, expected))
-        for name in sorted(expected.keys() - set(members)):
+        for name in sorted(expected.keys() - members.keys()):
             findings.append(Finding(name, "missing", f"{name} (pair {expected[name].name}) is missing"))
         for name in tqdm([name for name in expected if name in members], desc="validate", unit="pair",
                          disable=not progress):  # fmt: skip

@@ -357,7 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
             broken = {} if given.no_wait else queue.wait(runs)
         else:
             broken = run_sweep(runs, given.jobs or 1)
-    except (ValueError, FileNotFoundError, cluster.ClusterError) as error:
+    except (ValueError, OSError, cluster.ClusterError) as error:
         print(f"python -m lumirlib.sweep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from lumirlib import difficulty, ranking, report
-from lumirlib.evaluation import data_title
-from lumirlib.files import write_atomically, write_json
+from lumirlib.evaluation import data_title, read_table
+from lumirlib.files import read_json, write_atomically, write_json
 from lumirlib.provenance import now, versions
 from lumirlib.report import BEFORE, COLUMNS, DIGITS, HIGHER_IS_BETTER, Runs
 
@@ -263,7 +262,8 @@ def read_measured(folder: str | Path, kind: str, name: str) -> Measured:
     how = f"Not measured ({kind}/{name}.csv): `python -m lumirlib.{kind} --help` says how."
     if not path.is_file():
         return Measured(None, {}, how)
-    return Measured(pd.read_csv(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8")), how)
+    about = read_json(path.with_suffix(".json"))
+    return Measured(read_table(path, about, ()), about, how)
 
 
 def publish_costs(measured: Measured, stem: str | Path, reference: str = "backbone") -> str:

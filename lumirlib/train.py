@@ -23,6 +23,7 @@ def add_engine_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--checkpointing", action="store_true", help="less memory for more time")
     options.add_argument("--cache", default="auto", help=f"volumes on disk, made once: {', '.join(CACHES)}")
     options.add_argument("--readers", type=int, default=1, help="threads that read ahead")
+    options.add_argument("--deterministic", action="store_true", help="the same bits again, as far as the device can")
 
 
 def engine_options(given: argparse.Namespace) -> dict[str, object]:
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, evaluate and print a summary; the exit status is 0, or 2 for parameters or data that cannot be used."""
+    """Train, evaluate and print a summary; the exit status is 0, or 2 for parameters or files that cannot be used."""
     given = parser().parse_args(arguments)
     try:
         run = AblationRun.prepare(
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.train_only or not run.engine.is_first:
             return 0
         table = run.evaluate(result, progress=not given.quiet)
-    except (ValueError, FileNotFoundError, NonFiniteLossError) as error:
+    except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"python -m lumirlib.train: {error}", file=sys.stderr)
         return 2
     print(f"\nbest epoch {result.best_epoch}; {run.metrics_path}")

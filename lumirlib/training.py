@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +34,27 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lumirlib import losses, metrics, spatial
+from lumirlib.checkpoints import (
+    TrainingState,
+    check_weights,
+    described_row,
+    load_checkpoint,
+    load_optimizer,
+    save_checkpoint,
+    shapes_of,
+    training_state,
+)
 from lumirlib.data import Cohort, Pair, Subject, load_cohort
 from lumirlib.data.loader import Batch, PairLoader
 from lumirlib.engine import Engine, launched, pick_device
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.files import write_atomically
-from lumirlib.methods import row_from_options
 from lumirlib.models.layout import place
 from lumirlib.presets import Preset
 from lumirlib.provenance import commit
 from lumirlib.rows import Row, check_options, file_name
 from lumirlib.variants import Variant
 
-CHECKPOINT_FORMAT = "lumirlib-checkpoint-1"
 #: Besides at the end of each epoch and on interruption, a checkpoint is written when the last one is this old.
 CHECKPOINT_SECONDS = 600.0
 
@@ -106,29 +114,6 @@ def make_config(variant: Row, preset: Preset, cohort: Cohort, seed: int, **optio
         )
     chosen = replace(preset.apply(variant), **check_options(variant, options))
     return RunConfig(chosen, preset, cohort.short_name, cohort.digest, seed)
-
-
-@dataclass
-class TrainingState:
-    """Where a run stands.
-
-    Attributes:
-        epoch: epochs completed.
-        step: steps completed within the epoch under way.
-        best: best validation figure so far (see :func:`validate`).
-        best_epoch: epoch that reached it.
-        sums: running sums of the epoch under way.
-        trained_by: "commit, device" of every session that took part.
-        history: one row per completed epoch, as in the CSV log; epoch 0 is zero displacement.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    best: float = -math.inf
-    best_epoch: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    trained_by: list[str] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -245,38 +230,6 @@ def validate(
     }
 
 
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a checkpoint atomically; a disk that is full leaves the previous one as it was.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        write_atomically(path, lambda to: torch.save({"format": CHECKPOINT_FORMAT, **content}, to))
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter for a full disk
-        kept = "; the one before it is kept" if path.exists() else ""
-        raise OSError(f"cannot write the checkpoint {path} (disk full?): {error}{kept}") from error
-
-
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint (tensors and plain values only, no pickled code).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: torn, or not written by this package.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many types for a torn or foreign file
-        raise ValueError(f"cannot read {path} as a checkpoint (torn or foreign?): {error}") from error
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this package: expected format {CHECKPOINT_FORMAT!r}")
-    return content
-
-
 def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> nn.Module:
     """The trained network of a best.pt, ready for ``model(fixed, moving)``.
 
@@ -287,11 +240,12 @@ def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> n
             bilateral filter with these widths behind a network that was trained without one.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load_checkpoint`; a filter for a network that has one.
+        FileNotFoundError, ValueError: as :func:`lumirlib.checkpoints.load_checkpoint`; weights that do not fit; a
+            filter for a network that has one.
     """
     target = pick_device(device)
-    content = load_checkpoint(path, target)
-    variant = row_from_options(content["config"]["variant"])
+    content = load_checkpoint(path)
+    variant = described_row(path, content)
     foreign = [name for name in bilateral if not name.startswith("bilateral_")]
     if foreign:
         raise ValueError(f"only a bilateral filter can be added to trained weights, got {', '.join(foreign)}")
@@ -299,11 +253,9 @@ def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> n
         raise ValueError(f"{path}: no bilateral filter can be put behind {variant.name}")
     if bilateral and variant.bilateral_window:
         raise ValueError(f"{path}: {variant.name} was trained with a bilateral filter; none can be put behind it")
+    check_weights(path, content["model"], shapes_of(path, variant))
     model = to_device(replace(variant, **bilateral).build(), target)
-    found = model.load_state_dict(content["model"], strict=False)
-    missing = [key for key in found.missing_keys if not (bilateral and key.startswith("bilateral_filter."))]
-    if missing or found.unexpected_keys:
-        raise ValueError(f"{path}: weights do not fit the network: {missing + found.unexpected_keys}")
+    model.load_state_dict(content["model"], strict=not bilateral)
     return model.eval()
 
 
@@ -412,12 +364,13 @@ class Trainer:
         """Go on from last.pt where there is one; whether there was."""
         if not self.last_path.is_file():
             return False
-        content = load_checkpoint(self.last_path, self.engine.target)
+        content = load_checkpoint(self.last_path)
         if content["config"] != self.config.as_dict():
             raise ValueError(f"{self.last_path} belongs to another configuration: {content['config']}")
+        self.state = training_state(self.last_path, content)
+        check_weights(self.last_path, content["model"], self.model.state_dict())
         self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.state = TrainingState(**content["state"])
+        load_optimizer(self.last_path, content, self.optimizer)
         return True
 
     def forget(self) -> None:
@@ -441,6 +394,7 @@ class Trainer:
             state.trained_by.append(session)
         with (
             _StopRequest() as stop,
+            self.engine.reproducibly(),
             tqdm(total=preset.epochs * self.steps, initial=done, desc=f"train {self.config.variant.name}",
                  unit="pair" if preset.batch_size == 1 else "step", disable=not self.progress) as bar,
         ):  # fmt: skip

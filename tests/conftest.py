@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from faults import TALLY
 from small_cohorts import write_small_cohort
 
 
@@ -19,3 +20,7 @@ def embedded_cohort():
     from lumirlib import load_cohort
 
     return load_cohort("embedded", 4)
+
+
+def pytest_sessionfinish(session):
+    TALLY.write()

@@ -29,10 +29,13 @@ import torch
 from tqdm.auto import tqdm
 
 from lumirlib._checks import check_choice
-from lumirlib.files import write_atomically
+from lumirlib.files import parse_json, write_atomically
 
 FORMAT = "lumirlib-volume-1"
 DTYPES = ("auto", "float16", "float32")
+#: What the numbers of a volume may be; the record behind them has at most so many bytes.
+STORED_DTYPES = {"images": ("uint8", "int16", "float16", "float32"), "labels": ("int16",)}
+MOST_RECORD_BYTES = 1 << 16
 REPAIR = "python -m lumirlib.cache --repair makes it anew"
 #: A second process that wants to build the same cache waits this long for the first.
 LOCK_SECONDS = 6 * 3600.0
@@ -239,7 +242,7 @@ class VolumeCache:
             array = np.lib.format.open_memmap(file, mode="r")
             with open(file, "rb") as stored:
                 stored.seek(array.offset + array.nbytes)
-                record = json.loads(stored.read())
+                record = parse_json(stored.read(MOST_RECORD_BYTES), "its record")
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']!r} instead of {FORMAT!r}")
             fingerprint = source.fingerprint()
@@ -248,10 +251,16 @@ class VolumeCache:
             if any(record[key] != value for key, value in fingerprint.items()):
                 return None  # the scan has changed since
             found, expected = (array.shape, array.dtype.name), ((1, 1, *self.shape), record["dtype"])
-            if found != expected or not array.flags.c_contiguous:
+            if found != expected or not array.flags.c_contiguous or not array.dtype.isnative:
                 raise ValueError(f"expected shape and dtype {expected}, got {found}")
+            scale, scaled = record["scale"], source.kind == "images"
+            if found[1] not in STORED_DTYPES[source.kind] or not (type(scale) is int and scale > 0 if scaled
+                                                                  else scale is None):  # fmt: skip
+                raise ValueError(f"no {source.kind} are stored as {found[1]} with the scale {scale!r}")
+            if not isinstance(record["crc32"], int) or not isinstance(record["error"], float):
+                raise ValueError("its record lacks a checksum or a rounding error")
             return _Entry(file, array.offset, array.dtype, array.shape, record)
-        except (ValueError, KeyError, TypeError, EOFError) as error:
+        except Exception as error:  # numpy's parser of headers raises many types, a tokenizer's among them
             raise ValueError(f"{file}: not a whole volume of this cache (truncated or foreign?): {error}; {REPAIR}") \
                 from error  # fmt: skip
 

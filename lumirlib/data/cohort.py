@@ -6,7 +6,6 @@ Three cohorts, one format: the embedded (simulated) one, real brains, and the ch
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import threading
@@ -24,7 +23,8 @@ import torch.nn.functional as F
 from lumirlib import spatial
 from lumirlib.data import embedded
 from lumirlib.data.cache import Source, StoredVolume, VolumeCache
-from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume
+from lumirlib.data.nifti import read_grid, read_label_volume, read_nifti, read_volume
+from lumirlib.files import read_json
 from lumirlib.labels import LUMIR_LABELS
 from lumirlib.metrics.landmarks import Points, landmark_volume
 
@@ -42,6 +42,12 @@ CREDITS = {
 }
 #: Voxels that a label needs to be scored on a grid coarser than 1 mm.
 SMALLEST_LABEL = 8
+#: Voxel coordinates of landmarks are below this.
+MOST_COORDINATE = 1e6
+#: Landmarks of one person, which are few; an image in their place has as many as gray values.
+MOST_LANDMARKS = 1000
+#: Labelled scans of which all ordered pairs are evaluated where the JSON names none; LUMIR has ten.
+MOST_HELD_OUT = 100
 #: Downsampled volumes kept in memory by one cohort, in bytes.
 MEMORY_BUDGET = 2 * 1024**3
 #: A loader's threads read too. Of the module, so that cohorts can be pickled.
@@ -201,7 +207,13 @@ class Cohort:
                 if not all(-0.5 <= x <= side - 0.5 for x, side in zip(place, sides, strict=True)):
                     raise ValueError(f"{subject.landmarks}: landmark {name!r} at {place} lies outside {tuple(sides)}")
         else:
-            points = landmark_centroids(self._read_labels(subject.landmarks)[0, 0].numpy())
+            volume = self._read_labels(subject.landmarks)[0, 0].numpy()
+            count = len(np.unique(volume[volume > 0]))
+            if not 1 <= count <= MOST_LANDMARKS:
+                raise ValueError(
+                    f"{subject.landmarks}: expected 1 to {MOST_LANDMARKS} landmarks, each a number above 0, got {count}"
+                )
+            points = landmark_centroids(volume)
         shift = (self.downsampling - 1) / 2
         return {name: tuple((x - shift) / self.downsampling for x in place) for name, place in points.items()}
 
@@ -327,8 +339,7 @@ class Cohort:
         return replace(self, cache=cache, _memory=OrderedDict())
 
     def _read_image(self, path: Path) -> torch.Tensor:
-        array, affine = read_volume(path)
-        self._check_grid(path, array.shape, affine)
+        array, _ = read_volume(path, partial(self._check_grid, path))
         low, high = float(array.min()), float(array.max())
         if high > 255.5 or low < -0.5:  # resampling may overshoot a little
             raise ValueError(f"{path}: expected intensities from 0 to 255 (or 0 to 1), got {low:g} to {high:g}")
@@ -346,8 +357,7 @@ class Cohort:
         return spatial.majority_label(self._read_labels(path), self.downsampling)
 
     def _read_labels(self, path: Path) -> torch.Tensor:
-        array, affine = read_label_volume(path)
-        self._check_grid(path, array.shape, affine)
+        array, _ = read_label_volume(path, partial(self._check_grid, path))
         return torch.from_numpy(np.ascontiguousarray(array))[None, None]
 
 
@@ -365,17 +375,15 @@ def read_landmarks(path: str | Path) -> dict[str, tuple[float, float, float]]:
         ValueError: not such a JSON, points that are not three finite numbers, or a name that comes twice.
     """
     path = Path(path)
-    content = _read_json(path)
+    content = read_json(path)
     names, points = content.get("names"), content.get("points")
     if not isinstance(names, list) or not isinstance(points, list) or len(names) != len(points) or not points:
         raise ValueError(f"{path}: expected lists 'names' and 'points' of one length")
     found = {}
     for name, point in zip(names, points, strict=True):
-        if (
-            not isinstance(point, list)
-            or len(point) != 3
-            or not all(isinstance(x, (int, float)) and np.isfinite(x) for x in point)
-        ):
+        if not isinstance(name, (str, int)):
+            raise ValueError(f"{path}: expected text or a number as name of a landmark, got {name!r}")
+        if not isinstance(point, list) or len(point) != 3 or not all(map(_is_coordinate, point)):
             raise ValueError(f"{path}: expected three finite voxel coordinates for landmark {name!r}, got {point!r}")
         if str(name) in found:
             raise ValueError(f"{path}: landmark {name!r} is named twice")
@@ -383,16 +391,15 @@ def read_landmarks(path: str | Path) -> dict[str, tuple[float, float, float]]:
     return found
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such JSON file: {path}")
+def _is_coordinate(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < MOST_COORDINATE
+
+
+def _is_file(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+        return path.is_file()
+    except OSError:  # a name longer than the file system's, a loop of links
+        return False
 
 
 class _Reader:
@@ -406,11 +413,13 @@ class _Reader:
         """A path of the JSON ("./x", "/x" and "x" all mean the data root's x) as a file that exists."""
         if not isinstance(text, str) or not text:
             raise ValueError(f"{self.path}: expected a path for {what}, got {text!r}")
+        if "\0" in text or len(text) > 4096:
+            raise ValueError(f"{self.path}: expected a path for {what}, got {text[:80]!r} of {len(text)} characters")
         relative = text.replace("\\", "/").lstrip("/")
         file = Path(os.path.normpath(self.root / relative))
         if not file.is_relative_to(self.root):
             raise ValueError(f"{self.path}: {what} names {text!r}, which leaves the data root {self.root}")
-        if not file.is_file():
+        if not _is_file(file):
             raise FileNotFoundError(f"{self.path} names {text!r} for {what}, but {file} does not exist")
         return file
 
@@ -524,7 +533,7 @@ def load_cohort(
             not fit.
     """
     path = cohort_json(name_or_json, resolution_mm, data_root)
-    content = _read_json(path)
+    content = read_json(path)
     reader = _Reader(path, Path(data_root) if data_root else path.parent, content)
     labelled = [reader.subject(entry, what) for what, entry in reader.entries("labelled")]
     training = [reader.subject(entry, what) for what, entry in reader.entries("training")]
@@ -538,25 +547,37 @@ def load_cohort(
                 named = {k.removeprefix(f"{side}_"): v for k, v in entry.items() if k.startswith(f"{side}_")}
                 given = entry[side] if isinstance(entry[side], dict) else {"image": entry[side], **named}
                 sides.append(reader.subject(given, f"{side} of {what}"))
+            if sides[0].image == sides[1].image:
+                raise ValueError(f"{path}: {what} has one image as 'fixed' and 'moving', {sides[0].image}")
             pairs.append(Pair(*sides))
     if not training and not pairs and not labelled:
         raise ValueError(f"{path}: names no 'training' scans and no {' or '.join(map(repr, VALIDATION_KEYS))} pairs")
     # every mention of an image may have added to what is known about it
     labelled, training = ([reader.subjects[s.image] for s in listed] for listed in (labelled, training))
     pairs = [Pair(reader.subjects[pair.fixed.image], reader.subjects[pair.moving.image]) for pair in pairs]
+    pairs = list(dict.fromkeys(pairs))  # listed twice, counted once, as training scans are
     held_out = {subject.image for pair in pairs for subject in (pair.fixed, pair.moving)}
     if not any(pair.fixed.labels and pair.moving.labels for pair in pairs):
-        candidates = [subject for subject in (labelled or training) if subject.labels]
-        left_to_train = sum(subject not in candidates for subject in training)
+        candidates = list(dict.fromkeys(subject for subject in (labelled or training) if subject.labels))
+        left_to_train = len(set(training) - set(candidates))
         if len(candidates) >= 2 and (labelled or left_to_train >= 2):
+            if len(candidates) > MOST_HELD_OUT:
+                raise ValueError(
+                    f"{path}: names no validation pair with labels, and {len(candidates)} labelled scans, more than "
+                    f"the {MOST_HELD_OUT} whose ordered pairs would all be evaluated: list the pairs as 'validation'"
+                )
             pairs = [Pair(fixed, moving) for fixed in candidates for moving in candidates if fixed != moving]
+    _check_names(path, pairs)
     held_out |= {subject.image for pair in pairs for subject in (pair.fixed, pair.moving)}
     train = tuple(subject for subject in dict.fromkeys(training) if subject.image not in held_out)
     first = next(iter([*train, *(pair.fixed for pair in pairs), *training, *labelled]))
     shape, affine = _grid_of(first.image)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.allclose(spacing, spacing[0], rtol=1e-3):
-        raise ValueError(f"{first.image}: expected cubic voxels, got spacing {tuple(spacing.round(4))} mm")
+    if not (spacing > 0).all() or not np.allclose(spacing, spacing[0], rtol=1e-3):
+        raise ValueError(f"{first.image}: expected cubic voxels, got spacing {tuple(spacing.round(4).tolist())} mm")
+    axes = affine[:3, :3] / spacing
+    if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
+        raise ValueError(f"{first.image}: expected axes at right angles, got the affine {affine.round(4).tolist()}")
     own = float(spacing.mean())
     wanted = own if resolution_mm is None else float(resolution_mm)
     if not 0 < wanted < 1000:
@@ -569,20 +590,33 @@ def load_cohort(
         )
     block = np.diag([factor, factor, factor, 1.0])
     block[:3, 3] = (factor - 1) / 2
-    name = str(content.get("name", path.stem))
+    for key, kind in (("name", str), ("simulated", bool)):
+        if not isinstance(content.get(key, kind()), kind):
+            raise ValueError(f"{path}: expected {kind.__name__} as {key!r}, got {content[key]!r}")
+    name = content.get("name", path.stem)
     return Cohort(
         name=name,
         path=path,
         resolution_mm=wanted,
-        simulated=bool(content.get("simulated", False)),
+        simulated=content.get("simulated", False),
         train=train,
         validation_pairs=tuple(pairs),
         credit=CREDITS.get(name, str(content.get("licence", content.get("license", "")))),
-        digest=_digest(path, reader, simulated=bool(content.get("simulated", False))),
+        digest=_digest(path, reader, simulated=content.get("simulated", False)),
         downsampling=factor,
         affine=affine @ block,
         shape=tuple(side // factor for side in shape),
     )
+
+
+def _check_names(path: Path, pairs: list[Pair]) -> None:
+    """Raise where two pairs would have one name, by which results and submissions are filed."""
+    named: dict[str, Pair] = {}
+    for pair in pairs:
+        other = named.setdefault(pair.name, pair)
+        if other != pair:
+            images = ", ".join(str(subject.image) for one in (other, pair) for subject in (one.fixed, one.moving))
+            raise ValueError(f"{path}: two validation pairs would both be named {pair.name}: {images}")
 
 
 def _digest(path: Path, reader: _Reader, simulated: bool) -> str:
@@ -604,11 +638,7 @@ def _orientation(affine: np.ndarray) -> str:
 
 def _grid_of(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape and affine from a NIfTI header alone."""
-    try:
-        image = nib.load(path)
-    except Exception as error:  # nibabel raises several types for a broken header
-        raise ValueError(f"cannot read {path} as NIfTI (truncated or corrupt?): {error}") from error
-    shape = tuple(int(side) for side in image.shape[:3])
+    shape, affine = read_grid(path)
     if len(shape) != 3 or min(shape) < 2:
-        raise ValueError(f"{path}: expected a 3-D volume of at least 2 voxels a side, got shape {image.shape}")
-    return shape, np.asarray(image.affine, dtype=np.float64)
+        raise ValueError(f"{path}: expected a 3-D volume of at least 2 voxels a side, got shape {shape}")
+    return shape, affine

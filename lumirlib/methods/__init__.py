@@ -50,9 +50,15 @@ def parse_row(name: str, **overrides: object) -> Row:
 
 
 def row_from_options(options: Mapping[str, Any]) -> Row:
-    """The row that a checkpoint or a results file describes by all its options, its name among them."""
-    row = BASELINES.get(str(options["name"]), Variant)
-    return row(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+    """The row that a checkpoint or a results file describes by all its options, its name among them.
+
+    Raises:
+        KeyError, ValueError: no name, an option that the row has not, or a value of another type.
+    """
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    kind = BASELINES.get(str(given["name"]), Variant)
+    row = kind(name=str(given.pop("name")))
+    return replace(row, **check_options(row, given))
 
 
 def availability() -> pd.DataFrame:
