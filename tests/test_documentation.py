@@ -165,12 +165,11 @@ def test_every_program_of_the_documentation_is_run_by_a_test():
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     for name in named:
         aliases = [name, *re.findall(rf"import {name} as (\w+)", tests)]
-        called = any(f"{alias}.main([" in tests or f"{alias}.main(arguments" in tests for alias in aliases)
-        assert called or f'"lumirlib.{name}"' in tests, f"no test runs lumirlib.{name}"
+        assert any(f"{alias}.main(" in tests for alias in aliases), f"no test runs lumirlib.{name}"
 
 
 def test_budget_is_printed_as_the_readme_has_it(capsys):
-    assert budget.main([]) == 0
+    assert budget.main(["--out", str(ROOT / "results")]) == 0
     printed = capsys.readouterr().out.strip()
     assert printed and printed in text_of(ROOT / "README.md")
 
