@@ -157,12 +157,12 @@ def readable_budget(budget: Budget) -> str:
     return f"{to_markdown(pd.DataFrame(shown))}\n\n" + "\n".join(f"- {note}" for note in notes)
 
 
-def write_into(path: Path, text: str) -> Path:
-    """Replace what stands between :data:`MARKERS` in a file; ValueError for one that lacks them."""
-    before, start, rest = path.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
+def write_into(path: Path, text: str, markers: tuple[str, str] = MARKERS) -> Path:
+    """Replace what stands between two markers in a file; ValueError for one that lacks them."""
+    before, start, rest = path.read_text(encoding="utf-8").partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not (start and end):
-        raise ValueError(f"{path} must hold {MARKERS[0]} and, after it, {MARKERS[1]}")
+        raise ValueError(f"{path} must hold {markers[0]} and, after it, {markers[1]}")
     whole = f"{before}{start}\n\n{text}\n\n{end}{after}"
     return write_atomically(path, lambda to: to.write_text(whole, encoding="utf-8"))
 

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -37,6 +38,9 @@ from lumirlib.evaluation import write_results
 from lumirlib.files import check_writable, read_json, write_atomically, write_json
 from lumirlib.presets import PRESETS
 from lumirlib.study import AblationRun
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import reliability
 
 matplotlib.use("Agg")
 KILLS = 20
@@ -503,3 +507,20 @@ def test_the_switch_is_on_for_its_run_alone_and_stands_in_the_command(small_coho
     with pytest.raises(ValueError, match="deterministic must be true or false, got 1"):
         Engine("cpu", deterministic=1)
     assert report.paper_table(2) is not None
+
+
+# the page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_reliability_names_tests_that_are_there_and_the_counts_of_its_run():
+    root = Path(__file__).resolve().parent.parent
+    page = (root / "docs" / "reliability.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) > 20
+    assert [name for name in named if f"def {name}(" not in sources] == []
+    tally = root / "results" / "reliability" / "tally.json"
+    if tally.exists():
+        assert reliability.readable(json.loads(tally.read_text(encoding="utf-8"))) in page
+    else:
+        assert "Not run yet." in page
