@@ -1,6 +1,6 @@
 """Faults, bad data and hostile files: run all of their tests and count what was tried, for docs/reliability.md.
 
-    python benchmarks/reliability.py              # some minutes on an idle CPU, of which 2,000 steps of training are most
+    python benchmarks/reliability.py              # a quarter of an hour on an idle CPU
     python benchmarks/reliability.py -k "not two_thousand and not papermill"
 
 What follows is handed to pytest. Where a test fails nothing is written.

@@ -29,7 +29,7 @@ from faults import TALLY, is_ours
 from matplotlib.figure import Figure
 from small_cohorts import smooth_blob, write_small_cohort
 
-from lumirlib import evaluation, files, load_cohort, parse_variant, report, submission, sweep, training
+from lumirlib import evaluation, files, load_cohort, parse_variant, submission, sweep, training
 from lumirlib import train as train_command
 from lumirlib.checkpoints import load_checkpoint, save_checkpoint
 from lumirlib.data.nifti import read_volume, write_nifti
@@ -387,12 +387,9 @@ def test_a_results_folder_that_cannot_be_written_is_told_before_anything_is_trai
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives up the rights of root, which others do not have")
-def test_a_folder_without_the_right_to_write_is_told_by_the_system_itself(tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir(mode=0o555)
-    for parent in [folder, *folder.parents][:-1]:
-        if parent.stat().st_uid == 0 and parent != folder:
-            parent.chmod(parent.stat().st_mode | 0o055)
+def test_a_folder_without_the_right_to_write_is_told_by_the_system_itself():
+    folder = Path(tempfile.mkdtemp())  # not below tmp_path, which only its owner may enter
+    folder.chmod(0o555)
     child = os.fork()
     if child == 0:
         status = 1
@@ -406,7 +403,7 @@ def test_a_folder_without_the_right_to_write_is_told_by_the_system_itself(tmp_pa
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     check_writable(folder)
-    assert not list(folder.iterdir())
+    folder.rmdir()
     TALLY.count("results folder that cannot be written", "told before training")
 
 
@@ -414,7 +411,7 @@ def test_a_sweep_into_a_folder_that_cannot_be_written_ends_with_a_sentence(tmp_p
     (tmp_path / "out").write_text("a file")
     assert sweep.main(["--rows", "backbone", "--preset", "smoke", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("python -m lumirlib.sweep: ") and "out" in said and "Traceback" not in said
+    assert "python -m lumirlib.sweep: [Errno" in said and str(tmp_path / "out") in said and "Traceback" not in said
     TALLY.count("results folder that cannot be written", "told before training")
 
 
@@ -496,9 +493,8 @@ def test_the_switch_is_on_for_its_run_alone_and_stands_in_the_command(small_coho
     with Engine("cpu").reproducibly():
         assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
-    options = {**OPTIONS}
     runs = [
-        AblationRun.prepare("backbone", "smoke", str(small_cohort_json), out=str(tmp_path), options=options,
+        AblationRun.prepare("backbone", "smoke", str(small_cohort_json), out=str(tmp_path), options=OPTIONS,
                             engine=Engine("cpu", deterministic=on))
         for on in (False, True)
     ]  # fmt: skip
@@ -506,7 +502,6 @@ def test_the_switch_is_on_for_its_run_alone_and_stands_in_the_command(small_coho
     assert "--deterministic" in runs[1].arguments and "deterministic" in runs[1].engine.describe()
     with pytest.raises(ValueError, match="deterministic must be true or false, got 1"):
         Engine("cpu", deterministic=1)
-    assert report.paper_table(2) is not None
 
 
 # the page ------------------------------------------------------------------------------------------------------------
