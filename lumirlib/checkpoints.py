@@ -22,6 +22,8 @@ from lumirlib.rows import Row, option_names
 CHECKPOINT_FORMAT = "lumirlib-checkpoint-1"
 #: Widths, levels and the like of a network are at most this, so that a file cannot ask for one that fills the memory.
 MOST_OPTION = 4096
+#: What a run's history has of every epoch, at least.
+HISTORY_COLUMNS = {"epoch", "steps", "val_dice", "val_similarity", "val_ndv_percent"}
 #: What Adam keeps of a parameter, at least.
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 
@@ -106,19 +108,27 @@ def _expect(path: str | Path, what: str, value: object, kind: type | tuple[type,
     return value
 
 
-def _tensors(value: object) -> list[torch.Tensor]:
-    """All tensors in nested lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+def _tensors(content: object) -> list[torch.Tensor]:
+    """All tensors in nested lists and dicts, which may hold themselves."""
+    found, left, seen = [], [content], set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (dict, list, tuple)):
+            left += value.values() if isinstance(value, dict) else value
+    return found
 
 
 def _check_schema(path: Path, content: dict[str, Any], stored: int) -> None:
     tensors = _tensors(content)
     if any(not tensor.is_contiguous(memory_format=_format(tensor)) for tensor in tensors):
         raise ValueError(f"{path}: expected tensors that fill the memory they are stored in, got one that repeats it")
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > stored:
+    sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    if sum(sizes.values()) > stored:
         raise ValueError(f"{path}: its tensors claim more than the {stored} bytes that are stored")
     config = _expect(path, "config", content.get("config"), dict)
     for name, kind in (("variant", dict), ("preset", dict), ("cohort", str), ("cohort_digest", str), ("seed", int)):
@@ -217,6 +227,8 @@ def training_state(path: str | Path, content: Mapping[str, Any]) -> TrainingStat
     numbers = [*state.history, state.sums]
     if not all(isinstance(row, dict) and all(type(value) in (int, float) for value in row.values()) for row in numbers):
         raise ValueError(f"{path}: state.history and state.sums must hold numbers by name")
+    if not all(row.keys() >= HISTORY_COLUMNS for row in state.history):
+        raise ValueError(f"{path}: state.history must have {', '.join(sorted(HISTORY_COLUMNS))} in each row")
     epochs = [row.get("epoch") for row in state.history]
     if epochs != list(range(len(epochs))) or (len(epochs) or 1) != state.epoch + 1:
         raise ValueError(f"{path}: state.history must have a row for each of {state.epoch} epochs and for none")

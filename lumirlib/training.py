@@ -368,6 +368,11 @@ class Trainer:
         if content["config"] != self.config.as_dict():
             raise ValueError(f"{self.last_path} belongs to another configuration: {content['config']}")
         self.state = training_state(self.last_path, content)
+        if self.state.epoch > self.config.preset.epochs or self.state.step > self.steps:
+            raise ValueError(
+                f"{self.last_path}: expected at most {self.config.preset.epochs} epochs of {self.steps} steps, "
+                f"got epoch {self.state.epoch}, step {self.state.step}"
+            )
         check_weights(self.last_path, content["model"], self.model.state_dict())
         self.model.load_state_dict(content["model"])
         load_optimizer(self.last_path, content, self.optimizer)

@@ -23,4 +23,4 @@ def embedded_cohort():
 
 
 def pytest_sessionfinish(session):
-    TALLY.write()
+    TALLY.write(session.testscollected, session.testsfailed)

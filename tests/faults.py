@@ -31,10 +31,11 @@ class Tally:
         outcomes = self.counts.setdefault(kind, {})
         outcomes[outcome] = outcomes.get(outcome, 0) + by
 
-    def write(self) -> None:
+    def write(self, tests: int, failed: int) -> None:
         target = os.environ.get("LUMIRLIB_TALLY")
-        if target and self.counts:
-            Path(target).write_text(json.dumps(dict(sorted(self.counts.items())), indent=1) + "\n")
+        if target:
+            found = {"tests": tests, "failed": failed, "counts": dict(sorted(self.counts.items()))}
+            Path(target).write_text(json.dumps(found))
 
 
 TALLY = Tally()
