@@ -260,7 +260,7 @@ def affine_to_frame(values: torch.Tensor, mask: torch.Tensor, affine: np.ndarray
     search = sitk.ImageRegistrationMethod()
     search.SetMetricAsCorrelation()
     search.SetInterpolator(sitk.sitkLinear)
-    search.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, 100)
+    search.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, 100, 0.5, 1e-8)  # steps in mm
     search.SetOptimizerScalesFromPhysicalShift()
     search.SetShrinkFactorsPerLevel([2, 1])
     search.SetSmoothingSigmasPerLevel([2, 1])

@@ -293,9 +293,7 @@ def register(
         "measures": measures,
         "seconds": seconds,
         "command": command,
-        "device": provenance.describe_device(
-            target if isinstance(registrar.method, nn.Module) else torch.device("cpu")
-        ),
+        "device": provenance.describe_device(worked_on),
         "commit": provenance.commit(),
         "written": provenance.now(),
         "versions": provenance.versions(),
