@@ -33,6 +33,7 @@ from types import ModuleType
 import nibabel as nib
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from tqdm.auto import tqdm
 
 from lumirlib import provenance, spatial
@@ -100,6 +101,44 @@ def world_slabs(shape: Sequence[int], affine: np.ndarray) -> Iterator[tuple[slic
 def sample_world(image: torch.Tensor, affine: np.ndarray, points: torch.Tensor) -> torch.Tensor:
     """Trilinear values of an image (1, 1, D, H, W) at world points (1, 3, ...) in mm, zero outside."""
     return spatial.sample(image, transform(np.linalg.inv(affine), points))
+
+
+def as_scanned(
+    image: torch.Tensor,
+    affine: np.ndarray,
+    rotation_degrees: Sequence[float] = (0.0, 0.0, 0.0),
+    shift_mm: Sequence[float] = (0.0, 0.0, 0.0),
+    orientation: str = "LIA",
+    spacing_mm: Sequence[float] = (0.9, 1.2, 1.0),
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A volume as another scanner would have stored it, to try things out: turned, shifted, on another grid.
+
+    Args:
+        image: ``(1, 1, D, H, W)``, floating point.
+        affine: its voxels to its world, in mm.
+        rotation_degrees: of the head about the world's three axes.
+        shift_mm: of the head.
+        orientation: of the new array's axes, as nibabel names it.
+        spacing_mm: of the new grid.
+
+    Returns:
+        Array float32 that holds the whole volume, its 4 x 4 affine, and the pose: old world to new world, 4 x 4.
+    """
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_euler("xyz", rotation_degrees, degrees=True).as_matrix()
+    pose[:3, 3] = shift_mm
+    corners = np.stack(np.meshgrid(*[(0, side - 1) for side in image.shape[2:]])).reshape(3, -1)
+    world = (pose @ affine @ np.vstack([corners, np.ones(corners.shape[1])]))[:3]
+    directions = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(orientation), (1, 1, 1))[:3, :3].T
+    along = directions.T @ world  # of the new axes
+    shape = np.ceil((along.max(1) - along.min(1)) / spacing_mm).astype(int) + 1
+    new = np.eye(4)
+    new[:3, :3] = directions * np.asarray(spacing_mm)
+    new[:3, 3] = directions @ along.min(1)
+    seen = torch.empty(1, 1, *shape)
+    for planes, points in world_slabs(shape, new):
+        seen[:, :, planes] = sample_world(image, affine, transform(np.linalg.inv(pose), points))
+    return seen[0, 0].numpy(), new, pose
 
 
 @dataclass(frozen=True)
