@@ -70,8 +70,8 @@ def test_scan_that_lies_on_the_frame_is_not_interpolated(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", image, frame_affine(1))
     found = prepare.prepare_scan(tmp_path / "a.nii.gz", prepare.STEPS).in_frame
     assert found.shape == (1, 1, *FRAME_SHAPE)
-    np.testing.assert_array_equal(found[0, 0].numpy(), np.clip(np.rint(image * (255 / np.percentile(image[image > 0], 99.9))),
-                                                               0, 255))  # fmt: skip
+    expected = np.clip(np.rint(image * (255 / np.percentile(image[image > 0], 99.9))), 0, 255)
+    np.testing.assert_array_equal(found[0, 0].numpy(), expected)
 
 
 def test_intensities_are_those_of_the_cohorts():

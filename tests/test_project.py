@@ -96,5 +96,7 @@ def test_versions_stand_in_one_place():
     pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
     declared = re.findall(r'^    "([\w-]+)>=', (ROOT / "pyproject.toml").read_text(), re.M)
     declared += re.findall(r'^(?:slurm|test) = \["([\w-]+)>=', (ROOT / "pyproject.toml").read_text(), re.M)
-    assert {"pytest", "submitit"} < set(declared) <= pinned
+    prepare = re.search(r"^prepare = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    declared += re.findall(r'"([\w-]+)>=', prepare.lower())
+    assert {"pytest", "submitit", "simpleitk"} < set(declared) <= pinned
     assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text()
