@@ -106,6 +106,7 @@ def test_commands_of_the_readme_on_own_scans_work_as_they_stand(tmp_path, monkey
     pytest.importorskip("SimpleITK")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "brain_mask", lambda scan, device: scan.values > 0)
+    monkeypatch.setattr(prepare, "TEMPLATE_MM", 4)
     for number in range(2):
         array, affine, _ = prepare.as_scanned(
             template_in_frame(4) * 800, frame_affine(4), (4 * number, 0, 5), orientation="LIA", spacing_mm=(4, 5, 4)
