@@ -38,7 +38,7 @@ def on_frame(image: torch.Tensor, affine: np.ndarray, to_scan: np.ndarray, resol
 
 
 def by_torchreg(image: torch.Tensor, mask: torch.Tensor, affine: np.ndarray) -> np.ndarray:
-    """As :func:`lumirlib.prepare.affine_to_frame`, by torchreg on 4 mm voxels, from the same start, with correlation."""
+    """As :func:`lumirlib.prepare.affine_to_frame`, by torchreg on 4 mm voxels, from the same start."""
 
     def loss(moved: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
         moved, static = moved - moved.mean(), static - static.mean()

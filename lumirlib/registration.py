@@ -10,6 +10,7 @@ scan's voxels to the moving scan's, through which the moving file is interpolate
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -42,6 +43,7 @@ from lumirlib.prepare import (
     world_slabs,
 )
 from lumirlib.presets import get_preset
+from lumirlib.study import without_folders
 from lumirlib.training import load_checkpoint, load_model
 
 #: A method's name for the affine alone.
@@ -396,10 +398,12 @@ def parser(prog: str = "python -m lumirlib.registration") -> argparse.ArgumentPa
 def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.registration") -> int:
     """Register and print what came of it; the exit status is 0, or 2 for what cannot be used, 130 after Ctrl-C."""
     given = parser(prog).parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    command = f"{prog} {shlex.join(map(without_folders, words))}"
     try:
         found = register(
             given.fixed, given.moving, given.out, given.weights, given.run, given.method, given.results,
-            given.resolution, given.skip, given.skip_fixed, given.skip_moving, given.device, not given.quiet, prog,
+            given.resolution, given.skip, given.skip_fixed, given.skip_moving, given.device, not given.quiet, command,
         )  # fmt: skip
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -197,7 +197,7 @@ def test_folder_becomes_a_cohort_goes_on_where_it_stopped_and_names_what_it_left
     assert [subject.name for subject in cohort.train] == ["one-t1"]
     assert {pair.name for pair in cohort.validation_pairs} == {"two-t1_third", "third_two-t1"}
     apart = (cohort.image(cohort.train[0]) - template_in_frame(4)).abs().mean()
-    assert cohort.shape == (40, 56, 48) and apart < 0.02
+    assert cohort.shape == (40, 56, 48) and apart < 0.04
     content = json.loads((tmp_path / "cohort" / "dataset.json").read_text())
     assert list(content["left_out"]) == ["torn"]
     assert {"qc_1.png", "qc_1.pdf", "qc.csv"} <= {path.name for path in (tmp_path / "cohort").iterdir()}
