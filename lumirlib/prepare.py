@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -362,7 +362,7 @@ class PreparedScan:
         """
         return as_cohort(self.resampled(lambda points: transform(self.to_scan, points)), str(self.scan.path))
 
-    def resampled(self, places) -> torch.Tensor:
+    def resampled(self, places: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The brain, ``(1, 1, 160, 224, 192)`` float32 in the scan's units, where a function puts the frame's points.
 
         Args:

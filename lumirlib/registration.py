@@ -265,6 +265,9 @@ def register(
     """
     registrar = choose_registrar(weights, run, method, results, resolution_mm, device)
     target, out = pick_device(device), Path(out)
+    for path in (fixed, moving):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such NIfTI file: {path}")
     skips = [check_skip({*skip, *own}) for own in (skip_fixed, skip_moving)]
     seconds: dict[str, float] = {}
     scans = [prepare_scan(path, steps, target, progress) for path, steps in zip((fixed, moving), skips, strict=True)]

@@ -101,7 +101,7 @@ def test_pose_of_a_head_is_found(tmp_path):
 def test_bias_field_is_taken_out(tmp_path):
     pytest.importorskip("SimpleITK")
     image, affine = small_brain()
-    along = torch.linspace(-0.3, 0.3, image.shape[3]).exp().view(1, 1, 1, -1, 1)
+    along = torch.linspace(-0.6, 0.6, image.shape[3]).exp().view(1, 1, 1, -1, 1)
     write_nifti(tmp_path / "a.nii.gz", (image * along)[0, 0].numpy(), affine)
     scan = prepare.read_scan(tmp_path / "a.nii.gz")
     mask = prepare.stripped_mask(scan)
@@ -111,7 +111,7 @@ def test_bias_field_is_taken_out(tmp_path):
     def spread(values):
         return float(values[white].std() / values[white].mean())
 
-    assert spread(scan.values) > 0.1 and spread(corrected) < 0.4 * spread(scan.values)
+    assert spread(scan.values) > 0.12 and spread(corrected) < 0.5 * spread(scan.values)
 
 
 def test_brain_is_found_in_a_simulated_head(tmp_path):
