@@ -2,13 +2,34 @@
 
 A faithful, fast reproduction of "Large Scale Unsupervised Brain MRI Image Registration Solution for Learn2Reg 2024".
 The conventions (axes, units, directions) are stated in :mod:`lumirlib.spatial`.
+
+What is listed below is imported when it is first used, so that `lumirlib --help` need not wait for PyTorch.
 """
 
-from lumirlib import losses, metrics, spatial
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from lumirlib._version import __version__
-from lumirlib.data import load_cohort
-from lumirlib.evaluation import evaluate_pair
-from lumirlib.variants import Variant, build_model, parse_variant
+
+if TYPE_CHECKING:
+    from lumirlib import losses, metrics, spatial
+    from lumirlib.data import load_cohort
+    from lumirlib.evaluation import evaluate_pair
+    from lumirlib.variants import Variant, build_model, parse_variant
+
+#: Name -> module that it is taken from; None for a module of its own.
+_WHERE = {
+    "Variant": "variants",
+    "build_model": "variants",
+    "evaluate_pair": "evaluation",
+    "load_cohort": "data",
+    "losses": None,
+    "metrics": None,
+    "parse_variant": "variants",
+    "spatial": None,
+}
 
 __all__ = [
     "Variant",
@@ -21,3 +42,16 @@ __all__ = [
     "parse_variant",
     "spatial",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'lumirlib' has no attribute {name!r}")
+    module = importlib.import_module(f"lumirlib.{_WHERE[name] or name}")
+    found = module if _WHERE[name] is None else getattr(module, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

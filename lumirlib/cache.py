@@ -16,9 +16,18 @@ LUMIR_SCANS = 3384
 GIGABYTE = 1e9
 
 
-def parser() -> argparse.ArgumentParser:
+EXAMPLES = """examples:
+  lumirlib cache --cohort lumir --data-root FOLDER --preset paper
+  lumirlib cache --cohort brains --resolution 2 --repair
+"""
+
+
+def parser(prog: str = "python -m lumirlib.cache") -> argparse.ArgumentParser:
     """The options of the command line."""
-    options = argparse.ArgumentParser(prog="python -m lumirlib.cache", description=(__doc__ or "").splitlines()[0])
+    options = argparse.ArgumentParser(
+        prog=prog, description=(__doc__ or "").splitlines()[0], epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     grid = options.add_mutually_exclusive_group()
@@ -35,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.cache") -> int:
     """Build a cache and say what it takes; the exit status is 0, or 2 for what cannot be used, read or written."""
-    given = parser().parse_args(arguments)
+    given = parser(prog).parse_args(arguments)
     try:
         check_choice(given.preset, tuple(PRESETS), "preset")
         resolution = PRESETS[given.preset].resolution_mm if given.resolution is None else given.resolution
@@ -47,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             given.folder or None, given.dtype, given.workers, not given.quiet, given.verify, given.repair
         )
     except (ValueError, OSError) as error:
-        print(f"python -m lumirlib.cache: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -313,9 +313,18 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
     return broken
 
 
-def parser() -> argparse.ArgumentParser:
+EXAMPLES = """examples:
+  lumirlib sweep --rows table2 --seeds 0 1 2 --preset demo --dry-run
+  lumirlib sweep --rows LK+BF VoxelMorph --cohort brains --preset half --jobs 2
+"""
+
+
+def parser(prog: str = "python -m lumirlib.sweep") -> argparse.ArgumentParser:
     """The options of the command line."""
-    options = argparse.ArgumentParser(prog="python -m lumirlib.sweep", description=(__doc__ or "").splitlines()[0])
+    options = argparse.ArgumentParser(
+        prog=prog, description=(__doc__ or "").splitlines()[0], epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     options.add_argument("--rows", nargs="+", default=["table2"], help="table1, table2, or rows such as LK+BF")
     options.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of each row")
     options.add_argument("--preset", default="demo", help="preset of every run")
@@ -335,9 +344,9 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.sweep") -> int:
     """Run a sweep; the exit status is 0, 1 if a run broke, 2 for parameters that cannot be used, 130 after Ctrl-C."""
-    given = parser().parse_args(arguments)
+    given = parser(prog).parse_args(arguments)
     on_slurm = given.executor == "slurm"
     try:
         if given.jobs is not None and given.jobs < 1:
@@ -358,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             broken = run_sweep(runs, given.jobs or 1)
     except (ValueError, OSError, cluster.ClusterError) as error:
-        print(f"python -m lumirlib.sweep: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -31,9 +31,18 @@ def engine_options(given: argparse.Namespace) -> dict[str, object]:
     return {one.name: getattr(given, one.name) for one in fields(Engine)}
 
 
-def parser() -> argparse.ArgumentParser:
+EXAMPLES = """examples:
+  lumirlib run --variant LC-2 --preset demo
+  lumirlib run --variant CA+BF --preset paper --cohort lumir --data-root FOLDER --set smoothness_weight=5
+"""
+
+
+def parser(prog: str = "python -m lumirlib.train") -> argparse.ArgumentParser:
     """The options of the command line."""
-    options = argparse.ArgumentParser(prog="python -m lumirlib.train", description=(__doc__ or "").splitlines()[0])
+    options = argparse.ArgumentParser(
+        prog=prog, description=(__doc__ or "").splitlines()[0], epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     options.add_argument("--variant", default="backbone", help=f"{', '.join(variant_choices())}, joined by '+'")
     options.add_argument("--preset", default="demo", help=", ".join(PRESETS))
     options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
@@ -49,9 +58,9 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.train") -> int:
     """Train, evaluate and print a summary; the exit status is 0, or 2 for parameters or files that cannot be used."""
-    given = parser().parse_args(arguments)
+    given = parser(prog).parse_args(arguments)
     try:
         run = AblationRun.prepare(
             given.variant,
@@ -71,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         table = run.evaluate(result, progress=not given.quiet)
     except (ValueError, OSError, NonFiniteLossError) as error:
-        print(f"python -m lumirlib.train: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     print(f"\nbest epoch {result.best_epoch}; {run.metrics_path}")
     print(summarize(table).to_string(float_format="%.4f"))

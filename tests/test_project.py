@@ -94,7 +94,7 @@ def test_results_go_where_they_are_asked_for(monkeypatch):
 #: Extras that requirements.txt leaves out: their packages hold others back, or need what pip cannot install.
 NOT_PINNED = ("classical", "browser")
 #: Packages that others bring, pinned because a change in them changes results or the committed notebooks.
-BROUGHT_BY_OTHERS = {"nbclient", "deepbet", "torchreg"}
+BROUGHT_BY_OTHERS = {"nbclient", "torchreg"}
 
 
 def test_environment_requirements_and_project_agree_and_versions_stand_in_one_place():

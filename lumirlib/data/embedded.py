@@ -247,6 +247,20 @@ def _sample_in_frame(image: torch.Tensor, affine: np.ndarray, field: torch.Tenso
     return spatial.sample(image, points) if mode == "bilinear" else spatial.sample_nearest(image, points)
 
 
+@lru_cache(maxsize=2)
+def template_in_frame(resolution_mm: int) -> torch.Tensor:
+    """The template on the LUMIR frame's grid, ``(1, 1, D, H, W)`` in [0, 1], background 0; not to be changed.
+
+    Args:
+        resolution_mm: voxel size, 1, 2 or 4.
+    """
+    if resolution_mm not in RESOLUTIONS_MM:
+        raise ValueError(f"resolution_mm must be one of {RESOLUTIONS_MM}, got {resolution_mm}")
+    template, affine = _template_1mm()
+    still = torch.zeros(1, 3, *FRAME_SHAPE)
+    return F.avg_pool3d(_sample_in_frame(template, affine, still, 1, "bilinear"), resolution_mm)
+
+
 def _appearance(
     template_values: torch.Tensor, labels: torch.Tensor, population: EmbeddedPopulation, person: int
 ) -> torch.Tensor:

@@ -200,13 +200,14 @@ def read_label_volume(path: str | Path, check: GridCheck | None = None) -> tuple
     return labels, affine
 
 
-def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> Path:
+def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray, intent: str = "none") -> Path:
     """Write a NIfTI file atomically: a reader sees the whole file or none.
 
     Args:
         path: where to, ending in `.nii` or `.nii.gz`; folders are made.
         array: the voxels; the dtype is kept.
         affine: 4 x 4 voxel-to-world matrix in mm.
+        intent: NIfTI's name for what the voxels are, "vector" for a displacement field of ITK.
 
     Returns:
         `path`.
@@ -217,4 +218,5 @@ def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray) -> Path
         raise ValueError(f"path must end in .nii or .nii.gz, got {path.name}")
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
+    image.header.set_intent(intent)
     return write_atomically(path, lambda to: nib.save(image, to))

@@ -1,0 +1,221 @@
+"""Scans from a scanner to the LUMIR frame."""
+
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from lumirlib import load_cohort, prepare
+from lumirlib.data.embedded import FRAME_SHAPE, frame_affine, template_in_frame
+from lumirlib.data.nifti import read_volume, write_nifti
+
+RAMP = (0.7, -0.4, 0.25, 60.0)  # along world x, y, z, and at the origin
+
+
+def ramp_scan(tmp_path, orientation="LIA", rotation=(10.0, -15.0, 20.0)):
+    """A scan whose value is a linear function of its world, which trilinear interpolation keeps."""
+    empty = torch.zeros(1, 1, 20, 22, 24)
+    shape_of, affine, _ = prepare.as_scanned(empty, np.diag([2.0, 2, 2, 1]), rotation, (3, 4, 5), orientation)
+    grid = np.stack(np.meshgrid(*map(np.arange, shape_of.shape), indexing="ij"), -1)
+    world = grid @ affine[:3, :3].T + affine[:3, 3]
+    path = tmp_path / f"{orientation}.nii.gz"
+    write_nifti(path, (world @ RAMP[:3] + RAMP[3]).astype(np.float32), affine)
+    return prepare.read_scan(path)
+
+
+def ramp(points):
+    return sum(weight * points[:, axis] for axis, weight in enumerate(RAMP[:3])) + RAMP[3]
+
+
+def points_inside(scan, count=200):
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(1, 3, count, 1, 1, generator=generator, dtype=torch.float64)
+    voxels = 1 + share * (torch.tensor(scan.shape).view(1, 3, 1, 1, 1) - 3)
+    return prepare.transform(scan.affine, voxels)
+
+
+def small_brain():
+    """The template as a scan of 4 mm voxels, (image, affine), a brain of the true size in few voxels."""
+    return template_in_frame(4) * 900, frame_affine(4)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LIA", "PSR", "ASL"])
+def test_values_stand_at_their_place_in_the_world_whatever_the_order_of_the_axes(tmp_path, orientation):
+    scan = ramp_scan(tmp_path, orientation)
+    assert nib.aff2axcodes(scan.affine) == tuple(orientation) or orientation not in ("RAS", "LIA")
+    points = points_inside(scan)
+    values = prepare.sample_world(scan.values, scan.affine, points)
+    torch.testing.assert_close(values[:, 0].double(), ramp(points), atol=1e-3, rtol=0)
+
+
+def test_affine_of_the_preparation_and_that_of_the_file_are_joined_exactly(tmp_path):
+    scan = ramp_scan(tmp_path)
+    to_scan = np.array([[1.1, 0.1, 0, 3], [-0.1, 0.9, 0.05, -2], [0, 0.02, 1.05, 1], [0, 0, 0, 1]])
+    prepared = prepare.PreparedScan(scan, scan.values, torch.ones_like(scan.values, dtype=torch.bool), to_scan, ())
+    in_scan = points_inside(scan)
+    in_frame = prepare.transform(np.linalg.inv(to_scan), in_scan)
+    by_hand = ramp(torch.einsum("ab,nbdhw->nadhw", torch.tensor(to_scan[:3, :3]), in_frame)
+                   + torch.tensor(to_scan[:3, 3]).view(1, 3, 1, 1, 1)).clamp(min=0)  # fmt: skip
+    found = prepared.brain_at(prepare.transform(to_scan, in_frame))[:, 0].double()
+    torch.testing.assert_close(found, by_hand, atol=1e-3, rtol=0)
+
+
+def test_scan_that_lies_on_the_frame_is_not_interpolated(tmp_path):
+    generator = np.random.default_rng(0)
+    image = np.zeros(FRAME_SHAPE, np.uint8)
+    image[40:120, 50:170, 40:140] = generator.integers(1, 256, (80, 120, 100))
+    write_nifti(tmp_path / "a.nii.gz", image, frame_affine(1))
+    found = prepare.prepare_scan(tmp_path / "a.nii.gz", prepare.STEPS).in_frame
+    assert found.shape == (1, 1, *FRAME_SHAPE)
+    expected = np.clip(np.rint(image * (255 / np.percentile(image[image > 0], 99.9))), 0, 255)
+    np.testing.assert_array_equal(found[0, 0].numpy(), expected)
+
+
+def test_intensities_are_those_of_the_cohorts():
+    values = torch.zeros(1, 1, 10, 10, 20)
+    values[..., :10] = torch.linspace(0.001, 700, 1000).reshape(10, 10, 10)
+    found = prepare.as_cohort(values, "a scan")
+    assert (found == 0).sum() == 1000 and found[values > 0].min() == 1  # the brain is never zero
+    assert found.max() == 255 and torch.equal(found, found.round())
+    assert np.percentile(found[found > 0].numpy(), 99.9) == 255
+    with pytest.raises(ValueError, match="a scan: no brain lies in the LUMIR frame"):
+        prepare.as_cohort(torch.zeros(1, 1, 4, 4, 4), "a scan")
+
+
+def test_pose_of_a_head_is_found(tmp_path):
+    pytest.importorskip("SimpleITK")
+    image, affine = small_brain()
+    array, seen_affine, pose = prepare.as_scanned(image, affine, (12, -9, 14), (9, -12, 15), "LIA", (3.5, 5.0, 4.0))
+    write_nifti(tmp_path / "a.nii.gz", array, seen_affine)
+    scan = prepare.read_scan(tmp_path / "a.nii.gz")
+    found = prepare.affine_to_frame(scan.values, prepare.stripped_mask(scan), scan.affine)
+    brain = torch.nonzero(template_in_frame(4)[0, 0] > 0.02).T.reshape(1, 3, -1, 1, 1)
+    places = prepare.transform(affine, brain)
+    apart = (prepare.transform(found, places) - prepare.transform(pose, places)).norm(dim=1)
+    assert apart.mean() < 0.8  # voxels are of 4 mm; the search starts 15 mm and more from there
+
+
+def test_bias_field_is_taken_out(tmp_path):
+    pytest.importorskip("SimpleITK")
+    image, affine = small_brain()
+    along = torch.linspace(-0.6, 0.6, image.shape[3]).exp().view(1, 1, 1, -1, 1)
+    write_nifti(tmp_path / "a.nii.gz", (image * along)[0, 0].numpy(), affine)
+    scan = prepare.read_scan(tmp_path / "a.nii.gz")
+    mask = prepare.stripped_mask(scan)
+    corrected = prepare.corrected_bias(scan, mask)
+    white = image > 0.9 * image.max()
+
+    def spread(values):
+        return float(values[white].std() / values[white].mean())
+
+    assert spread(scan.values) > 0.12 and spread(corrected) < 0.5 * spread(scan.values)
+
+
+def test_brain_is_found_in_a_simulated_head(tmp_path):
+    pytest.importorskip("deepbet")
+    brain, affine = template_in_frame(2), frame_affine(2)
+    shape = torch.nn.functional.max_pool3d
+    filled = (brain > 0.02).float()
+    inner, outer = shape(filled, 9, 1, 4), shape(shape(filled, 9, 1, 4), 7, 1, 3)
+    head = brain * 800 + (outer - inner) * 600  # a bright shell around a dark gap, as scalp around skull
+    array, seen, _ = prepare.as_scanned(head, affine, (0, 0, 8), (5, -5, 5), "PSR", (2.0, 2.5, 2.0))
+    write_nifti(tmp_path / "head.nii.gz", array, seen)
+    scan = prepare.read_scan(tmp_path / "head.nii.gz")
+    truth = prepare.as_scanned(filled, affine, (0, 0, 8), (5, -5, 5), "PSR", (2.0, 2.5, 2.0))[0] > 0.5
+    mask = prepare.brain_mask(scan)[0, 0].numpy()
+    assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("flat", r"a\.nii\.gz: expected an image, got the constant"),
+        ("thin", r"a\.nii\.gz: expected at least 8 voxels along each axis"),
+        ("four", r"a\.nii\.gz: expected a 3-D volume"),
+        ("nowhere", r"a\.nii\.gz: the header has no orientation"),
+    ],
+)
+def test_scan_that_cannot_be_used_is_named_with_what_is_wrong(tmp_path, change, message):
+    path = tmp_path / "a.nii.gz"
+    shape = {"thin": (9, 9, 3), "four": (9, 9, 9, 4)}.get(change, (9, 9, 9))
+    array = np.full(shape, 3, np.float32) if change == "flat" else np.random.default_rng(0).random(shape, np.float32)
+    image = nib.Nifti1Image(array, np.eye(4))
+    if change == "nowhere":
+        image.header["qform_code"], image.header["sform_code"] = 0, 0
+        image = nib.Nifti1Image(array, None, image.header)
+    nib.save(image, path)
+    with pytest.raises(ValueError, match=message):
+        prepare.read_scan(path)
+
+
+def test_header_with_two_orientations_is_remarked(tmp_path):
+    image = nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9), np.float32), np.eye(4))
+    image.set_sform(np.diag([1, 1, 1, 1]), 1)
+    image.set_qform(np.diag([-1, 1, 1, 1]), 1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    with pytest.warns(UserWarning, match="sform and qform differ"):
+        prepare.read_scan(tmp_path / "a.nii.gz")
+
+
+def test_head_whose_skull_is_not_stripped_cannot_skip_that(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", np.random.default_rng(0).random((9, 9, 9), np.float32) + 1, np.eye(4))
+    with pytest.raises(ValueError, match="expected a stripped brain on zero background"):
+        prepare.prepare_scan(tmp_path / "a.nii.gz", ["strip"])
+
+
+def test_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    image, affine = small_brain()
+    write_nifti(tmp_path / "scans" / "a.nii.gz", image[0, 0].numpy(), affine)
+    arguments = [str(tmp_path / "scans"), "--out", str(tmp_path / "out"), "--skip", "strip"]
+    assert prepare.main(arguments) == 2
+    assert 'SimpleITK, which is not installed: pip install "lumirlib[prepare]"' in capsys.readouterr().err
+    with pytest.raises(ValueError, match="skip must be one of strip, bias, affine; got 'skull'"):
+        prepare.check_skip(["skull"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three brains that are prepared but for their grid, two of one file name, and a torn file."""
+    image, affine = small_brain()
+    for number, place in enumerate(("one/t1", "two/t1", "third_0000")):
+        array, seen, _ = prepare.as_scanned(image * (1 + number), affine, orientation="LIA", spacing_mm=(4, 5, 4))
+        write_nifti(tmp_path / "scans" / f"{place}.nii.gz", array, seen)
+    (tmp_path / "scans" / "torn.nii.gz").write_bytes((tmp_path / "scans" / "third_0000.nii.gz").read_bytes()[:5000])
+    return tmp_path / "scans"
+
+
+def test_folder_becomes_a_cohort_goes_on_where_it_stopped_and_names_what_it_left_out(folder, tmp_path, capsys):
+    arguments = [str(folder), "--out", str(tmp_path / "cohort"), "--skip", *prepare.STEPS, "--jobs", "2", "--quiet",
+                 "--validation", "2"]  # fmt: skip
+    assert prepare.main(arguments, "lumirlib prepare") == 1
+    assert "left out: torn: ValueError" in capsys.readouterr().err
+    cohort = load_cohort(tmp_path / "cohort" / "dataset.json", 4)
+    assert [subject.name for subject in cohort.train] == ["one-t1"]
+    assert {pair.name for pair in cohort.validation_pairs} == {"two-t1_third", "third_two-t1"}
+    apart = (cohort.image(cohort.train[0]) - template_in_frame(4)).abs().mean()
+    assert cohort.shape == (40, 56, 48) and apart < 0.04
+    content = json.loads((tmp_path / "cohort" / "dataset.json").read_text())
+    assert list(content["left_out"]) == ["torn"]
+    assert {"qc_1.png", "qc_1.pdf", "qc.csv"} <= {path.name for path in (tmp_path / "cohort").iterdir()}
+
+    images = sorted((tmp_path / "cohort" / "imagesTr").iterdir())
+    before = [path.stat().st_mtime_ns for path in images]
+    write_nifti(folder / "two" / "t1.nii.gz", *read_volume(folder / "one" / "t1.nii.gz"))  # other bytes, same name
+    (folder / "torn.nii.gz").unlink()
+    arguments[arguments.index("--jobs") + 1] = "1"
+    assert prepare.main(arguments) == 0
+    after = [path.stat().st_mtime_ns for path in images]
+    assert [path.name for path, a, b in zip(images, before, after, strict=True) if a != b] == ["two-t1_0000.nii.gz"]
+
+
+def test_folder_without_scans_and_numbers_that_do_not_fit_are_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        prepare.prepare_folder(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ValueError, match="validation must be 0, or from 2 to the number of scans, 4; got 1"):
+        prepare.prepare_folder(folder, tmp_path / "out", prepare.STEPS, validation=1)
+    with pytest.raises(ValueError, match="jobs must be a whole number from 1, got 0"):
+        prepare.prepare_folder(folder, tmp_path / "out", prepare.STEPS, jobs=0)

@@ -1,0 +1,215 @@
+"""Two scans registered in the fixed scan's own space."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lumirlib import metrics, registration, spatial
+from lumirlib.data.embedded import frame_affine, template_in_frame
+from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume, write_nifti
+from lumirlib.labels import LUMIR_LABELS
+from lumirlib.prepare import STEPS, as_scanned, prepare_scan, read_scan, transform, world_slabs
+from lumirlib.presets import PRESETS
+from lumirlib.training import RunConfig, save_checkpoint
+from lumirlib.variants import parse_variant
+
+TO_FIXED = np.array([[1.05, 0.1, 0.0, 4], [-0.1, 0.95, 0.05, -3], [0.0, -0.05, 1.1, 2], [0, 0, 0, 1.0]])
+TO_MOVING = np.array([[0.9, -0.2, 0.1, -6], [0.2, 1.0, 0.0, 5], [-0.1, 0.0, 1.05, 1], [0, 0, 0, 1.0]])
+
+
+def noise_scan(path, affine, shape=(12, 14, 10), seed=0):
+    write_nifti(path, np.random.default_rng(seed).random(shape, np.float32) * 100, affine)
+    return read_scan(path)
+
+
+def wavy(shape=(40, 56, 48), size=1.5):
+    generator = torch.Generator().manual_seed(1)
+    return spatial.resize(torch.randn(1, 3, 4, 5, 6, generator=generator) * size, shape)
+
+
+def some_points(count=50):
+    generator = torch.Generator().manual_seed(2)
+    return (torch.rand(1, 3, count, 1, 1, generator=generator, dtype=torch.float64) - 0.5) * 100
+
+
+def test_without_displacement_the_map_is_the_two_affines():
+    whole = registration.ScanMap(np.linalg.inv(TO_FIXED), torch.zeros(1, 3, 40, 56, 48), 4, TO_MOVING)
+    points = some_points()
+    expected = transform(TO_MOVING @ np.linalg.inv(TO_FIXED), points)
+    torch.testing.assert_close(whole(points), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("resolution", [2, 4])
+def test_displacement_in_voxels_of_its_grid_stands_between_the_affines_in_mm(resolution):
+    shape = tuple(side // resolution for side in (160, 224, 192))
+    voxels = torch.tensor([1.5, -2.0, 0.25]).view(1, 3, 1, 1, 1).expand(1, 3, *shape).contiguous()
+    whole = registration.ScanMap(np.linalg.inv(TO_FIXED), voxels, resolution, TO_MOVING)
+    points = some_points() * 3  # some lie outside the frame: there the border's displacement goes on
+    moved = transform(np.linalg.inv(TO_FIXED), points) + voxels[:, :, :1, :1, :1].double() * resolution
+    torch.testing.assert_close(whole(points), transform(TO_MOVING, moved), atol=1e-4, rtol=0)
+
+
+def test_displacement_is_the_grids_own_at_its_voxels():
+    field = wavy()
+    whole = registration.ScanMap(np.eye(4), field, 4, np.eye(4))
+    points = transform(frame_affine(4), spatial.identity_grid(field.shape[2:]))
+    expected = points + field.double() * 4  # its axes are the world's
+    torch.testing.assert_close(whole(points), expected, atol=1e-3, rtol=0)
+
+
+def test_moving_image_is_interpolated_once(tmp_path):
+    """Noise that is shifted by whole voxels keeps its values; through the frame, half a voxel off, it would not."""
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    fixed = noise_scan(tmp_path / "fixed.nii", affine)
+    moving = noise_scan(tmp_path / "moving.nii", affine, seed=1)
+    shift = torch.tensor([0.5, -0.25, 0.25]).view(1, 3, 1, 1, 1).expand(1, 3, 40, 56, 48).contiguous()  # 2, -1, 1 mm
+    warped, displacement = registration.ScanMap(np.eye(4), shift, 4, np.eye(4)).on_scan(fixed, moving)
+    torch.testing.assert_close(warped[:, :, :-2, 1:, :-1], moving.values[:, :, 2:, :-1, 1:], atol=2e-3, rtol=0)
+    assert warped[:, :, -2:].abs().max() < 2e-3
+    expected = torch.tensor([2.0, -1, 1]).view(1, 3, 1, 1, 1).expand_as(displacement)
+    torch.testing.assert_close(displacement, expected, atol=1e-4, rtol=0)
+
+
+def test_files_carry_the_fixed_scans_space_and_itk_reads_the_same_map(tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    empty = torch.zeros(1, 1, 12, 13, 14)
+    scans = []
+    for name, turn, codes in (("fixed", (10, -20, 15), "LIA"), ("moving", (-5, 8, -12), "PSR")):
+        array, affine, _ = as_scanned(empty, np.diag([2.0, 2, 2, 1]), turn, (5, -4, 3), codes, (1.8, 2.4, 2.0))
+        scans.append(noise_scan(tmp_path / f"{name}.nii.gz", affine, array.shape, seed=len(scans)))
+    whole = registration.ScanMap(np.eye(4), wavy(size=0.4), 4, np.eye(4))
+    files = registration._write(whole, *scans, tmp_path)
+    warped, affine = read_volume(files["warped"])
+    np.testing.assert_allclose(affine, scans[0].affine, atol=1e-5)
+
+    image = sitk.ReadImage(str(files["transform"]), sitk.sitkVectorFloat64)
+    assert image.GetNumberOfComponentsPerPixel() == 3
+    by_itk = sitk.Resample(
+        sitk.ReadImage(str(scans[1].path), sitk.sitkFloat32), sitk.ReadImage(str(scans[0].path), sitk.sitkFloat32),
+        sitk.DisplacementFieldTransform(image), sitk.sitkLinear, 0.0,
+    )  # fmt: skip
+    theirs = sitk.GetArrayFromImage(by_itk).T
+
+    array, affine = read_nifti(files["displacement"])
+    assert array.shape == (*scans[0].shape, 3)
+    displacement = torch.from_numpy(np.moveaxis(array, -1, 0).copy())[None]
+    grid = spatial.identity_grid(scans[0].shape)
+    places = transform(np.linalg.inv(scans[1].affine) @ affine, grid + displacement)
+    np.testing.assert_allclose(spatial.sample(scans[1].values, places)[0, 0].numpy(), warped, atol=0.02)
+    # half a voxel beyond the border ITK goes on with the border's values, and we fade to zero
+    last = torch.tensor(scans[1].shape).view(1, 3, 1, 1, 1) - 1
+    inside = ((places > 0) & (places < last)).all(1)[0].numpy()
+    assert inside.mean() > 0.2
+    np.testing.assert_allclose(theirs[inside], warped[inside], atol=0.05)  # of 100; headers are float32
+
+
+def test_jacobian_determinant_of_known_maps():
+    grid = spatial.identity_grid((5, 6, 7))
+    matrix = torch.tensor([[1.2, 0.1, 0.0], [0.0, 0.9, 0.2], [0.1, 0.0, 1.1]])
+    linear = torch.einsum("ab,nbdhw->nadhw", matrix, grid) - grid
+    torch.testing.assert_close(
+        metrics.jacobian_determinant(linear), torch.linalg.det(matrix).expand(1, 1, 5, 6, 7), atol=1e-5, rtol=0
+    )
+    mirrored = torch.zeros(1, 3, 5, 6, 7)
+    mirrored[:, 1] = -2 * grid[:, 1]
+    assert (metrics.jacobian_determinant(mirrored) == -1).all()
+    assert (metrics.jacobian_determinant(torch.zeros(1, 3, 5, 6, 7)) == 1).all()
+    with pytest.raises(ValueError, match=r"displacement must be \(B, 3, D, H, W\)"):
+        metrics.jacobian_determinant(torch.zeros(1, 5, 6, 7, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"give one of weights, run and method; train a network first, \"lumirlib run"),
+        ({"run": "a", "method": "affine"}, "give one of weights, run and method"),
+        ({"method": "backbone"}, "backbone is a network, which needs weights.*Not trained are: affine, deedsBCV"),
+        ({"method": "nothing"}, "unknown variant 'nothing'.*nor a method"),
+        ({"method": "affine", "resolution_mm": 3}, r"resolution_mm must be one of \(1, 2, 4\), got 3"),
+        ({"weights": "x.pt", "resolution_mm": 4}, "resolution_mm goes with method"),
+    ],
+)
+def test_choice_of_what_registers_is_explained(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        registration.choose_registrar(**arguments)
+
+
+def test_run_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    (tmp_path / "checkpoints" / "LK_1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "LK_1" / "best.pt").touch()
+    with pytest.raises(FileNotFoundError, match=r"no trained run 'LK_2' in .*, which has LK_1; train a network first"):
+        registration.choose_registrar(run="LK_2", results=tmp_path)
+
+
+def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_path, capsys):
+    preset = PRESETS["smoke"]
+    config = RunConfig(preset.apply(parse_variant("backbone")), preset, "embedded", "0" * 16, 0)
+    torch.manual_seed(0)
+    model = config.variant.build()
+    save_checkpoint(tmp_path / "run" / "best.pt", {"config": config.as_dict(), "model": model.state_dict()})
+    template = template_in_frame(4)
+    for name, turn in (("fixed", 0), ("moving", 3)):
+        array, affine, _ = as_scanned(template, frame_affine(4), (turn, 0, 0), spacing_mm=(4, 5, 4))
+        write_nifti(tmp_path / f"{name}.nii.gz", array, affine)
+    paths = [str(tmp_path / f"{name}.nii.gz") for name in ("fixed", "moving")]
+    arguments = [*paths, "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "run" / "best.pt"), "--quiet"]
+    assert registration.main([*arguments, "--skip", *STEPS]) == 0
+    assert "ncc_affine" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "warped.nii.gz", "displacement.nii.gz", "transform.nii.gz", "qc.png", "qc.pdf", "registration.json",
+    }  # fmt: skip
+    report = json.loads((tmp_path / "out" / "registration.json").read_text())
+    assert (report["run"], report["resolution_mm"], report["fixed"]["file"]) == ("run", 4, "fixed.nii.gz")
+    assert report["seconds"]["bias_fixed"] == 0 and report["measures"]["ncc_affine"] > 0.5
+
+    scans = [prepare_scan(path, STEPS) for path in paths]
+    images = [torch.nn.functional.avg_pool3d(scan.in_frame, 4) / 255 for scan in scans]
+    with torch.no_grad():
+        field = model.eval()(*images)
+    whole = registration.ScanMap(np.eye(4), field, 4, np.eye(4))
+    warped, _ = whole.on_scan(scans[0].scan, scans[1].scan)
+    written, affine = read_volume(tmp_path / "out" / "warped.nii.gz")
+    np.testing.assert_allclose(written, warped[0, 0].numpy(), atol=1e-3)
+    np.testing.assert_allclose(affine, scans[0].scan.affine, atol=1e-4)
+    assert registration.main([paths[0], str(tmp_path / "no.nii.gz"), "--out", "x", "--method", "affine"]) == 2
+    assert "no such NIfTI file" in capsys.readouterr().err
+
+
+@pytest.mark.data
+@pytest.mark.skipif("LUMIR_BRAINS" not in os.environ, reason="needs the real brains, in the folder named LUMIR_BRAINS")
+def test_real_scan_that_is_turned_and_on_another_grid_registers_as_well_as_the_original(tmp_path):
+    pytest.importorskip("SimpleITK")
+    root = Path(os.environ["LUMIR_BRAINS"])
+    names = [f"BRAIN_{number}_0000.nii.gz" for number in (1000, 1007)]
+    labels = [
+        torch.from_numpy(np.ascontiguousarray(read_label_volume(root / "labelsVal" / name)[0]))[None, None]
+        for name in names
+    ]
+    originals = [read_scan(root / "imagesVal" / name) for name in names]
+    grid = originals[0].affine
+    registrar = registration.choose_registrar(method="deedsBCV", resolution_mm=4)
+    turned, poses = [], []
+    for scan, turn, shift in zip(originals, ((9, -12, 14), (-13, 8, 10)), ((15, -9, 12), (-14, 20, 6)), strict=True):
+        array, affine, pose = as_scanned(scan.values, scan.affine, turn, shift, "LIA", (0.9, 1.2, 1.0))
+        write_nifti(tmp_path / scan.path.name, np.rint(array).astype(np.int16), affine)
+        turned.append(tmp_path / scan.path.name)
+        poses.append(pose)
+
+    def dice(paths, skip, poses):
+        scans = [prepare_scan(path, skip) for path in paths]
+        field = registrar.displacement(*(scan.in_frame for scan in scans), "cpu")
+        whole = registration.ScanMap(np.linalg.inv(scans[0].to_scan), field, 4, scans[1].to_scan)
+        warped = torch.zeros_like(labels[0])
+        to_moving = np.linalg.inv(poses[1] @ grid)
+        for planes, points in world_slabs(labels[0].shape[2:], grid):
+            places = whole(transform(poses[0], points))
+            warped[:, :, planes] = spatial.sample_nearest(labels[1], transform(to_moving, places))
+        return metrics.dice(warped, labels[0], labels[1], LUMIR_LABELS)
+
+    as_they_are = dice([scan.path for scan in originals], STEPS, [np.eye(4)] * 2)
+    from_scanner = dice(turned, ["strip"], poses)
+    assert as_they_are > 0.55 and from_scanner > as_they_are - 0.01
