@@ -39,7 +39,7 @@ from lumirlib.methods import parse_row
 from lumirlib.presets import PAPER, Preset, get_preset
 from lumirlib.rows import Row
 from lumirlib.sweep import table_rows
-from lumirlib.training import make_optimizer, to_device, trained_row
+from lumirlib.training import make_optimizer, to_device
 from lumirlib.variants import Variant
 
 MEBIBYTE = 2**20
@@ -171,10 +171,10 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
     with PeakMemory(chosen) as memory:
         model = row.build()
         if isinstance(model, nn.Module):
-            model = to_device(model, chosen).eval()
+            model = row.as_method(to_device(model, chosen), preset).eval()
         found["seconds_per_pair"] = median_seconds(infer, chosen, repeats)
     found["inference_mib"] = memory.peak / MEBIBYTE
-    if not training or row.trains_on == "nothing" or trained_row(row) != row:
+    if not training or row.trains_on == "nothing" or row.trained() != row:
         return found
     del model
     if row.trains_on == "labels":

@@ -139,7 +139,7 @@ def evaluate_method(
 
     Returns:
         Columns pair, fixed, moving, metric, value; one row per pair and metric. The metric "seconds" is the time of
-        the method alone.
+        the method alone; one that has a `last_run` (instance optimization) adds its figures.
     """
     device = torch.device(device)
     if isinstance(method, nn.Module):
@@ -155,8 +155,8 @@ def evaluate_method(
         seconds = time.perf_counter() - started
         found = score_displacement(cohort, pair, displacement.float().cpu(), ndv_mask)
         names = {"pair": pair.name, "fixed": pair.fixed.name, "moving": pair.moving.name}
+        found |= {"seconds": seconds, **getattr(method, "last_run", {})}
         rows += [{**names, "metric": metric, "value": value} for metric, value in found.items()]
-        rows.append({**names, "metric": "seconds", "value": seconds})
     return pd.DataFrame(rows)
 
 

@@ -70,6 +70,19 @@ class Row:
         """
         raise NotImplementedError
 
+    def trained(self: AnyRow) -> AnyRow:
+        """The row whose training gives this one its weights: itself, unless it only changes how they are used."""
+        return self
+
+    def as_method(self, model: nn.Module, preset: Preset) -> nn.Module:
+        """What registers pairs with a trained network: itself, unless something is done behind it.
+
+        Args:
+            model: from :meth:`build`, with trained weights.
+            preset: as :meth:`adapt` gives it.
+        """
+        return model
+
     @property
     def words(self) -> str:
         """The options for a reader."""

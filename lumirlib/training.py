@@ -361,8 +361,8 @@ class Trainer:
         preset, row = config.preset, config.variant
         if row.trains_on == "nothing":
             raise ValueError(f"{row.name} is not trained")
-        if trained_row(row) != row:
-            raise ValueError(f"{row.name} is not trained: train {trained_row(row).name}")
+        if row.trained() != row:
+            raise ValueError(f"{row.name} is not trained: train {row.trained().name}")
         if preset.batch_size % engine.world_size:
             raise ValueError(
                 f"batch_size must be a multiple of the {engine.world_size} processes that share it, got "
@@ -595,11 +595,6 @@ def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: to
     return ""
 
 
-def trained_row(row: Row) -> Row:
-    """The row whose weights a row uses: for "BF-post" the variant without the filter, else the row itself."""
-    return row.without_post_filter() if isinstance(row, Variant) else row
-
-
 def training_source(row: Row, cohort: Cohort) -> Cohort:
     """The cohort whose training people a row learns from.
 
@@ -632,17 +627,16 @@ def _run_as_it_is(config: RunConfig, cohort: Cohort, device: torch.device) -> Tr
     return TrainingResult(method, pd.DataFrame(history), 1, float(history[1]["val_dice"]), [], None, None)
 
 
-def _filter_afterwards(
-    config: RunConfig, trained: TrainingResult, cohort: Cohort, device: torch.device
-) -> TrainingResult:
-    """The result of a run with a bilateral filter of the widths in `config` put behind its weights."""
-    options = {name: value for name, value in asdict(config.variant).items() if name.startswith("bilateral_")}
-    del options["bilateral_mode"]
-    model = load_model(trained.checkpoint, str(device), **options)
-    preset = config.preset
+def _from_trained(config: RunConfig, trained: TrainingResult, cohort: Cohort, device: torch.device) -> TrainingResult:
+    """The result of a run with what is put behind its weights: a bilateral filter, instance optimization."""
+    row, preset, model = config.variant, config.preset, trained.model
+    if row.bilateral_window and row.bilateral_mode == "post":
+        widths = {name: getattr(row, name) for name in ("bilateral_window", "bilateral_sigma", "bilateral_sigma_range")}
+        model = load_model(trained.checkpoint, str(device), **widths)
+    method = row.as_method(model, preset).eval()
     pairs = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
-    found = validate(model, cohort, pairs, device, preset.window)
-    return replace(trained, model=model, val_dice=found["val_dice"])
+    found = validate(method, cohort, pairs, device, preset.window)
+    return replace(trained, model=method, val_dice=found["val_dice"])
 
 
 def train_in_processes(
@@ -711,8 +705,8 @@ def train(
 ) -> TrainingResult:
     """Train a run to its end, from its last checkpoint where there is one.
 
-    A variant with "BF-post" is not trained: the run of the same variant without the filter is, or its finished
-    checkpoint is taken, and the filter is put behind its weights.
+    A variant with "BF-post" or "IO" is not trained: the run of the same variant without them is, or its finished
+    checkpoint is taken, and filter and instance optimization are put behind its weights.
 
     Args:
         config: from :func:`make_config`.
@@ -733,10 +727,10 @@ def train(
     engine = engine if isinstance(engine, Engine) else Engine(engine)
     if config.variant.trains_on == "nothing":
         return _run_as_it_is(config, cohort, engine.target)
-    base = trained_row(config.variant)
+    base = config.variant.trained()
     if base != config.variant:
         trained = train(replace(config, variant=base), cohort, out, engine, resume, progress)
-        return _filter_afterwards(config, trained, cohort, engine.target)
+        return _from_trained(config, trained, cohort, engine.target)
     if not cohort.validation_pairs:
         raise ValueError(f"{cohort.path}: names no validation pairs, which training needs to choose its best epoch")
     trainer = Trainer(config, cohort, Path(out), engine, progress)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from lumirlib import losses
+from lumirlib import instance_optimization, losses
 from lumirlib._checks import check_choice
-from lumirlib.models.backbone import CASCADES, RegistrationNetwork
+from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
 from lumirlib.rows import ADDED_LATER, Row, check_options
 
 if TYPE_CHECKING:
     from lumirlib.presets import Preset
 
 BILATERAL_MODES = ("joint", "post")
+#: Metadata of a later option of how a network is trained or used, not of what it computes.
+NOT_OF_NETWORK = {**ADDED_LATER, "of_network": False}
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Variant(Row):
             weights of the same network without it, with its widths as given below.
         bilateral_sigma: width of the filter along every axis in voxels; the initial one of "joint".
         bilateral_sigma_range: its width in intensities of the fixed image, likewise.
+        instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
+            it, 0 for none; see :class:`lumirlib.instance_optimization.InstanceOptimization`.
+        instance_learning_rate: of its Adam, in voxels of each level.
+        instance_tolerance: it ends when the loss falls by less than this share of itself ...
+        instance_patience: ... within so many steps.
     """
 
     name: str = "backbone"
@@ -47,13 +56,19 @@ class Variant(Row):
     large_kernel: int = 0
     co_attention_levels: int = 0
     bilateral_window: int = 0
-    bilateral_mode: str = field(default="joint", metadata=ADDED_LATER)
+    bilateral_mode: str = field(default="joint", metadata=NOT_OF_NETWORK)
     bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
+    instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
+    instance_learning_rate: float = field(default=0.1, metadata=NOT_OF_NETWORK)
+    instance_tolerance: float = field(default=1e-3, metadata=NOT_OF_NETWORK)
+    instance_patience: int = field(default=5, metadata=NOT_OF_NETWORK)
 
     def __post_init__(self) -> None:
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
+        if self.instance_steps:
+            instance_optimization.check_options(*self._instance_options)
 
     def fitted(self, preset: Preset) -> Variant:
         """The variant at a preset's width and depth."""
@@ -62,8 +77,10 @@ class Variant(Row):
 
     def build(self) -> RegistrationNetwork:
         """The network, with fresh weights."""
-        options = asdict(self)
-        del options["name"], options["bilateral_mode"]  # how it is trained, not what it computes
+        options = {
+            option.name: getattr(self, option.name) for option in fields(self)
+            if option.name != "name" and option.metadata.get("of_network", True)
+        }  # fmt: skip
         return RegistrationNetwork(**options)
 
     def loss_terms(
@@ -75,11 +92,38 @@ class Variant(Row):
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
         """Similarity and smoothness at every level; see :func:`lumirlib.losses.registration_loss`."""
-        predicted = model.fields(fixed, moving)
+        return self.objective(model.fields(fixed, moving), fixed, moving, preset)
+
+    def objective(
+        self, predicted: Fields, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset
+    ) -> dict[str, torch.Tensor]:
+        """Loss of the fields of pairs, as training and instance optimization minimize it.
+
+        Args:
+            predicted: fields of B pairs.
+            fixed: ``(B, 1, D, H, W)``.
+            moving: likewise.
+            preset: as :meth:`adapt` gives it.
+
+        Returns:
+            Scalars "total", "similarity" and "smoothness", means over the pairs.
+        """
         return losses.registration_loss(
             moving, fixed, predicted.displacements, predicted.velocities,
             preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
         )  # fmt: skip
+
+    def as_method(self, model: RegistrationNetwork, preset: Preset) -> nn.Module:
+        """The network itself, or with instance optimization behind it."""
+        if not self.instance_steps:
+            return model
+        return instance_optimization.InstanceOptimization(
+            model, partial(self.objective, preset=preset), *self._instance_options
+        )
+
+    @property
+    def _instance_options(self) -> tuple[int, float, float, int]:
+        return self.instance_steps, self.instance_learning_rate, self.instance_tolerance, self.instance_patience
 
     @property
     def words(self) -> str:
@@ -93,14 +137,19 @@ class Variant(Row):
         if self.bilateral_window:
             how = "trained with the network" if self.bilateral_mode == "joint" else "put behind trained weights"
             words.append(f"bilateral filter of window {self.bilateral_window}, {how}")
+        if self.instance_steps:
+            words.append(f"up to {self.instance_steps} steps of instance optimization behind trained weights")
         return ", ".join(words)
 
-    def without_post_filter(self) -> Variant:
-        """The variant whose trained weights "BF-post" filters; the variant itself where nothing is filtered so."""
-        if not self.bilateral_window or self.bilateral_mode != "post":
-            return self
-        plain = {option.name: option.default for option in fields(self) if option.name.startswith("bilateral_")}
-        parts = [part for part in self.name.split("+") if part not in ("BF", "BF-post")]
+    def trained(self) -> Variant:
+        """The variant whose trained weights this one uses: without "BF-post" and instance optimization."""
+        left_out = {"instance_": ("IO",)} if self.instance_steps else {}
+        if self.bilateral_window and self.bilateral_mode == "post":
+            left_out["bilateral_"] = ("BF", "BF-post")
+        plain = {
+            option.name: option.default for option in fields(self) if option.name.startswith(tuple(left_out))
+        }  # fmt: skip
+        parts = [part for part in self.name.split("+") if part not in sum(left_out.values(), ())]
         return replace(self, name="+".join(parts) or "backbone", **plain)
 
 
@@ -112,6 +161,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "CA": {"co_attention_levels": 1},
     "BF": {"bilateral_window": 5, "bilateral_mode": "joint"},
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
+    "IO": {"instance_steps": 50},
 }
 
 

@@ -7,7 +7,7 @@ Registration", arXiv 2509.00451); DEVIATIONS.md says what was inferred.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -61,6 +61,21 @@ def join_levels(own: torch.Tensor, coarser: torch.Tensor | None, cascade: str) -
     if coarser is None:
         return own
     return own + coarser if cascade == "additive" else spatial.compose(coarser, own)
+
+
+def join_velocities(velocities: Sequence[torch.Tensor], cascade: str, squarings: int = 7) -> list[torch.Tensor]:
+    """Displacement of every level from the levels' stationary velocities, finest first.
+
+    Args:
+        velocities: one per level, finest first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the level.
+        cascade: "additive" or "compositional".
+        squarings: of each level's integration.
+    """
+    found: list[torch.Tensor] = []
+    for velocity in reversed(velocities):
+        coarser = upsample_displacement(found[0], tuple(velocity.shape[2:])) if found else None
+        found.insert(0, join_levels(spatial.integrate(velocity, squarings), coarser, cascade))
+    return found
 
 
 class ConvBlock(nn.Module):
@@ -232,15 +247,16 @@ class RegistrationNetwork(nn.Module):
         fixed_features, moving_features = self.encoder(torch.cat([fixed, moving])).chunk(2)
         return fixed_features, moving_features
 
-    def fields(self, fixed: torch.Tensor, moving: torch.Tensor) -> Fields:
+    def fields(self, fixed: torch.Tensor, moving: torch.Tensor, both_directions: bool = False) -> Fields:
         """Displacement and velocity of every level, as the loss with deep supervision needs them.
 
         Args:
             fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
             moving: ``(B, 1, D, H, W)``, same shape.
+            both_directions: register the fixed image to the moving one too, from the same features.
 
         Returns:
-            :class:`Fields`, float32.
+            :class:`Fields`, float32; with both directions of batch size 2B, those of the other direction last.
 
         Raises:
             ValueError: shapes that differ or are not (B, 1, D, H, W), or a side below 2 voxels.
@@ -258,7 +274,10 @@ class RegistrationNetwork(nn.Module):
         velocities: list[torch.Tensor] = []
         for level in reversed(range(len(shapes))):
             coarser = upsample_displacement(displacements[0], shapes[level]) if displacements else None
-            inputs = (*pyramid.pop(), coarser)
+            features = pyramid.pop()
+            if both_directions:
+                features = torch.cat(features), torch.cat(features[::-1])
+            inputs = (*features, coarser)
             if self.checkpointing and torch.is_grad_enabled():
                 velocity = recomputed(lambda *given, level=level: self._velocity(level, *given), *inputs)
             else:
@@ -266,8 +285,21 @@ class RegistrationNetwork(nn.Module):
             displacements.insert(0, join_levels(spatial.integrate(velocity, self.squarings), coarser, self.cascade))
             velocities.insert(0, velocity)
         if self.bilateral_filter is not None:
-            displacements[0] = self.bilateral_filter(displacements[0], fixed)
+            guide = torch.cat([fixed, moving]) if both_directions else fixed
+            displacements[0] = self.bilateral_filter(displacements[0], guide)
         return Fields(displacements, velocities)
+
+    def displacements(self, velocities: Sequence[torch.Tensor], fixed: torch.Tensor) -> list[torch.Tensor]:
+        """Displacement of every level from given velocities, as :meth:`fields` makes them from its own.
+
+        Args:
+            velocities: one per level, finest first, as :class:`Fields` has them.
+            fixed: ``(B, 1, D, H, W)``, guides the bilateral filter where there is one.
+        """
+        found = join_velocities(velocities, self.cascade, self.squarings)
+        if self.bilateral_filter is not None:
+            found[0] = self.bilateral_filter(found[0], fixed)
+        return found
 
     def _velocity(
         self, level: int, fixed: torch.Tensor, moving: torch.Tensor, coarser: torch.Tensor | None
