@@ -66,7 +66,7 @@ class Row:
             generator: on the CPU, seeded for this step, for all that is random in it.
 
         Returns:
-            "total" (has gradients), "similarity" and "smoothness".
+            "total" (has gradients), "similarity" and "smoothness"; further terms of it are logged.
         """
         raise NotImplementedError
 

@@ -138,8 +138,9 @@ class TrainingResult:
     Attributes:
         model: the network with the weights of the best epoch, in evaluation mode, or what is run where nothing
             is trained.
-        history: of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, similarity,
-            smoothness and seconds, means over the steps; val_dice, val_similarity, val_ndv_percent, learning_rate.
+        history: of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, its terms
+            (similarity, smoothness ...) and seconds, means over the steps; val_dice, val_similarity, val_ndv_percent,
+            learning_rate.
         best_epoch: whose weights these are.
         val_dice: Dice of `model` on the validation pairs that chose it, in [0, 1]; NaN without labels.
         trained_by: "commit, device" of every session that took part.
@@ -512,8 +513,7 @@ class Trainer:
         """
         preset, state, fabric = self.config.preset, self.state, self.engine.fabric
         self._called_optimizer.zero_grad(set_to_none=True)
-        names = ("total", "similarity", "smoothness")
-        sums = dict.fromkeys(names, 0.0)
+        sums: dict[str, float] = {}
         for index, (fixed, moving) in enumerate(zip(batch.fixed.split(1), batch.moving.split(1), strict=True)):
             # of this pair alone, so that a run resumes in the middle of an epoch, on any number of processes
             place = state.step * preset.batch_size + index * self.engine.world_size + self.engine.rank
@@ -523,17 +523,18 @@ class Trainer:
                 with fabric.autocast():
                     terms = self.config.variant.loss_terms(self._called_model, fixed, moving, preset, generator)
                 fabric.backward(terms["total"] / len(batch.pairs))
-            for name in names:
-                sums[name] += float(terms[name].detach())
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(term.detach())
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         finite = math.isfinite(sums["total"]) and math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))
         *totals, broken, stopping = self.engine.sum(
-            [*(sums[name] / preset.batch_size for name in names), float(not finite), float(bool(stop.signal))]
+            [*(value / preset.batch_size for value in sums.values()), float(not finite), float(bool(stop.signal))]
         )
         if broken:
             raise self._non_finite(batch, sums)
         self._called_optimizer.step()
-        return dict(zip(("loss", *names[1:]), totals, strict=True)), bool(stopping)
+        names = ("loss" if name == "total" else name for name in sums)
+        return dict(zip(names, totals, strict=True)), bool(stopping)
 
     def _non_finite(self, batch: Batch, sums: dict[str, float]) -> NonFiniteLossError:
         """The error of a step that went wrong; its batch, with the weights before the step, is written to a file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lumirlib import instance_optimization, losses
+from lumirlib import consistency_losses, instance_optimization, losses
 from lumirlib._checks import check_choice
 from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
 from lumirlib.rows import ADDED_LATER, Row, check_options
@@ -40,6 +41,9 @@ class Variant(Row):
             weights of the same network without it, with its widths as given below.
         bilateral_sigma: width of the filter along every axis in voxels; the initial one of "joint".
         bilateral_sigma_range: its width in intensities of the fixed image, likewise.
+        symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
+            half in the loss.
+        inverse_consistency_weight: of :func:`lumirlib.consistency_losses.inverse_consistency_loss` between them.
         instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
             it, 0 for none; see :class:`lumirlib.instance_optimization.InstanceOptimization`.
         instance_learning_rate: of its Adam, in voxels of each level.
@@ -59,6 +63,8 @@ class Variant(Row):
     bilateral_mode: str = field(default="joint", metadata=NOT_OF_NETWORK)
     bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
+    symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
+    inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
     instance_learning_rate: float = field(default=0.1, metadata=NOT_OF_NETWORK)
     instance_tolerance: float = field(default=1e-3, metadata=NOT_OF_NETWORK)
@@ -67,6 +73,10 @@ class Variant(Row):
     def __post_init__(self) -> None:
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
+        if not 0 <= self.inverse_consistency_weight < math.inf:
+            raise ValueError(f"inverse_consistency_weight must be 0 or more, got {self.inverse_consistency_weight}")
+        if self.inverse_consistency_weight and not self.symmetric:
+            raise ValueError("inverse_consistency_weight needs both directions: set symmetric=true too")
         if self.instance_steps:
             instance_optimization.check_options(*self._instance_options)
 
@@ -91,8 +101,18 @@ class Variant(Row):
         preset: Preset,
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
-        """Similarity and smoothness at every level; see :func:`lumirlib.losses.registration_loss`."""
-        return self.objective(model.fields(fixed, moving), fixed, moving, preset)
+        """Loss of :meth:`objective`, of both directions where the variant is symmetric, with that of their agreement.
+
+        Besides what :meth:`lumirlib.rows.Row.loss_terms` says, "inverse_consistency" is returned where it counts.
+        """
+        predicted = model.fields(fixed, moving, both_directions=self.symmetric)
+        if self.symmetric:
+            fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])
+        terms = self.objective(predicted, fixed, moving, preset)
+        if self.inverse_consistency_weight:
+            found = consistency_losses.inverse_consistency_loss(*predicted.displacements[0].chunk(2))
+            terms |= {"inverse_consistency": found, "total": terms["total"] + self.inverse_consistency_weight * found}
+        return terms
 
     def objective(
         self, predicted: Fields, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset
@@ -137,6 +157,9 @@ class Variant(Row):
         if self.bilateral_window:
             how = "trained with the network" if self.bilateral_mode == "joint" else "put behind trained weights"
             words.append(f"bilateral filter of window {self.bilateral_window}, {how}")
+        if self.symmetric:
+            weight = self.inverse_consistency_weight
+            words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
         if self.instance_steps:
             words.append(f"up to {self.instance_steps} steps of instance optimization behind trained weights")
         return ", ".join(words)
@@ -161,6 +184,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "CA": {"co_attention_levels": 1},
     "BF": {"bilateral_window": 5, "bilateral_mode": "joint"},
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
+    "SYM": {"symmetric": True, "inverse_consistency_weight": 0.1},
     "IO": {"instance_steps": 50},
 }
 
