@@ -13,6 +13,7 @@ from torch import nn
 from lumirlib import consistency_losses, instance_optimization, losses
 from lumirlib._checks import check_choice
 from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
+from lumirlib.ndv_loss import ndv_loss
 from lumirlib.rows import ADDED_LATER, Row, check_options
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Variant(Row):
         symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
             half in the loss.
         inverse_consistency_weight: of :func:`lumirlib.consistency_losses.inverse_consistency_loss` between them.
+        ndv_weight: NDV, of :func:`lumirlib.ndv_loss.ndv_loss` of the result, a share of the volume, in the loss.
         instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
             it, 0 for none; see :class:`lumirlib.instance_optimization.InstanceOptimization`.
         instance_learning_rate: of its Adam, in voxels of each level.
@@ -65,6 +67,7 @@ class Variant(Row):
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
     symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
     inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
     instance_learning_rate: float = field(default=0.1, metadata=NOT_OF_NETWORK)
     instance_tolerance: float = field(default=1e-3, metadata=NOT_OF_NETWORK)
@@ -73,8 +76,9 @@ class Variant(Row):
     def __post_init__(self) -> None:
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
-        if not 0 <= self.inverse_consistency_weight < math.inf:
-            raise ValueError(f"inverse_consistency_weight must be 0 or more, got {self.inverse_consistency_weight}")
+        for option in ("inverse_consistency_weight", "ndv_weight"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
         if self.inverse_consistency_weight and not self.symmetric:
             raise ValueError("inverse_consistency_weight needs both directions: set symmetric=true too")
         if self.instance_steps:
@@ -126,12 +130,16 @@ class Variant(Row):
             preset: as :meth:`adapt` gives it.
 
         Returns:
-            Scalars "total", "similarity" and "smoothness", means over the pairs.
+            Scalars "total", "similarity" and "smoothness", means over the pairs, and "ndv" where it counts.
         """
-        return losses.registration_loss(
+        terms = losses.registration_loss(
             moving, fixed, predicted.displacements, predicted.velocities,
             preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
         )  # fmt: skip
+        if self.ndv_weight:
+            found = ndv_loss(predicted.displacements[0])
+            terms |= {"ndv": found, "total": terms["total"] + self.ndv_weight * found}
+        return terms
 
     def as_method(self, model: RegistrationNetwork, preset: Preset) -> nn.Module:
         """The network itself, or with instance optimization behind it."""
@@ -160,6 +168,7 @@ class Variant(Row):
         if self.symmetric:
             weight = self.inverse_consistency_weight
             words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
+        words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
         if self.instance_steps:
             words.append(f"up to {self.instance_steps} steps of instance optimization behind trained weights")
         return ", ".join(words)
@@ -185,6 +194,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "BF": {"bilateral_window": 5, "bilateral_mode": "joint"},
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
     "SYM": {"symmetric": True, "inverse_consistency_weight": 0.1},
+    "NDV": {"ndv_weight": 10.0},
     "IO": {"instance_steps": 50},
 }
 
