@@ -1,7 +1,7 @@
 """The non-diffeomorphic volume of a displacement as a loss that can be minimized.
 
-The volume is that of Liu et al., "On finite difference Jacobian computation in deformable image registration", IJCV 2024,
-which the challenge measures (:func:`lumirlib.metrics.ndv_volume`); they propose it as a loss too.
+The volume is the one that the challenge measures, :func:`lumirlib.metrics.ndv_volume`, after Liu et al., "On finite
+difference Jacobian computation in deformable image registration", IJCV 2024.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import nn
 
 from lumirlib import consistency_losses, instance_optimization, losses
 from lumirlib._checks import check_choice
+from lumirlib.data.intensity import randomize_intensity
 from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
 from lumirlib.ndv_loss import ndv_loss
 from lumirlib.rows import ADDED_LATER, Row, check_options
@@ -46,6 +47,8 @@ class Variant(Row):
             half in the loss.
         inverse_consistency_weight: of :func:`lumirlib.consistency_losses.inverse_consistency_loss` between them.
         ndv_weight: NDV, of :func:`lumirlib.ndv_loss.ndv_loss` of the result, a share of the volume, in the loss.
+        intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
+            :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
         instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
             it, 0 for none; see :class:`lumirlib.instance_optimization.InstanceOptimization`.
         instance_learning_rate: of its Adam, in voxels of each level.
@@ -68,6 +71,7 @@ class Variant(Row):
     symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
     inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    intensity_probability: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
     instance_learning_rate: float = field(default=0.1, metadata=NOT_OF_NETWORK)
     instance_tolerance: float = field(default=1e-3, metadata=NOT_OF_NETWORK)
@@ -79,6 +83,8 @@ class Variant(Row):
         for option in ("inverse_consistency_weight", "ndv_weight"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
+        if not 0 <= self.intensity_probability <= 1:
+            raise ValueError(f"intensity_probability must be from 0 to 1, got {self.intensity_probability}")
         if self.inverse_consistency_weight and not self.symmetric:
             raise ValueError("inverse_consistency_weight needs both directions: set symmetric=true too")
         if self.instance_steps:
@@ -109,7 +115,8 @@ class Variant(Row):
 
         Besides what :meth:`lumirlib.rows.Row.loss_terms` says, "inverse_consistency" is returned where it counts.
         """
-        predicted = model.fields(fixed, moving, both_directions=self.symmetric)
+        seen = [self._seen(image, generator) for image in (fixed, moving)]
+        predicted = model.fields(*seen, both_directions=self.symmetric)
         if self.symmetric:
             fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])
         terms = self.objective(predicted, fixed, moving, preset)
@@ -117,6 +124,12 @@ class Variant(Row):
             found = consistency_losses.inverse_consistency_loss(*predicted.displacements[0].chunk(2))
             terms |= {"inverse_consistency": found, "total": terms["total"] + self.inverse_consistency_weight * found}
         return terms
+
+    def _seen(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """An image as the network sees it in training."""
+        if self.intensity_probability and float(torch.rand(1, generator=generator)) < self.intensity_probability:
+            return randomize_intensity(image, generator)
+        return image
 
     def objective(
         self, predicted: Fields, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset
@@ -169,6 +182,8 @@ class Variant(Row):
             weight = self.inverse_consistency_weight
             words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
         words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
+        if self.intensity_probability:
+            words.append(f"trained on random contrasts with probability {self.intensity_probability:g}")
         if self.instance_steps:
             words.append(f"up to {self.instance_steps} steps of instance optimization behind trained weights")
         return ", ".join(words)
@@ -195,6 +210,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
     "SYM": {"symmetric": True, "inverse_consistency_weight": 0.1},
     "NDV": {"ndv_weight": 10.0},
+    "INT": {"intensity_probability": 0.8},
     "IO": {"instance_steps": 50},
 }
 
