@@ -76,7 +76,7 @@ def multiply_adds(row: Row, shape: tuple[int, ...]) -> float:
                 features = torch.empty(1, row.start_channels, *sides, device="meta")
                 if str(level) in model.co_attention:
                     model.co_attention[str(level)](features, features)
-                model.estimators[level](features, features)
+                model.estimate(level, features, features)
     return counter.get_total_flops() // 2
 
 

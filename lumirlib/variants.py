@@ -14,6 +14,7 @@ from lumirlib import consistency_losses, instance_optimization, losses
 from lumirlib._checks import check_choice
 from lumirlib.data.intensity import randomize_intensity
 from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
+from lumirlib.models.local_correlation import MODES as CORRELATION_MODES
 from lumirlib.ndv_loss import ndv_loss
 from lumirlib.rows import ADDED_LATER, Row, check_options
 
@@ -43,6 +44,9 @@ class Variant(Row):
             weights of the same network without it, with its widths as given below.
         bilateral_sigma: width of the filter along every axis in voxels; the initial one of "joint".
         bilateral_sigma_range: its width in intensities of the fixed image, likewise.
+        correlation_window: CORR, side of the window of local correlations at every level, 0 for none; see
+            :mod:`lumirlib.models.local_correlation`.
+        correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
         symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
             half in the loss.
         inverse_consistency_weight: of :func:`lumirlib.consistency_losses.inverse_consistency_loss` between them.
@@ -68,6 +72,8 @@ class Variant(Row):
     bilateral_mode: str = field(default="joint", metadata=NOT_OF_NETWORK)
     bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
+    correlation_window: int = field(default=0, metadata=ADDED_LATER)
+    correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
     symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
     inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
@@ -80,6 +86,7 @@ class Variant(Row):
     def __post_init__(self) -> None:
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
+        check_choice(self.correlation_mode, CORRELATION_MODES, "correlation_mode")
         for option in ("inverse_consistency_weight", "ndv_weight"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
@@ -178,6 +185,8 @@ class Variant(Row):
         if self.bilateral_window:
             how = "trained with the network" if self.bilateral_mode == "joint" else "put behind trained weights"
             words.append(f"bilateral filter of window {self.bilateral_window}, {how}")
+        if self.correlation_window:
+            words.append(f"local correlation of window {self.correlation_window} as {self.correlation_mode}")
         if self.symmetric:
             weight = self.inverse_consistency_weight
             words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
@@ -208,6 +217,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "CA": {"co_attention_levels": 1},
     "BF": {"bilateral_window": 5, "bilateral_mode": "joint"},
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
+    "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
+    "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},
     "SYM": {"symmetric": True, "inverse_consistency_weight": 0.1},
     "NDV": {"ndv_weight": 10.0},
     "INT": {"intensity_probability": 0.8},

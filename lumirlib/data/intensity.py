@@ -45,7 +45,7 @@ def draw_intensity_map(generator: torch.Generator, size: int = 256) -> torch.Ten
         nodes = (nodes - nodes[0]) / (nodes[-1] - nodes[0])
     else:
         nodes = LOWEST + (1 - LOWEST) * nodes
-    return torch.nn.functional.interpolate(nodes[None, None], size, mode="linear", align_corners=True)[0, 0]
+    return torch.nn.functional.interpolate(nodes[None, None], size, mode="linear", align_corners=True)[0, 0].clamp(0, 1)
 
 
 def randomize_intensity(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
