@@ -182,6 +182,8 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
         fixed, moving = (
             numbers[torch.randint(len(numbers), shape, generator=generator)].to(chosen) for _ in range(2)
         )  # fmt: skip
+    if row.trains_on_triplets:
+        fixed, moving = fixed.expand(2, *shape[1:]), moving.expand(2, *shape[1:])
 
     def step() -> None:
         terms = row.loss_terms(model, fixed, moving, preset, generator)

@@ -191,6 +191,26 @@ def epoch_pairs(train: tuple[Subject, ...], seed: int, epoch: int, limit: int | 
         left -= len(train)
 
 
+def with_third(pair: Pair, train: tuple[Subject, ...], seed: int, epoch: int, place: int) -> tuple[Pair, Pair]:
+    """A pair that registers A to B, and one that registers B to C, a random third scan.
+
+    Args:
+        pair: A is its moving scan, B its fixed one.
+        train: scans that C is drawn from.
+        seed: of the run.
+        epoch: under way.
+        place: of the pair in the epoch.
+
+    Raises:
+        ValueError: fewer than three scans.
+    """
+    others = [subject for subject in train if subject not in (pair.fixed, pair.moving)]
+    if not others:
+        raise ValueError(f"triplets need at least 3 training scans, the cohort has {len(train)}")
+    third = others[np.random.default_rng([seed, epoch, place]).integers(len(others))]
+    return pair, Pair(fixed=third, moving=pair.fixed)
+
+
 @torch.no_grad()
 def _figures_of_pair(
     method: nn.Module | Method, cohort: Cohort, pair: Pair, device: torch.device, window: int, engine: Engine | None
@@ -452,12 +472,20 @@ class Trainer:
         )
 
     def _batches(self) -> Iterator[tuple[Pair, ...]]:
-        """This process's share of each batch that is left of the epoch under way."""
+        """This process's share of each batch that is left of the epoch under way; of triplets both pairs in turn."""
         preset, engine, state = self.config.preset, self.engine, self.state
         pairs = epoch_pairs(self.source.train, self.config.seed, state.epoch, self.steps * preset.batch_size)
+        triplets, source = self.config.variant.trains_on_triplets, self.source.train
         for step in range(self.steps):
             batch = tuple(itertools.islice(pairs, preset.batch_size))
-            if step >= state.step:
+            if step < state.step:
+                continue
+            if triplets:
+                first = step * preset.batch_size
+                batch = [with_third(pair, source, self.config.seed, state.epoch, first + place)
+                         for place, pair in enumerate(batch)]  # fmt: skip
+                yield tuple(itertools.chain.from_iterable(batch[engine.rank :: engine.world_size]))
+            else:
                 yield batch[engine.rank :: engine.world_size]
 
     def _epoch(self, bar: tqdm, stop: _StopRequest) -> None:
@@ -514,15 +542,18 @@ class Trainer:
         preset, state, fabric = self.config.preset, self.state, self.engine.fabric
         self._called_optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
-        for index, (fixed, moving) in enumerate(zip(batch.fixed.split(1), batch.moving.split(1), strict=True)):
+        together = 2 if self.config.variant.trains_on_triplets else 1
+        count = len(batch.pairs) // together
+        parts = zip(batch.fixed.split(together), batch.moving.split(together), strict=True)
+        for index, (fixed, moving) in enumerate(parts):
             # of this pair alone, so that a run resumes in the middle of an epoch, on any number of processes
             place = state.step * preset.batch_size + index * self.engine.world_size + self.engine.rank
             seeds = np.random.SeedSequence([self.config.seed, state.epoch, place])
             generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-            with fabric.no_backward_sync(self._called_model, enabled=index + 1 < len(batch.pairs)):
+            with fabric.no_backward_sync(self._called_model, enabled=index + 1 < count):
                 with fabric.autocast():
                     terms = self.config.variant.loss_terms(self._called_model, fixed, moving, preset, generator)
-                fabric.backward(terms["total"] / len(batch.pairs))
+                fabric.backward(terms["total"] / count)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach())
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]

@@ -50,6 +50,8 @@ class Variant(Row):
         symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
             half in the loss.
         inverse_consistency_weight: of :func:`lumirlib.consistency_losses.inverse_consistency_loss` between them.
+        group_weight: GROUP, of :func:`lumirlib.consistency_losses.group_consistency_loss`; each pair A, B of a training
+            step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
         ndv_weight: NDV, of :func:`lumirlib.ndv_loss.ndv_loss` of the result, a share of the volume, in the loss.
         intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
             :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
@@ -76,6 +78,7 @@ class Variant(Row):
     correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
     symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
     inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    group_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     intensity_probability: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
@@ -87,7 +90,7 @@ class Variant(Row):
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
         check_choice(self.correlation_mode, CORRELATION_MODES, "correlation_mode")
-        for option in ("inverse_consistency_weight", "ndv_weight"):
+        for option in ("inverse_consistency_weight", "group_weight", "ndv_weight"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
         if not 0 <= self.intensity_probability <= 1:
@@ -118,19 +121,31 @@ class Variant(Row):
         preset: Preset,
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
-        """Loss of :meth:`objective`, of both directions where the variant is symmetric, with that of their agreement.
+        """Loss of :meth:`objective`, of all pairs and directions that the variant trains on, and of their agreement.
 
-        Besides what :meth:`lumirlib.rows.Row.loss_terms` says, "inverse_consistency" is returned where it counts.
+        Besides what :meth:`lumirlib.rows.Row.loss_terms` says, "inverse_consistency" and "group_consistency" are
+        returned where they count.
         """
+        if self.trains_on_triplets:  # A to B, B to C, A to C
+            fixed, moving = torch.cat([fixed, fixed[1:]]), torch.cat([moving, moving[:1]])
         seen = [self._seen(image, generator) for image in (fixed, moving)]
         predicted = model.fields(*seen, both_directions=self.symmetric)
         if self.symmetric:
             fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])
         terms = self.objective(predicted, fixed, moving, preset)
+        result = predicted.displacements[0]
         if self.inverse_consistency_weight:
-            found = consistency_losses.inverse_consistency_loss(*predicted.displacements[0].chunk(2))
+            found = consistency_losses.inverse_consistency_loss(*result.chunk(2))
             terms |= {"inverse_consistency": found, "total": terms["total"] + self.inverse_consistency_weight * found}
+        if self.trains_on_triplets:
+            found = consistency_losses.group_consistency_loss(*result[:3].split(1))
+            terms |= {"group_consistency": found, "total": terms["total"] + self.group_weight * found}
         return terms
+
+    @property
+    def trains_on_triplets(self) -> bool:
+        """Whether each pair of a training step gets a third scan."""
+        return self.group_weight > 0
 
     def _seen(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """An image as the network sees it in training."""
@@ -190,6 +205,7 @@ class Variant(Row):
         if self.symmetric:
             weight = self.inverse_consistency_weight
             words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
+        words += [f"group consistency over triplets weighted {self.group_weight:g}"] if self.group_weight else []
         words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
         if self.intensity_probability:
             words.append(f"trained on random contrasts with probability {self.intensity_probability:g}")
@@ -220,6 +236,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
     "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},
     "SYM": {"symmetric": True, "inverse_consistency_weight": 0.1},
+    "GROUP": {"group_weight": 0.1},
     "NDV": {"ndv_weight": 10.0},
     "INT": {"intensity_probability": 0.8},
     "IO": {"instance_steps": 50},
