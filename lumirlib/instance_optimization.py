@@ -50,7 +50,7 @@ class InstanceOptimization(nn.Module):
         model: RegistrationNetwork,
         objective: Objective,
         steps: int = 50,
-        learning_rate: float = 0.1,
+        learning_rate: float = 0.03,
         tolerance: float = 1e-3,
         patience: int = 5,
     ) -> None:

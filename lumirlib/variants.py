@@ -82,7 +82,7 @@ class Variant(Row):
     ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     intensity_probability: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
-    instance_learning_rate: float = field(default=0.1, metadata=NOT_OF_NETWORK)
+    instance_learning_rate: float = field(default=0.03, metadata=NOT_OF_NETWORK)
     instance_tolerance: float = field(default=1e-3, metadata=NOT_OF_NETWORK)
     instance_patience: int = field(default=5, metadata=NOT_OF_NETWORK)
 

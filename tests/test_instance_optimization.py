@@ -39,7 +39,7 @@ def small_model(name="LC-2", **options):
 def test_the_objective_falls_and_the_weights_stay(name):
     model, (fixed, moving) = small_model(name), images()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    method = InstanceOptimization(model, OBJECTIVE, steps=8, tolerance=0.0)
+    method = InstanceOptimization(model, OBJECTIVE, steps=8, learning_rate=0.1, tolerance=0.0)
     with torch.no_grad():
         displacement = method(fixed, moving)
     found = method.last_run
