@@ -285,8 +285,8 @@ def parse_variant(name: str, **overrides: object) -> Variant:
                 )
         chosen.append(scheme)
     chosen.sort(key=list(SCHEMES).index)
-    row = Variant(name="+".join(chosen) or "backbone")
-    return replace(row, **(settings | check_options(row, overrides)))
+    row = Variant(name="+".join(chosen) or "backbone", **settings)
+    return replace(row, **check_options(row, overrides))
 
 
 def build_model(variant: str | Variant = "backbone", **overrides: object) -> RegistrationNetwork:

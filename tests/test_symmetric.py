@@ -81,11 +81,10 @@ def test_inverse_consistency_loss_is_zero_for_a_shift_and_its_inverse_and_the_me
 def test_inverse_consistency_loss_agrees_with_the_measure_that_is_reported():
     forward, backward = smooth(3), smooth(4)
     forward, backward = (field * spatial.stays_inside(5 * field) for field in (forward, backward))  # none leaves
-    everywhere = torch.ones(1, 1, *SHAPE)
-    one_way = metrics.inverse_consistency_error(forward, backward, everywhere)
-    other_way = metrics.inverse_consistency_error(backward, forward, everywhere)
-    # Jensen: the root of the mean square is above the mean
-    assert 0.5 * (one_way**2 + other_way**2) < float(inverse_consistency_loss(forward, backward)) < 4 * one_way**2
+    squares = [spatial.compose(*both).square().sum(dim=1).mean() for both in ((forward, backward), (backward, forward))]
+    assert float(inverse_consistency_loss(forward, backward)) == pytest.approx(float(sum(squares)) / 2, rel=1e-5)
+    mean = metrics.inverse_consistency_error(forward, backward, torch.ones(1, 1, *SHAPE))
+    assert 0.1 < mean < float(squares[0]) ** 0.5  # a mean of lengths is below the root of their mean square
 
 
 def test_gradients_of_both_losses_equal_finite_differences():

@@ -64,12 +64,12 @@ def randomize_intensity(image: torch.Tensor, generator: torch.Generator) -> torc
         ValueError: another shape, or intensities outside [0, 1].
     """
     check_image(image, "image", channels=1)
-    if image.numel() and not (float(image.min()) >= 0 and float(image.max()) <= 1):
+    if not (float(image.min()) >= 0 and float(image.max()) <= 1 + 1e-4):  # resampling may round above
         raise ValueError(f"image must be in [0, 1], got {float(image.min()):g} to {float(image.max()):g}")
     changed = []
     for one in image.split(1):
         table = draw_intensity_map(generator).to(one)
-        place = one * (len(table) - 1)
+        place = one.clamp_max(1) * (len(table) - 1)
         below = place.floor().clamp_max(len(table) - 2)
         low = below.long()
         changed.append(torch.lerp(table[low], table[low + 1], place - below) * (one > 0))
