@@ -32,7 +32,6 @@ from tqdm.auto import tqdm
 from lumirlib import provenance
 from lumirlib.files import read_json, write_json
 from lumirlib.methods import parse_row
-from lumirlib.training import trained_row
 
 if TYPE_CHECKING:
     import submitit
@@ -279,7 +278,7 @@ class Queue:
 def _base(run: SweepRun, runs: Sequence[SweepRun]) -> SweepRun | None:
     """The one of the runs whose weights a run filters; None for one that trains its own."""
     row = parse_row(run.row)
-    base = trained_row(row).name
+    base = row.trained().name
     if base == row.name:
         return None
     same_seed = [other for other in runs if other.row == base and other.parameters["seed"] == run.parameters["seed"]]

@@ -39,7 +39,7 @@ from lumirlib.methods import parse_row
 from lumirlib.presets import PAPER, Preset, get_preset
 from lumirlib.rows import Row
 from lumirlib.sweep import table_rows
-from lumirlib.training import make_optimizer, to_device, trained_row
+from lumirlib.training import make_optimizer, to_device
 from lumirlib.variants import Variant
 
 MEBIBYTE = 2**20
@@ -76,7 +76,7 @@ def multiply_adds(row: Row, shape: tuple[int, ...]) -> float:
                 features = torch.empty(1, row.start_channels, *sides, device="meta")
                 if str(level) in model.co_attention:
                     model.co_attention[str(level)](features, features)
-                model.estimators[level](features, features)
+                model.estimate(level, features, features)
     return counter.get_total_flops() // 2
 
 
@@ -171,10 +171,10 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
     with PeakMemory(chosen) as memory:
         model = row.build()
         if isinstance(model, nn.Module):
-            model = to_device(model, chosen).eval()
+            model = row.as_method(to_device(model, chosen), preset).eval()
         found["seconds_per_pair"] = median_seconds(infer, chosen, repeats)
     found["inference_mib"] = memory.peak / MEBIBYTE
-    if not training or row.trains_on == "nothing" or trained_row(row) != row:
+    if not training or row.trains_on == "nothing" or row.trained() != row:
         return found
     del model
     if row.trains_on == "labels":
@@ -182,6 +182,8 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
         fixed, moving = (
             numbers[torch.randint(len(numbers), shape, generator=generator)].to(chosen) for _ in range(2)
         )  # fmt: skip
+    if row.trains_on_triplets:
+        fixed, moving = fixed.expand(2, *shape[1:]), moving.expand(2, *shape[1:])
 
     def step() -> None:
         terms = row.loss_terms(model, fixed, moving, preset, generator)

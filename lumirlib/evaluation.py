@@ -133,6 +133,7 @@ def evaluate_method(
     ndv_mask: str = "moving",
     progress: bool = True,
     description: str = "evaluate",
+    consistency: bool = False,
 ) -> pd.DataFrame:
     """Run a method on pairs and score it.
 
@@ -144,10 +145,12 @@ def evaluate_method(
         ndv_mask: "moving" or "fixed".
         progress: show a progress bar.
         description: of the progress bar.
+        consistency: register each pair the other way round too and add the metric "inverse_consistency_mm", see
+            :func:`lumirlib.metrics.inverse_consistency_error`.
 
     Returns:
         Columns pair, fixed, moving, metric, value; one row per pair and metric. The metric "seconds" is the time of
-        the method alone.
+        the method alone; one that has a `last_run` (instance optimization) adds its figures.
     """
     device = torch.device(device)
     if isinstance(method, nn.Module):
@@ -163,8 +166,12 @@ def evaluate_method(
         seconds = time.perf_counter() - started
         found = score_displacement(cohort, pair, displacement.float().cpu(), ndv_mask)
         names = {"pair": pair.name, "fixed": pair.fixed.name, "moving": pair.moving.name}
+        found |= {"seconds": seconds, **getattr(method, "last_run", {})}
+        if consistency:
+            with torch.no_grad():
+                error = metrics.inverse_consistency_error(displacement, method(moving, fixed), moving)
+            found["inverse_consistency_mm"] = error * cohort.resolution_mm
         rows += [{**names, "metric": metric, "value": value} for metric, value in found.items()]
-        rows.append({**names, "metric": "seconds", "value": seconds})
     return pd.DataFrame(rows)
 
 

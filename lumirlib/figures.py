@@ -28,7 +28,6 @@ from lumirlib.data.synthesis import SynthesisOptions, deform_labels, synthesize
 from lumirlib.files import write_atomically
 from lumirlib.methods import parse_row
 from lumirlib.report import BEFORE, COLUMNS, Runs, paper_method, paper_table
-from lumirlib.training import trained_row
 
 #: Metric -> axis label, factor to the unit of the label.
 METRIC_LABELS: dict[str, tuple[str, float]] = {
@@ -432,8 +431,8 @@ def histories_figure(runs: Runs, title: str, columns: int = 6) -> Figure:
     Raises:
         ValueError: no run has a log.
     """
-    names = [name for name in runs.variants if name in set(runs.history["variant"]) and parse_row(name) == trained_row(
-        parse_row(name))]  # fmt: skip
+    rows = {name: parse_row(name) for name in runs.variants if name in set(runs.history["variant"])}
+    names = [name for name, row in rows.items() if row.trained() == row]
     if not names:
         raise ValueError(f"no run of {', '.join(runs.variants)} has a log")
     blocks = -(-len(names) // columns)

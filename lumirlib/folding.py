@@ -18,33 +18,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lumirlib import metrics, provenance, spatial
+from lumirlib import metrics, provenance
 from lumirlib.data import Cohort, Pair
 from lumirlib.evaluation import cohort_facts, write_results
-from lumirlib.models.backbone import CASCADES, RegistrationNetwork, join_levels, upsample_displacement
+from lumirlib.models.backbone import CASCADES, RegistrationNetwork, join_velocities
 from lumirlib.study import AblationRun, without_folders
 from lumirlib.training import load_model
 from lumirlib.variants import parse_variant
 
 FACTORS = (1.0, 2.0, 3.0, 4.0)
-
-
-def join_velocities(velocities: Sequence[torch.Tensor], cascade: str, squarings: int = 7) -> torch.Tensor:
-    """Displacement of stationary velocities, as the network joins them.
-
-    Args:
-        velocities: one per level, finest first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the level.
-        cascade: "additive" or "compositional".
-        squarings: of each level's integration.
-
-    Returns:
-        ``(B, 3, D, H, W)`` in voxels.
-    """
-    displacement = None
-    for velocity in reversed(velocities):
-        coarser = None if displacement is None else upsample_displacement(displacement, tuple(velocity.shape[2:]))
-        displacement = join_levels(spatial.integrate(velocity, squarings), coarser, cascade)
-    return displacement
 
 
 @torch.no_grad()
@@ -83,7 +65,7 @@ def amplified_folding(
         inside = moving > 0
         for factor in factors:
             for cascade in CASCADES:
-                displacement = join_velocities([factor * v for v in velocities], cascade, model.squarings)
+                displacement = join_velocities([factor * v for v in velocities], cascade, model.squarings)[0]
                 length = displacement.norm(dim=1, keepdim=True)[inside].mean() * cohort.resolution_mm
                 rows.append(
                     {"pair": pair.name, "cascade": cascade, "factor": factor,

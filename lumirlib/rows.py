@@ -34,6 +34,11 @@ class Row:
     name: str
     trains_on: ClassVar[str] = "images"
 
+    @property
+    def trains_on_triplets(self) -> bool:
+        """Whether each pair of a training step gets a third scan, see :func:`lumirlib.training.with_third`."""
+        return False
+
     def available(self) -> str:
         """Empty where the row can be run on this machine; else "not installed: " and the steps to install it."""
         return ""
@@ -60,15 +65,29 @@ class Row:
 
         Args:
             model: from :meth:`build`.
-            fixed: ``(1, 1, D, H, W)`` image in [0, 1], or integer labels where the row trains on labels.
-            moving: likewise.
+            fixed: ``(1, 1, D, H, W)`` image in [0, 1], or integer labels where the row trains on labels. For a row with
+                `trains_on_triplets` ``(2, 1, D, H, W)``: the images B and C of a triplet A, B, C.
+            moving: likewise; the images A and B of a triplet.
             preset: as :meth:`adapt` gives it.
             generator: on the CPU, seeded for this step, for all that is random in it.
 
         Returns:
-            "total" (has gradients), "similarity" and "smoothness".
+            "total" (has gradients), "similarity" and "smoothness"; further terms of it are logged.
         """
         raise NotImplementedError
+
+    def trained(self: AnyRow) -> AnyRow:
+        """The row whose training gives this one its weights: itself, unless it only changes how they are used."""
+        return self
+
+    def as_method(self, model: nn.Module, preset: Preset) -> nn.Module:
+        """What registers pairs with a trained network: itself, unless something is done behind it.
+
+        Args:
+            model: from :meth:`build`, with trained weights.
+            preset: as :meth:`adapt` gives it.
+        """
+        return model
 
     @property
     def words(self) -> str:

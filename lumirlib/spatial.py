@@ -288,6 +288,16 @@ def compose(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
     return inner + warp(outer, inner)
 
 
+@torch.no_grad()
+def stays_inside(displacement: torch.Tensor) -> torch.Tensor:
+    """Which voxels of ``(B, 3, D, H, W)`` a displacement leaves in the grid: ``(B, 1, D, H, W)``, bool."""
+    check_displacement(displacement)
+    shape = tuple(displacement.shape[2:])
+    points = _cached_identity(shape, displacement.device, displacement.dtype) + displacement
+    last = _per_axis(tuple(side - 1.0 for side in shape), displacement.device, displacement.dtype)
+    return ((points >= 0) & (points <= last)).all(dim=1, keepdim=True)
+
+
 def integrate(velocity: torch.Tensor, steps: int = 7) -> torch.Tensor:
     """Displacement of a stationary velocity field after unit time, by scaling and squaring.
 

@@ -266,13 +266,22 @@ class AblationRun:
         train_in_processes(self.config, self.out, self.engine.processes, self.arguments, resume, progress)
         return train(self.config, self.cohort, self.out, replace(self.engine, processes=1), True, progress)
 
-    def evaluate(self, result: TrainingResult, progress: bool = True) -> pd.DataFrame:
-        """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table."""
+    def evaluate(self, result: TrainingResult, progress: bool = True, consistency: bool | None = None) -> pd.DataFrame:
+        """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table.
+
+        Args:
+            result: of :meth:`train`.
+            progress: show a progress bar.
+            consistency: measure inverse consistency on every pair; None does so for rows trained on both directions.
+        """
         name = self.config.variant.name
+        if consistency is None:
+            consistency = getattr(self.config.variant, "symmetric", False)
         with self.engine.reproducibly():
             table = evaluate_method(
-                result.model, self.cohort, self.pairs, self.device, progress=progress, description=f"evaluate {name}"
-            )
+                result.model, self.cohort, self.pairs, self.device, progress=progress, description=f"evaluate {name}",
+                consistency=consistency,
+            )  # fmt: skip
         about = {
             "run": self.config.run,
             "method": name,

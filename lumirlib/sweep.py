@@ -35,7 +35,6 @@ from lumirlib.presets import parse_setting, split_options
 from lumirlib.report import find_runs, paper_table
 from lumirlib.rows import file_name
 from lumirlib.train import add_engine_options, engine_options
-from lumirlib.training import trained_row
 from lumirlib.variants import Variant
 
 #: What the sweep executes, by the parameter that names the row.
@@ -186,9 +185,9 @@ class SweepRun:
 
 
 def needs_another(name: str) -> bool:
-    """Whether the row is a filter put behind another run's weights."""
+    """Whether the row uses another run's weights, as "BF-post" and "IO" do."""
     row = parse_row(name)
-    return trained_row(row) != row
+    return row.trained() != row
 
 
 def rows_of_table(table: int) -> list[str]:
@@ -223,7 +222,7 @@ def plan(
     launcher: str = "notebook",
     engine: Mapping[str, object] | None = None,
 ) -> list[SweepRun]:
-    """The runs of a sweep, row by row, each with all its seeds; variants with "BF-post" last, as they need others.
+    """The runs of a sweep, row by row, each with all its seeds; those that use another's weights last.
 
     Args:
         rows: names for :func:`lumirlib.methods.parse_row`; "table1" and "table2" stand for those of the tables.
@@ -282,7 +281,7 @@ def plan(
 def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
     """Execute what is not finished, `jobs` at a time, the processor's threads shared among them.
 
-    A run that filters another's weights ("BF-post") starts when all others have ended.
+    A run that uses another's weights ("BF-post", "IO") starts when all others have ended.
 
     Returns:
         Output of each run that broke -> its error.

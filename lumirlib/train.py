@@ -54,6 +54,7 @@ def parser(prog: str = "python -m lumirlib.train") -> argparse.ArgumentParser:
                          "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
     options.add_argument("--restart", action="store_true", help="start anew where a checkpoint would be resumed")
     options.add_argument("--train-only", action="store_true", help="do not evaluate")
+    options.add_argument("--consistency", action="store_true", help="measure inverse consistency of every pair")
     options.add_argument("--quiet", action="store_true", help="no progress bars")
     return options
 
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.tra
         result = run.train(resume=not given.restart, progress=not given.quiet)
         if given.train_only or not run.engine.is_first:
             return 0
-        table = run.evaluate(result, progress=not given.quiet)
+        table = run.evaluate(result, not given.quiet, given.consistency or None)
     except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

@@ -123,8 +123,9 @@ class TrainingResult:
     Attributes:
         model: the network with the weights of the best epoch, in evaluation mode, or what is run where nothing
             is trained.
-        history: of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, similarity,
-            smoothness and seconds, means over the steps; val_dice, val_similarity, val_ndv_percent, learning_rate.
+        history: of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, its terms
+            (similarity, smoothness ...) and seconds, means over the steps; val_dice, val_similarity, val_ndv_percent,
+            learning_rate.
         best_epoch: whose weights these are.
         val_dice: Dice of `model` on the validation pairs that chose it, in [0, 1]; NaN without labels.
         trained_by: "commit, device" of every session that took part.
@@ -173,6 +174,26 @@ def epoch_pairs(train: tuple[Subject, ...], seed: int, epoch: int, limit: int | 
             fixed = (moving + 1 + generator.integers(len(train) - 1)) % len(train)
             yield Pair(fixed=train[fixed], moving=train[moving])
         left -= len(train)
+
+
+def with_third(pair: Pair, train: tuple[Subject, ...], seed: int, epoch: int, place: int) -> tuple[Pair, Pair]:
+    """A pair that registers A to B, and one that registers B to C, a random third scan.
+
+    Args:
+        pair: A is its moving scan, B its fixed one.
+        train: scans that C is drawn from.
+        seed: of the run.
+        epoch: under way.
+        place: of the pair in the epoch.
+
+    Raises:
+        ValueError: fewer than three scans.
+    """
+    others = [subject for subject in train if subject not in (pair.fixed, pair.moving)]
+    if not others:
+        raise ValueError(f"triplets need at least 3 training scans, the cohort has {len(train)}")
+    third = others[np.random.default_rng([seed, epoch, place]).integers(len(others))]
+    return pair, Pair(fixed=third, moving=pair.fixed)
 
 
 @torch.no_grad()
@@ -313,8 +334,8 @@ class Trainer:
         preset, row = config.preset, config.variant
         if row.trains_on == "nothing":
             raise ValueError(f"{row.name} is not trained")
-        if trained_row(row) != row:
-            raise ValueError(f"{row.name} is not trained: train {trained_row(row).name}")
+        if row.trained() != row:
+            raise ValueError(f"{row.name} is not trained: train {row.trained().name}")
         if preset.batch_size % engine.world_size:
             raise ValueError(
                 f"batch_size must be a multiple of the {engine.world_size} processes that share it, got "
@@ -412,12 +433,20 @@ class Trainer:
         )
 
     def _batches(self) -> Iterator[tuple[Pair, ...]]:
-        """This process's share of each batch that is left of the epoch under way."""
+        """This process's share of each batch that is left of the epoch under way; of triplets both pairs in turn."""
         preset, engine, state = self.config.preset, self.engine, self.state
         pairs = epoch_pairs(self.source.train, self.config.seed, state.epoch, self.steps * preset.batch_size)
+        triplets, source = self.config.variant.trains_on_triplets, self.source.train
         for step in range(self.steps):
             batch = tuple(itertools.islice(pairs, preset.batch_size))
-            if step >= state.step:
+            if step < state.step:
+                continue
+            if triplets:
+                first = step * preset.batch_size
+                batch = [with_third(pair, source, self.config.seed, state.epoch, first + place)
+                         for place, pair in enumerate(batch)]  # fmt: skip
+                yield tuple(itertools.chain.from_iterable(batch[engine.rank :: engine.world_size]))
+            else:
                 yield batch[engine.rank :: engine.world_size]
 
     def _epoch(self, bar: tqdm, stop: _StopRequest) -> None:
@@ -473,28 +502,31 @@ class Trainer:
         """
         preset, state, fabric = self.config.preset, self.state, self.engine.fabric
         self._called_optimizer.zero_grad(set_to_none=True)
-        names = ("total", "similarity", "smoothness")
-        sums = dict.fromkeys(names, 0.0)
-        for index, (fixed, moving) in enumerate(zip(batch.fixed.split(1), batch.moving.split(1), strict=True)):
+        sums: dict[str, float] = {}
+        together = 2 if self.config.variant.trains_on_triplets else 1
+        count = len(batch.pairs) // together
+        parts = zip(batch.fixed.split(together), batch.moving.split(together), strict=True)
+        for index, (fixed, moving) in enumerate(parts):
             # of this pair alone, so that a run resumes in the middle of an epoch, on any number of processes
             place = state.step * preset.batch_size + index * self.engine.world_size + self.engine.rank
             seeds = np.random.SeedSequence([self.config.seed, state.epoch, place])
             generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-            with fabric.no_backward_sync(self._called_model, enabled=index + 1 < len(batch.pairs)):
+            with fabric.no_backward_sync(self._called_model, enabled=index + 1 < count):
                 with fabric.autocast():
                     terms = self.config.variant.loss_terms(self._called_model, fixed, moving, preset, generator)
-                fabric.backward(terms["total"] / len(batch.pairs))
-            for name in names:
-                sums[name] += float(terms[name].detach())
+                fabric.backward(terms["total"] / count)
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(term.detach())
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         finite = math.isfinite(sums["total"]) and math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))
         *totals, broken, stopping = self.engine.sum(
-            [*(sums[name] / preset.batch_size for name in names), float(not finite), float(bool(stop.signal))]
+            [*(value / preset.batch_size for value in sums.values()), float(not finite), float(bool(stop.signal))]
         )
         if broken:
             raise self._non_finite(batch, sums)
         self._called_optimizer.step()
-        return dict(zip(("loss", *names[1:]), totals, strict=True)), bool(stopping)
+        names = ("loss" if name == "total" else name for name in sums)
+        return dict(zip(names, totals, strict=True)), bool(stopping)
 
     def _non_finite(self, batch: Batch, sums: dict[str, float]) -> NonFiniteLossError:
         """The error of a step that went wrong; its batch, with the weights before the step, is written to a file."""
@@ -556,11 +588,6 @@ def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: to
     return ""
 
 
-def trained_row(row: Row) -> Row:
-    """The row whose weights a row uses: for "BF-post" the variant without the filter, else the row itself."""
-    return row.without_post_filter() if isinstance(row, Variant) else row
-
-
 def training_source(row: Row, cohort: Cohort) -> Cohort:
     """The cohort whose training people a row learns from.
 
@@ -593,17 +620,16 @@ def _run_as_it_is(config: RunConfig, cohort: Cohort, device: torch.device) -> Tr
     return TrainingResult(method, pd.DataFrame(history), 1, float(history[1]["val_dice"]), [], None, None)
 
 
-def _filter_afterwards(
-    config: RunConfig, trained: TrainingResult, cohort: Cohort, device: torch.device
-) -> TrainingResult:
-    """The result of a run with a bilateral filter of the widths in `config` put behind its weights."""
-    options = {name: value for name, value in asdict(config.variant).items() if name.startswith("bilateral_")}
-    del options["bilateral_mode"]
-    model = load_model(trained.checkpoint, str(device), **options)
-    preset = config.preset
+def _from_trained(config: RunConfig, trained: TrainingResult, cohort: Cohort, device: torch.device) -> TrainingResult:
+    """The result of a run with what is put behind its weights: a bilateral filter, instance optimization."""
+    row, preset, model = config.variant, config.preset, trained.model
+    if row.bilateral_window and row.bilateral_mode == "post":
+        widths = {name: getattr(row, name) for name in ("bilateral_window", "bilateral_sigma", "bilateral_sigma_range")}
+        model = load_model(trained.checkpoint, str(device), **widths)
+    method = row.as_method(model, preset).eval()
     pairs = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
-    found = validate(model, cohort, pairs, device, preset.window)
-    return replace(trained, model=model, val_dice=found["val_dice"])
+    found = validate(method, cohort, pairs, device, preset.window)
+    return replace(trained, model=method, val_dice=found["val_dice"])
 
 
 def train_in_processes(
@@ -672,8 +698,8 @@ def train(
 ) -> TrainingResult:
     """Train a run to its end, from its last checkpoint where there is one.
 
-    A variant with "BF-post" is not trained: the run of the same variant without the filter is, or its finished
-    checkpoint is taken, and the filter is put behind its weights.
+    A variant with "BF-post" or "IO" is not trained: the run of the same variant without them is, or its finished
+    checkpoint is taken, and filter and instance optimization are put behind its weights.
 
     Args:
         config: from :func:`make_config`.
@@ -694,10 +720,10 @@ def train(
     engine = engine if isinstance(engine, Engine) else Engine(engine)
     if config.variant.trains_on == "nothing":
         return _run_as_it_is(config, cohort, engine.target)
-    base = trained_row(config.variant)
+    base = config.variant.trained()
     if base != config.variant:
         trained = train(replace(config, variant=base), cohort, out, engine, resume, progress)
-        return _filter_afterwards(config, trained, cohort, engine.target)
+        return _from_trained(config, trained, cohort, engine.target)
     if not cohort.validation_pairs:
         raise ValueError(f"{cohort.path}: names no validation pairs, which training needs to choose its best epoch")
     trainer = Trainer(config, cohort, Path(out), engine, progress)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+import math
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from lumirlib import losses
+from lumirlib import consistency_losses, instance_optimization, losses
 from lumirlib._checks import check_choice
-from lumirlib.models.backbone import CASCADES, RegistrationNetwork
+from lumirlib.data.intensity import randomize_intensity
+from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
+from lumirlib.models.local_correlation import MODES as CORRELATION_MODES
+from lumirlib.ndv_loss import ndv_loss
 from lumirlib.rows import ADDED_LATER, Row, check_options
 
 if TYPE_CHECKING:
     from lumirlib.presets import Preset
 
 BILATERAL_MODES = ("joint", "post")
+#: Metadata of a later option of how a network is trained or used, not of what it computes.
+NOT_OF_NETWORK = {**ADDED_LATER, "of_network": False}
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,22 @@ class Variant(Row):
             weights of the same network without it, with its widths as given below.
         bilateral_sigma: width of the filter along every axis in voxels; the initial one of "joint".
         bilateral_sigma_range: its width in intensities of the fixed image, likewise.
+        correlation_window: CORR, side of the window of local correlations at every level, 0 for none; see
+            :mod:`lumirlib.models.local_correlation`.
+        correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
+        symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
+            half in the loss.
+        inverse_consistency_weight: of :func:`lumirlib.consistency_losses.inverse_consistency_loss` between them.
+        group_weight: GROUP, of :func:`lumirlib.consistency_losses.group_consistency_loss`; each pair A, B of a training
+            step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
+        ndv_weight: NDV, of :func:`lumirlib.ndv_loss.ndv_loss` of the result, a share of the volume, in the loss.
+        intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
+            :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
+        instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
+            it, 0 for none; see :class:`lumirlib.instance_optimization.InstanceOptimization`.
+        instance_learning_rate: of its Adam, in voxels of each level.
+        instance_tolerance: it ends when the loss falls by less than this share of itself ...
+        instance_patience: ... within so many steps.
     """
 
     name: str = "backbone"
@@ -47,13 +71,34 @@ class Variant(Row):
     large_kernel: int = 0
     co_attention_levels: int = 0
     bilateral_window: int = 0
-    bilateral_mode: str = field(default="joint", metadata=ADDED_LATER)
+    bilateral_mode: str = field(default="joint", metadata=NOT_OF_NETWORK)
     bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
+    correlation_window: int = field(default=0, metadata=ADDED_LATER)
+    correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
+    symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
+    inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    group_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    intensity_probability: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
+    instance_learning_rate: float = field(default=0.03, metadata=NOT_OF_NETWORK)
+    instance_tolerance: float = field(default=1e-3, metadata=NOT_OF_NETWORK)
+    instance_patience: int = field(default=5, metadata=NOT_OF_NETWORK)
 
     def __post_init__(self) -> None:
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
+        check_choice(self.correlation_mode, CORRELATION_MODES, "correlation_mode")
+        for option in ("inverse_consistency_weight", "group_weight", "ndv_weight"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
+        if not 0 <= self.intensity_probability <= 1:
+            raise ValueError(f"intensity_probability must be from 0 to 1, got {self.intensity_probability}")
+        if self.inverse_consistency_weight and not self.symmetric:
+            raise ValueError("inverse_consistency_weight needs both directions: set symmetric=true too")
+        if self.instance_steps:
+            instance_optimization.check_options(*self._instance_options)
 
     def fitted(self, preset: Preset) -> Variant:
         """The variant at a preset's width and depth."""
@@ -62,8 +107,10 @@ class Variant(Row):
 
     def build(self) -> RegistrationNetwork:
         """The network, with fresh weights."""
-        options = asdict(self)
-        del options["name"], options["bilateral_mode"]  # how it is trained, not what it computes
+        options = {
+            option.name: getattr(self, option.name) for option in fields(self)
+            if option.name != "name" and option.metadata.get("of_network", True)
+        }  # fmt: skip
         return RegistrationNetwork(**options)
 
     def loss_terms(
@@ -74,12 +121,72 @@ class Variant(Row):
         preset: Preset,
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
-        """Similarity and smoothness at every level; see :func:`lumirlib.losses.registration_loss`."""
-        predicted = model.fields(fixed, moving)
-        return losses.registration_loss(
+        """Loss of :meth:`objective`, of all pairs and directions that the variant trains on, and of their agreement.
+
+        Besides what :meth:`lumirlib.rows.Row.loss_terms` says, "inverse_consistency" and "group_consistency" are
+        returned where they count.
+        """
+        if self.trains_on_triplets:  # A to B, B to C, A to C
+            fixed, moving = torch.cat([fixed, fixed[1:]]), torch.cat([moving, moving[:1]])
+        seen = [self._seen(image, generator) for image in (fixed, moving)]
+        predicted = model.fields(*seen, both_directions=self.symmetric)
+        if self.symmetric:
+            fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])
+        terms = self.objective(predicted, fixed, moving, preset)
+        result = predicted.displacements[0]
+        if self.inverse_consistency_weight:
+            found = consistency_losses.inverse_consistency_loss(*result.chunk(2))
+            terms |= {"inverse_consistency": found, "total": terms["total"] + self.inverse_consistency_weight * found}
+        if self.trains_on_triplets:
+            found = consistency_losses.group_consistency_loss(*result[:3].split(1))
+            terms |= {"group_consistency": found, "total": terms["total"] + self.group_weight * found}
+        return terms
+
+    @property
+    def trains_on_triplets(self) -> bool:
+        """Whether each pair of a training step gets a third scan."""
+        return self.group_weight > 0
+
+    def _seen(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """An image as the network sees it in training."""
+        if self.intensity_probability and float(torch.rand(1, generator=generator)) < self.intensity_probability:
+            return randomize_intensity(image, generator)
+        return image
+
+    def objective(
+        self, predicted: Fields, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset
+    ) -> dict[str, torch.Tensor]:
+        """Loss of the fields of pairs, as training and instance optimization minimize it.
+
+        Args:
+            predicted: fields of B pairs.
+            fixed: ``(B, 1, D, H, W)``.
+            moving: likewise.
+            preset: as :meth:`adapt` gives it.
+
+        Returns:
+            Scalars "total", "similarity" and "smoothness", means over the pairs, and "ndv" where it counts.
+        """
+        terms = losses.registration_loss(
             moving, fixed, predicted.displacements, predicted.velocities,
             preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
         )  # fmt: skip
+        if self.ndv_weight:
+            found = ndv_loss(predicted.displacements[0])
+            terms |= {"ndv": found, "total": terms["total"] + self.ndv_weight * found}
+        return terms
+
+    def as_method(self, model: RegistrationNetwork, preset: Preset) -> nn.Module:
+        """The network itself, or with instance optimization behind it."""
+        if not self.instance_steps:
+            return model
+        return instance_optimization.InstanceOptimization(
+            model, partial(self.objective, preset=preset), *self._instance_options
+        )
+
+    @property
+    def _instance_options(self) -> tuple[int, float, float, int]:
+        return self.instance_steps, self.instance_learning_rate, self.instance_tolerance, self.instance_patience
 
     @property
     def words(self) -> str:
@@ -93,14 +200,28 @@ class Variant(Row):
         if self.bilateral_window:
             how = "trained with the network" if self.bilateral_mode == "joint" else "put behind trained weights"
             words.append(f"bilateral filter of window {self.bilateral_window}, {how}")
+        if self.correlation_window:
+            words.append(f"local correlation of window {self.correlation_window} as {self.correlation_mode}")
+        if self.symmetric:
+            weight = self.inverse_consistency_weight
+            words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
+        words += [f"group consistency over triplets weighted {self.group_weight:g}"] if self.group_weight else []
+        words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
+        if self.intensity_probability:
+            words.append(f"trained on random contrasts with probability {self.intensity_probability:g}")
+        if self.instance_steps:
+            words.append(f"up to {self.instance_steps} steps of instance optimization behind trained weights")
         return ", ".join(words)
 
-    def without_post_filter(self) -> Variant:
-        """The variant whose trained weights "BF-post" filters; the variant itself where nothing is filtered so."""
-        if not self.bilateral_window or self.bilateral_mode != "post":
-            return self
-        plain = {option.name: option.default for option in fields(self) if option.name.startswith("bilateral_")}
-        parts = [part for part in self.name.split("+") if part not in ("BF", "BF-post")]
+    def trained(self) -> Variant:
+        """The variant whose trained weights this one uses: without "BF-post" and instance optimization."""
+        left_out = {"instance_": ("IO",)} if self.instance_steps else {}
+        if self.bilateral_window and self.bilateral_mode == "post":
+            left_out["bilateral_"] = ("BF", "BF-post")
+        plain = {
+            option.name: option.default for option in fields(self) if option.name.startswith(tuple(left_out))
+        }  # fmt: skip
+        parts = [part for part in self.name.split("+") if part not in sum(left_out.values(), ())]
         return replace(self, name="+".join(parts) or "backbone", **plain)
 
 
@@ -112,6 +233,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "CA": {"co_attention_levels": 1},
     "BF": {"bilateral_window": 5, "bilateral_mode": "joint"},
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
+    "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
+    "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},
+    "SYM": {"symmetric": True, "inverse_consistency_weight": 0.1},
+    "GROUP": {"group_weight": 0.1},
+    "NDV": {"ndv_weight": 10.0},
+    "INT": {"intensity_probability": 0.8},
+    "IO": {"instance_steps": 50},
 }
 
 
@@ -157,8 +285,8 @@ def parse_variant(name: str, **overrides: object) -> Variant:
                 )
         chosen.append(scheme)
     chosen.sort(key=list(SCHEMES).index)
-    row = Variant(name="+".join(chosen) or "backbone")
-    return replace(row, **(settings | check_options(row, overrides)))
+    row = Variant(name="+".join(chosen) or "backbone", **settings)
+    return replace(row, **check_options(row, overrides))
 
 
 def build_model(variant: str | Variant = "backbone", **overrides: object) -> RegistrationNetwork:

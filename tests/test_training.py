@@ -17,12 +17,15 @@ from small_cohorts import SMALL_SHAPE, write_small_cohort
 from lumirlib import load_cohort, losses, parse_variant, study, training
 from lumirlib.data.loader import Batch
 from lumirlib.engine import Engine
+from lumirlib.methods import row_from_options
 from lumirlib.models.bilateral_filter import joint_bilateral_filter
-from lumirlib.presets import PAPER, PRESETS, get_preset
+from lumirlib.presets import PAPER, PRESETS, Preset, get_preset
+from lumirlib.provenance import project_root
 from lumirlib.study import AblationRun
 from lumirlib.training import NonFiniteLossError, Trainer, epoch_pairs, load_model, make_config, spread
 
 CPU = Engine("cpu")
+PAPERS_ROWS = ("backbone", "BF", "BF-post", "CA", "CA+BF", "LK", "LC-1", "LC-2")
 TINY = replace(
     PRESETS["smoke"], name="tiny", resolution_mm=1, epochs=2, steps_per_epoch=None, channel_divisor=16, levels=3
 )
@@ -424,7 +427,7 @@ def test_a_filter_behind_a_network_that_has_one_and_other_changes_of_trained_wei
 
 def test_a_filter_set_behind_by_option_takes_the_same_backbone():
     by_name, by_option = parse_variant("CA+BF-post"), parse_variant("CA+BF", bilateral_mode="post")
-    assert by_name.without_post_filter() == by_option.without_post_filter() == parse_variant("CA")
+    assert by_name.trained() == by_option.trained() == parse_variant("CA")
 
 
 def test_options_of_later_versions_leave_the_names_of_earlier_runs_as_they_were(embedded_cohort):
@@ -435,6 +438,20 @@ def test_options_of_later_versions_leave_the_names_of_earlier_runs_as_they_were(
     ).as_dict()["variant"]  # fmt: skip
     content = replace(config, cohort_digest="2d96246082c21149")
     assert content.run == "backbone_embedded_demo_seed0_2120c5ad"  # as version 0.1.0 wrote it
+
+
+def test_every_committed_run_of_the_papers_network_still_has_its_name():
+    found = 0
+    for path in sorted((project_root() / "results" / "metrics").glob("*.json")):
+        about = json.loads(path.read_text())
+        if "preset" not in about or about.get("options", {}).get("name") not in PAPERS_ROWS:
+            continue
+        row, preset = row_from_options(about["options"]), Preset(**about["preset"])
+        config = training.RunConfig(row, preset, about["cohort"], about["cohort_digest"], about["seed"])
+        assert config.run == about["run"] == path.stem
+        assert replace(config, variant=row.trained()).run == about["weights"]
+        found += 1
+    assert found >= 7
 
 
 def test_a_run_is_described_with_what_it_is_not(small_cohort_json, tmp_path):

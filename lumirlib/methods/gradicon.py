@@ -83,14 +83,10 @@ def gradicon_loss(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor
     check_displacement(backward, "backward")
     check_same_grid(forward, backward, "forward", "backward")
     error = spatial.compose(forward, backward)
-    shape = backward.shape[2:]
-    with torch.no_grad():
-        points = spatial.identity_grid(shape, backward.device, backward.dtype) + backward
-        last = torch.tensor([side - 1 for side in shape], device=points.device).view(1, 3, 1, 1, 1)
-        inside = ((points >= 0) & (points <= last)).all(dim=1, keepdim=True)  # (B, 1, D, H, W)
+    inside = spatial.stays_inside(backward)
     total = error.new_zeros(())
     for axis in (2, 3, 4):
-        side = shape[axis - 2]
+        side = inside.shape[axis]
         both = inside.narrow(axis, 0, side - 1) & inside.narrow(axis, 1, side - 1)
         squares = torch.where(both, error.diff(dim=axis).square(), error.new_zeros(()))
         total = total + squares.sum() / (3 * both.sum()).clamp_min(1)

@@ -6,7 +6,7 @@ Registration", arXiv 2509.00451); DEVIATIONS.md says what was inferred.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from lumirlib.models.bilateral_filter import JointBilateralFilter
 from lumirlib.models.co_attention import CoAttention
 from lumirlib.models.large_kernel import LargeKernelBlock
 from lumirlib.models.layout import Conv3d
+from lumirlib.models.local_correlation import MODES as CORRELATION_MODES
+from lumirlib.models.local_correlation import CorrelationAttention, CorrelationChannels
 from lumirlib.models.normalization import instance_norm_prelu
 
 CASCADES = ("additive", "compositional")
@@ -60,6 +62,21 @@ def join_levels(own: torch.Tensor, coarser: torch.Tensor | None, cascade: str) -
     if coarser is None:
         return own
     return own + coarser if cascade == "additive" else spatial.compose(coarser, own)
+
+
+def join_velocities(velocities: Sequence[torch.Tensor], cascade: str, squarings: int = 7) -> list[torch.Tensor]:
+    """Displacement of every level from the levels' stationary velocities, finest first.
+
+    Args:
+        velocities: one per level, finest first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the level.
+        cascade: "additive" or "compositional".
+        squarings: of each level's integration.
+    """
+    found: list[torch.Tensor] = []
+    for velocity in reversed(velocities):
+        coarser = upsample_displacement(found[0], tuple(velocity.shape[2:])) if found else None
+        found.insert(0, join_levels(spatial.integrate(velocity, squarings), coarser, cascade))
+    return found
 
 
 class ConvBlock(nn.Module):
@@ -137,16 +154,20 @@ class FlowEstimator(nn.Module):
         self.conv2 = Conv3d(width, head_channels, kernel_size=3, padding=1)
         self.conv3 = Conv3d(head_channels, 3, kernel_size=3, padding=1)
 
-    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, fixed: torch.Tensor, moving: torch.Tensor, correlation: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Features ``(B, N, D_l, H_l, W_l)`` of both -> velocity ``(B, 3, D_l, H_l, W_l)``.
 
         The convolution of ``cat(F + M, F - M)`` is one of ``cat(F, M)`` with sums and differences of its weights, which
-        are small where features are large. Under autocast the last convolution stays in the weights' dtype.
+        are small where features are large; `correlation`, ``(B, 2N, D_l, H_l, W_l)``, is added to its result. Under
+        autocast the last convolution stays in the weights' dtype.
         """
         of_sum, of_difference = self.conv1.weight.chunk(2, dim=1)
         weight = torch.cat([of_sum + of_difference, of_sum - of_difference], dim=1)
         features = torch.cat([fixed, moving], dim=1)
-        features = F.relu(self.conv1._conv_forward(features, weight, self.conv1.bias))
+        features = self.conv1._conv_forward(features, weight, self.conv1.bias)
+        features = F.relu(features if correlation is None else features + correlation)
         features = F.relu(self.conv2(features))
         with spatial.without_autocast(features.device):
             return self.conv3(features.to(self.conv3.weight.dtype))
@@ -170,6 +191,8 @@ class RegistrationNetwork(nn.Module):
         bilateral_window: BF, window of the joint bilateral filter of the result in voxels; 0 for none.
         bilateral_sigma: its initial width along every axis in voxels.
         bilateral_sigma_range: its initial width in intensities of the fixed image.
+        correlation_window: CORR, side of the window of local correlations at every level; 0 for none.
+        correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
     """
 
     def __init__(
@@ -184,13 +207,17 @@ class RegistrationNetwork(nn.Module):
         bilateral_window: int = 0,
         bilateral_sigma: float = 1.0,
         bilateral_sigma_range: float = 0.1,
+        correlation_window: int = 0,
+        correlation_mode: str = "channels",
     ) -> None:
         super().__init__()
         check_choice(cascade, CASCADES, "cascade")
+        check_choice(correlation_mode, CORRELATION_MODES, "correlation_mode")
         for name, value, least in (
             ("start_channels", start_channels, 1), ("head_channels", head_channels, 1), ("levels", levels, 1),
             ("squarings", squarings, 0), ("large_kernel", large_kernel, 0),
             ("co_attention_levels", co_attention_levels, 0), ("bilateral_window", bilateral_window, 0),
+            ("correlation_window", correlation_window, 0),
         ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
@@ -208,6 +235,13 @@ class RegistrationNetwork(nn.Module):
         self.bilateral_filter = (
             JointBilateralFilter(bilateral_window, bilateral_sigma, bilateral_sigma_range) if bilateral_window else None
         )
+
+        def correlation() -> nn.Module:
+            if correlation_mode == "attention":
+                return CorrelationAttention(correlation_window)
+            return CorrelationChannels(correlation_window, 2 * start_channels)
+
+        self.correlation = nn.ModuleList(correlation() for _ in range(levels if correlation_window else 0))
 
     @property
     def checkpointing(self) -> bool:
@@ -232,15 +266,16 @@ class RegistrationNetwork(nn.Module):
         fixed_features, moving_features = self.encoder(torch.cat([fixed, moving])).chunk(2)
         return fixed_features, moving_features
 
-    def fields(self, fixed: torch.Tensor, moving: torch.Tensor) -> Fields:
+    def fields(self, fixed: torch.Tensor, moving: torch.Tensor, both_directions: bool = False) -> Fields:
         """Displacement and velocity of every level, as the loss with deep supervision needs them.
 
         Args:
             fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
             moving: ``(B, 1, D, H, W)``, same shape.
+            both_directions: register the fixed image to the moving one too, from the same features.
 
         Returns:
-            :class:`Fields`, float32.
+            :class:`Fields`, float32; with both directions of batch size 2B, those of the other direction last.
 
         Raises:
             ValueError: shapes that differ or are not (B, 1, D, H, W), or a side below 2 voxels.
@@ -258,7 +293,10 @@ class RegistrationNetwork(nn.Module):
         velocities: list[torch.Tensor] = []
         for level in reversed(range(len(shapes))):
             coarser = upsample_displacement(displacements[0], shapes[level]) if displacements else None
-            inputs = (*pyramid.pop(), coarser)
+            features = pyramid.pop()
+            if both_directions:
+                features = torch.cat(features), torch.cat(features[::-1])
+            inputs = (*features, coarser)
             if self.checkpointing and torch.is_grad_enabled():
                 velocity = recomputed(lambda *given, level=level: self._velocity(level, *given), *inputs)
             else:
@@ -266,8 +304,21 @@ class RegistrationNetwork(nn.Module):
             displacements.insert(0, join_levels(spatial.integrate(velocity, self.squarings), coarser, self.cascade))
             velocities.insert(0, velocity)
         if self.bilateral_filter is not None:
-            displacements[0] = self.bilateral_filter(displacements[0], fixed)
+            guide = torch.cat([fixed, moving]) if both_directions else fixed
+            displacements[0] = self.bilateral_filter(displacements[0], guide)
         return Fields(displacements, velocities)
+
+    def displacements(self, velocities: Sequence[torch.Tensor], fixed: torch.Tensor) -> list[torch.Tensor]:
+        """Displacement of every level from given velocities, as :meth:`fields` makes them from its own.
+
+        Args:
+            velocities: one per level, finest first, as :class:`Fields` has them.
+            fixed: ``(B, 1, D, H, W)``, guides the bilateral filter where there is one.
+        """
+        found = join_velocities(velocities, self.cascade, self.squarings)
+        if self.bilateral_filter is not None:
+            found[0] = self.bilateral_filter(found[0], fixed)
+        return found
 
     def _velocity(
         self, level: int, fixed: torch.Tensor, moving: torch.Tensor, coarser: torch.Tensor | None
@@ -285,8 +336,17 @@ class RegistrationNetwork(nn.Module):
                 fixed, moving = self.co_attention[str(level)](fixed, moving)
             if coarser is not None:
                 moving = spatial.warp(moving, coarser)
-            velocity = self.estimators[level](fixed, moving)
+            velocity = self.estimate(level, fixed, moving)
             return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+
+    def estimate(self, level: int, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Velocity ``(B, 3, D_l, H_l, W_l)`` from the features of a level, the moving ones warped."""
+        if not len(self.correlation):
+            return self.estimators[level](fixed, moving)
+        found = self.correlation[level](fixed, moving)
+        if isinstance(self.correlation[level], CorrelationChannels):
+            return self.estimators[level](fixed, moving, found)
+        return self.estimators[level](fixed, moving) + found
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Displacement ``(B, 3, D, H, W)`` in voxels that carries `moving` onto `fixed`; arguments as `fields`.

@@ -1,0 +1,75 @@
+"""The loss on non-diffeomorphic volume: that it is the measure, its gradient, and that it is minimized."""
+
+import pytest
+import torch
+
+from lumirlib import build_model, metrics, parse_variant
+from lumirlib.ndv_loss import ndv_loss
+from lumirlib.presets import get_preset
+
+
+def rough(shape=(5, 6, 7), scale=1.5, dtype=torch.float64, batch=1):
+    generator = torch.Generator().manual_seed(3)
+    return scale * torch.randn(batch, 3, *shape, generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3), (5, 6, 7), (21, 6, 5)])  # the last in two slabs
+def test_it_is_the_measured_non_diffeomorphic_volume(shape):
+    displacement = rough(shape)
+    volume, voxels = metrics.ndv_volume(displacement)
+    assert volume > 0
+    assert float(ndv_loss(displacement)) == pytest.approx(volume / voxels, rel=1e-12)
+    assert float(ndv_loss(displacement.float())) == pytest.approx(volume / voxels, rel=1e-5)
+
+
+def test_a_flipped_axis_is_one_and_a_shift_or_a_stretch_nothing():
+    points = torch.arange(7.0).view(1, 1, 7, 1, 1).expand(1, 1, 7, 6, 5)
+    still = torch.zeros_like(points)
+    assert float(ndv_loss(torch.cat([-2 * points, still, still], dim=1))) == pytest.approx(1)
+    assert float(ndv_loss(torch.cat([0.5 * points, still + 2, still], dim=1))) == 0
+
+
+def test_of_a_batch_it_is_the_mean():
+    displacement = rough(batch=2)
+    single = [float(ndv_loss(one)) for one in displacement.split(1)]
+    assert float(ndv_loss(displacement)) == pytest.approx(sum(single) / 2)
+
+
+def test_its_gradient_equals_finite_differences():
+    assert torch.autograd.gradcheck(ndv_loss, rough((4, 5, 4)).requires_grad_())
+    assert torch.autograd.gradcheck(ndv_loss, rough((19, 3, 3)).requires_grad_())
+
+
+def test_descending_it_unfolds():
+    displacement = rough(scale=0.4).requires_grad_()
+    optimizer = torch.optim.Adam([displacement], lr=0.02)
+    before = float(ndv_loss(displacement))
+    for _ in range(100):
+        optimizer.zero_grad()
+        ndv_loss(displacement).backward()
+        optimizer.step()
+    assert before > 0.01 and float(ndv_loss(displacement)) < 0.01 * before
+
+
+def test_it_is_added_to_the_loss_of_a_row_and_logged():
+    torch.manual_seed(0)
+    model = build_model("backbone", start_channels=4, head_channels=5, levels=2)
+    torch.nn.init.normal_(model.estimators[0].conv3.weight, std=2.0)  # folds
+    images = torch.rand(2, 1, 1, 9, 8, 7)
+    preset = get_preset("smoke", window=3)
+    plain, folded = (parse_variant(name).loss_terms(model, *images, preset, torch.Generator())
+                     for name in ("backbone", "NDV"))  # fmt: skip
+    with torch.no_grad():
+        percent = metrics.ndv_percent(model(*images))
+    assert percent > 0 and 100 * float(folded["ndv"]) == pytest.approx(percent, rel=1e-4)
+    assert float(folded["total"]) == pytest.approx(float(plain["total"]) + 10 * float(folded["ndv"]), rel=1e-5)
+    assert "ndv" not in plain
+    folded["total"].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="displacement must have sides from 3 voxels"):
+        ndv_loss(torch.zeros(1, 3, 2, 5, 5))
+    with pytest.raises(ValueError, match="ndv_weight must be 0 or more, got -1"):
+        parse_variant("NDV", ndv_weight=-1)
