@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import re
+import shutil
 import struct
 import zipfile
 import zlib
@@ -121,9 +122,7 @@ def write_submission(
                 archive.write(parts / name, name)
 
     write_atomically(path, pack)
-    for name in files:
-        (parts / name).unlink()
-    parts.rmdir()
+    shutil.rmtree(parts)  # what killed writers have left there too
     return path
 
 
