@@ -39,9 +39,11 @@ def test_the_background_stays_zero_and_a_map_that_is_not_monotone_leaves_the_bra
     assert (changed[image == 0] == 0).all() and changed.min() >= 0 and changed.max() <= 1
     if kind in ("inverted", "piecewise"):
         assert (changed[image > 0] >= intensity.LOWEST - 1e-6).all()
-    inside = image > 0
-    order = torch.corrcoef(torch.stack([image[inside], changed[inside]]))[0, 1]
-    assert {"gamma": order > 0.9, "inverted": order < -0.9, "monotone": order > 0.8}.get(kind, True)
+    steps = changed.flatten()[image.flatten().argsort()][(image == 0).sum() :].diff()  # in the brain, by intensity
+    rises, falls = bool((steps >= -1e-6).all()), bool((steps <= 1e-6).all())
+    assert (rises, falls) == {"gamma": (True, False), "monotone": (True, False), "inverted": (False, True)}.get(
+        kind, (False, False)
+    )
 
 
 def test_the_map_is_applied_to_each_voxel_alone_and_linear_between_its_table():
@@ -71,7 +73,7 @@ def test_only_the_network_sees_the_random_contrast():
         torch.rand(1, generator=generator)
         seen.append(randomize_intensity(image, generator))
     expected = variant.objective(model.fields(*seen), fixed, moving, preset)
-    assert float(terms["total"]) == float(expected["total"])
+    assert torch.equal(terms["total"], expected["total"])
     never = parse_variant("INT", intensity_probability=0.0).loss_terms(model, fixed, moving, preset, seeded(5))
     assert float(never["total"]) != float(terms["total"])
     assert float(never["total"]) == float(parse_variant("backbone").loss_terms(

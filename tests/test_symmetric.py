@@ -88,7 +88,7 @@ def test_inverse_consistency_loss_agrees_with_the_measure_that_is_reported():
 
 
 def test_gradients_of_both_losses_equal_finite_differences():
-    fields = [smooth(seed, 0.4, torch.float64)[..., :4, :5, :6].contiguous().requires_grad_() for seed in (5, 6, 7)]
+    fields = [smooth(seed, 0.4, torch.float64)[..., :3, :4, :3].contiguous().requires_grad_() for seed in (5, 6, 7)]
     assert torch.autograd.gradcheck(inverse_consistency_loss, fields[:2])
     assert torch.autograd.gradcheck(group_consistency_loss, fields)
 
