@@ -205,7 +205,8 @@ def test_table_1_sets_our_rows_beside_the_papers_under_its_names(tmp_path):
              "device": "x"}  # fmt: skip
     for number, name in enumerate(("Zero Displacement", "VoxelMorph", "deedsBCV", "LC-2")):
         table = pd.DataFrame(
-            [{"pair": f"P{pair}", "metric": metric, "value": value * (1 + 0.1 * number + 0.001 * pair)}
+            [{"pair": f"P{pair}", "fixed": f"F{pair}", "moving": f"M{pair}", "metric": metric,
+              "value": value * (1 + 0.1 * number + 0.001 * pair)}
              for metric, value in values.items() for pair in range(6)]
         )  # fmt: skip
         about = {**facts, "run": name.replace(" ", ""), "method": name, "seed": 0}
