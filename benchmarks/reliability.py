@@ -8,6 +8,7 @@ What follows is handed to pytest. Where a test fails nothing is written.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -43,7 +44,10 @@ def readable(tally: dict) -> str:
     return f"{head}\n\n{to_markdown(pd.DataFrame(rows))}"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("pytest_arguments", nargs="*", help="further arguments of pytest, behind --")
+    arguments = options.parse_args(arguments).pytest_arguments
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "tally.json")
         commit = provenance.commit()
@@ -62,4 +66,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
