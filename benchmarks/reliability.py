@@ -1,9 +1,9 @@
 """Faults, bad data and hostile files: run all of their tests and count what was tried, for docs/reliability.md.
 
     python benchmarks/reliability.py              # a quarter of an hour on an idle CPU
-    python benchmarks/reliability.py -k "not two_thousand and not papermill"
+    python benchmarks/reliability.py -- -k "not two_thousand and not papermill"
 
-What follows is handed to pytest. Where a test fails nothing is written.
+What follows `--` is handed to pytest. Where a test fails nothing is written.
 """
 
 from __future__ import annotations
