@@ -14,7 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from lumirlib.ranking import CHALLENGE_METRICS
 from lumirlib.report import BEFORE, COLUMNS, Runs
 from lumirlib.sweep import NEXT_GEN_NN, rows_of_table
 from lumirlib.tables import Measured, to_markdown
+from lumirlib.variants import Variant
 
 SUPPORTED, NOT_SUPPORTED, OPEN = "supported", "not supported", "cannot be told"
 HOLDS, FAILS = "holds", "does not hold"
@@ -378,7 +379,8 @@ def spread_between_pairs(study: Study) -> Finding:
         "standard deviation over pairs is 3 points: the paper's range must be over single labels."
     )
     own = study.values[(study.values["variant"] == NEXT_GEN_NN) & (study.values["metric"] == "dice")]
-    paper = "18 to 99 %; ± 3.13 over pairs in Table 1"
+    published = report.paper_table(2).set_index("method")["dice_std"][report.paper_method(NEXT_GEN_NN)]
+    paper = f"18 to 99 %; ± {published:.2f} over pairs in Table 2"
     if own.empty:
         return Finding("pairs", words, rule, OPEN, paper, f"not run: {NEXT_GEN_NN}")
     dice = 100 * own.groupby("pair")["value"].mean()
@@ -416,7 +418,10 @@ def beyond_validation(study: Study) -> Finding:
     return Finding(
         "leaderboard", "LC's larger gains on the validation people do not carry over to the leaderboard",
         "Needs labels of the challenge's own validation pairs, which only its server has.", OPEN,
-        "LC-1: Val Dice +0.16, leaderboard +0.02; LC-2: +0.26, +0.03",
+        "; ".join(
+            f"{name}: Val Dice {study.paper(name, 'backbone', 'val_dice'):+.2f}, leaderboard "
+            f"{study.paper(name, 'backbone', 'dice'):+.2f}" for name in ("LC-1", "LC-2")
+        ),
         "not testable without the challenge's server",
     )  # fmt: skip
 
@@ -492,24 +497,12 @@ def publish_claims(study: Study, findings: Sequence[Finding], stem: str | Path) 
 
 def summary(study: Study, findings: Sequence[Finding]) -> str:
     """Both tables and the verdicts in one screen, as Markdown; where there are several seeds, ± is over them."""
-    rows = [BEFORE, *study.runs.variants]
-    lines = []
-    shown = {"dice": 2, "hd95_mm": 2, "tre_mm": 2, "ndv_percent": 4}
-    for name in rows:
-        in_table_1 = name in (BEFORE, *rows_of_table(1))
-        title = {BEFORE: "zero displacement", NEXT_GEN_NN: f"{NEXT_GEN_NN} = next-gen-nn"}.get(name, name)
-        line = {"row": title}
-        theirs = report.paper_table(1 if in_table_1 else 2).set_index("method")
-        theirs_name = report.TABLE_1_NAMES.get(name, name) if in_table_1 else report.paper_method(name)
-        own = study.values[study.values["variant"] == name]
-        for metric, digits in shown.items():
-            _, factor, heading = COLUMNS[metric]
-            figure = theirs[metric].get(theirs_name, math.nan)
-            line[f"{heading}: paper"] = "–" if pd.isna(figure) else f"{figure:.{digits}f}"
-            by_seed = own[own["metric"] == metric].groupby("seed")["value"].mean() * factor
-            spread = f" ± {by_seed.std(ddof=1):.{digits}f}" if len(by_seed) > 1 else ""
-            line[f"{heading}: ours"] = f"{by_seed.mean():.{digits}f}{spread}"
-        lines.append(line)
+    schemes = tuple(name for name in study.runs.variants if isinstance(parse_row(name), Variant))
+    others = tuple(name for name in study.runs.variants if name not in schemes)
+    table = report.table2(replace(study.runs, variants=schemes))
+    if others:
+        baselines = report.table1(replace(study.runs, variants=others))
+        table = pd.concat([table, baselines[baselines["variant"] != BEFORE]])
     seeds = study.runs.facts.groupby("variant")["seed"].nunique()
     counted = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     verdicts = []
@@ -518,7 +511,7 @@ def summary(study: Study, findings: Sequence[Finding]) -> str:
         verdicts.append(f"- **{verdict.capitalize()}** ({len(found)}): {'; '.join(found) or 'none'}.")
     return (
         f"**{study.runs.title}**; {counted} seed(s) a row, ± over seeds; the paper's figures are of LUMIR\n\n"
-        f"{to_markdown(pd.DataFrame(lines))}\n\nThe paper's claims, judged by these runs:\n\n"
+        f"{to_markdown(tables.brief_table(table))}\n\nThe paper's claims, judged by these runs:\n\n"
     ) + "\n".join(verdicts)
 
 

@@ -73,7 +73,9 @@ def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
 
 
 def brief_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Table 1 or 2 as text on one screen: a line a method, "paper | ours" in a column for each metric of the challenge.
+    """Table 1 or 2 as text on one screen: a line a method, "paper · ours" in a column for each metric of the challenge.
+
+    Where there are several seeds, ± is the sample standard deviation over them.
 
     Args:
         table: as :func:`lumirlib.report.table1` or :func:`lumirlib.report.table2` gives it.
@@ -85,6 +87,8 @@ def brief_table(table: pd.DataFrame) -> pd.DataFrame:
         row = {"method": method if named else f"{method} ({variant})"}
         for metric in ("dice", "tre_mm", "ndv_percent", "hd95_mm"):
             figures = [_number(values.loc[metric, whose], DIGITS[metric]) for whose in ("paper", "ours")]
+            spread = values.loc[metric, "seed_std"]
+            figures[1] += "" if pd.isna(spread) else f" ± {spread:.{DIGITS[metric]}f}"
             row[f"{COLUMNS[metric][2]}: paper, ours"] = " · ".join(figures)
         rows.append(row)
     return pd.DataFrame(rows)
