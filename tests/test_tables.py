@@ -113,7 +113,7 @@ def test_brief_table_has_a_line_a_method_with_the_papers_figure_and_ours(runs):
     brief = tables.brief_table(report.table2(runs)).set_index("method")
     assert brief.index.tolist() == ["Before Reg", "backbone", "backbone+LC-2"]
     assert brief.loc["backbone", "Dice (%): paper, ours"] == "77.31 · 71.00 ± 1.41"
-    assert brief.loc["backbone+LC-2", "NDV (%): paper, ours"] == "0.0001 · 0.0000"
+    assert brief.loc["backbone+LC-2", "NDV (%): paper, ours"] == "0.0001 · 0.0000 ± 0.0000"
     first = tables.brief_table(report.table1(runs))
     assert first["method"].tolist() == ["Zero Displacement", "backbone", "next-gen-nn (LC-2)"]
     assert first.loc[1, "Dice (%): paper, ours"] == "– · 71.00 ± 1.41"
