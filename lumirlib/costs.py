@@ -74,9 +74,10 @@ def multiply_adds(row: Row, shape: tuple[int, ...]) -> float:
             model.encoder(torch.cat([image, image]))
             for level, sides in enumerate(model.level_shapes(shape)):
                 features = torch.empty(1, row.start_channels, *sides, device="meta")
-                if str(level) in model.co_attention:
-                    model.co_attention[str(level)](features, features)
-                model.estimate(level, features, features)
+                for _ in range(model.passes):
+                    if str(level) in model.co_attention:
+                        model.co_attention[str(level)](features, features)
+                    model.estimate(level, features, features)
     return counter.get_total_flops() // 2
 
 

@@ -323,38 +323,41 @@ def registration_loss(
     smoothness_weight: float = 6.0,
     window: int = 9,
     similarity: str = "ncc",
+    passes: int = 1,
 ) -> dict[str, torch.Tensor]:
     """The paper's eq. 1 with deep supervision: ``sum_l 2^-l (lambda0 similarity_l + lambda1 smoothness_l)``.
 
     At level l the moving image of a Gaussian pyramid is warped by the displacement of that level and compared with
-    the fixed one; the smoothness acts on the velocity before integration.
+    the fixed one; the smoothness acts on the velocity before integration. Of several passes of a level the last one's
+    displacement is compared, and all velocities count.
 
     Args:
         moving: ``(B, 1, D, H, W)``.
         fixed: ``(B, 1, D, H, W)``.
-        displacements: one per level, finest first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the level.
-        velocities: one per level, same shapes.
+        displacements: one per level and pass, finest and last first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the level.
+        velocities: same shapes.
         similarity_weight: lambda0.
         smoothness_weight: lambda1.
         window: NCC window in voxels, the same at every level.
         similarity: "ncc" or "mse".
+        passes: entries per level.
 
     Returns:
         Scalars "total" (to be minimized), "similarity" and "smoothness" (weighted sums over levels, without the
         lambdas).
     """
     check_same_grid(moving, fixed, "moving", "fixed")
-    shapes = [tuple(displacement.shape[2:]) for displacement in displacements]
+    last = displacements[::passes]
+    shapes = [tuple(displacement.shape[2:]) for displacement in last]
     moving_levels, fixed_levels = gaussian_pyramid(moving, shapes), gaussian_pyramid(fixed, shapes)
     check_choice(similarity, SIMILARITIES, "similarity")
     compare = (lambda a, b: ncc_loss(a, b, window)) if similarity == "ncc" else mse_loss
     similarity_sum = torch.zeros((), device=fixed.device)
     smoothness_sum = torch.zeros((), device=fixed.device)
-    levels = zip(moving_levels, fixed_levels, displacements, velocities, strict=True)
-    for level, (moving_level, fixed_level, displacement, velocity) in enumerate(levels):
-        weight = 2.0**-level
-        warped = spatial.warp(moving_level, displacement)
-        similarity_sum = similarity_sum + weight * compare(warped, fixed_level)
-        smoothness_sum = smoothness_sum + weight * diffusion_loss(velocity)
+    levels = zip(moving_levels, fixed_levels, last, strict=True)
+    for level, (moving_level, fixed_level, displacement) in enumerate(levels):
+        similarity_sum = similarity_sum + 2.0**-level * compare(spatial.warp(moving_level, displacement), fixed_level)
+    for entry, (velocity, _) in enumerate(zip(velocities, displacements, strict=True)):
+        smoothness_sum = smoothness_sum + 2.0 ** -(entry // passes) * diffusion_loss(velocity)
     total = similarity_weight * similarity_sum + smoothness_weight * smoothness_sum
     return {"total": total, "similarity": similarity_sum, "smoothness": smoothness_sum}

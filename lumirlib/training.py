@@ -571,10 +571,11 @@ def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: to
     if not isinstance(row, Variant):
         return ""
     predicted = model.fields(fixed, moving)
-    shapes = [tuple(field.shape[2:]) for field in predicted.displacements]
+    shapes = [tuple(field.shape[2:]) for field in predicted.displacements[:: row.passes]]
     images = [losses.gaussian_pyramid(image, shapes) for image in (moving, fixed)]
-    for level in reversed(range(len(shapes))):
-        velocity, displacement = predicted.velocities[level], predicted.displacements[level]
+    for entry in reversed(range(len(predicted.velocities))):
+        level = entry // row.passes
+        velocity, displacement = predicted.velocities[entry], predicted.displacements[entry]
         for name, values in (("velocity", velocity), ("displacement", displacement)):
             if not values.isfinite().all():
                 return f"the {name} of level {level}"

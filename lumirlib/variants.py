@@ -47,6 +47,7 @@ class Variant(Row):
         correlation_window: CORR, side of the window of local correlations at every level, 0 for none; see
             :mod:`lumirlib.models.local_correlation`.
         correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
+        passes: REC, how often each level's estimator is applied.
         symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
             half in the loss.
         inverse_consistency_weight: of :func:`lumirlib.consistency_losses.inverse_consistency_loss` between them.
@@ -76,6 +77,7 @@ class Variant(Row):
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
     correlation_window: int = field(default=0, metadata=ADDED_LATER)
     correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
+    passes: int = field(default=1, metadata=ADDED_LATER)
     symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
     inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     group_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
@@ -169,7 +171,7 @@ class Variant(Row):
         """
         terms = losses.registration_loss(
             moving, fixed, predicted.displacements, predicted.velocities,
-            preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
+            preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity, self.passes,
         )  # fmt: skip
         if self.ndv_weight:
             found = ndv_loss(predicted.displacements[0])
@@ -202,6 +204,7 @@ class Variant(Row):
             words.append(f"bilateral filter of window {self.bilateral_window}, {how}")
         if self.correlation_window:
             words.append(f"local correlation of window {self.correlation_window} as {self.correlation_mode}")
+        words += [f"{self.passes} passes of each level"] if self.passes > 1 else []
         if self.symmetric:
             weight = self.inverse_consistency_weight
             words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
@@ -233,6 +236,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "CA": {"co_attention_levels": 1},
     "BF": {"bilateral_window": 5, "bilateral_mode": "joint"},
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
+    "COMP": {"cascade": "compositional"},
+    "ours": {"cascade": "compositional", "passes": 2, "correlation_window": 3, "correlation_mode": "channels"},
+    "REC": {"passes": 2},
     "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
     "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},
     "SYM": {"symmetric": True, "inverse_consistency_weight": 0.1},

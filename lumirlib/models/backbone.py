@@ -29,7 +29,7 @@ CASCADES = ("additive", "compositional")
 
 
 class Fields(NamedTuple):
-    """What a registration network predicts, one entry per level, finest first.
+    """What a registration network predicts, one entry per level, or per pass of a level, finest and last first.
 
     Attributes:
         displacements: ``(B, 3, D_l, H_l, W_l)`` in voxels of level l; entry 0 is the result.
@@ -45,8 +45,10 @@ def upsample_displacement(displacement: torch.Tensor, shape: tuple[int, ...]) ->
 
     Args:
         displacement: ``(B, 3, d, h, w)`` in voxels of the coarser level.
-        shape: sides of the finer level.
+        shape: sides of the finer level; the same ones leave it as it is.
     """
+    if tuple(shape) == tuple(displacement.shape[2:]):
+        return displacement
     factors = [fine / coarse for fine, coarse in zip(shape, displacement.shape[2:], strict=True)]
     return spatial.resize_displacement(displacement, shape, factors)
 
@@ -68,7 +70,7 @@ def join_velocities(velocities: Sequence[torch.Tensor], cascade: str, squarings:
     """Displacement of every level from the levels' stationary velocities, finest first.
 
     Args:
-        velocities: one per level, finest first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the level.
+        velocities: one per level (or pass of it), finest first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the level.
         cascade: "additive" or "compositional".
         squarings: of each level's integration.
     """
@@ -193,6 +195,8 @@ class RegistrationNetwork(nn.Module):
         bilateral_sigma_range: its initial width in intensities of the fixed image.
         correlation_window: CORR, side of the window of local correlations at every level; 0 for none.
         correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
+        passes: REC, how often each level's estimator is applied, each time to the moving features as warped by all
+            that was found before, and its field joined to that as a finer level's would be.
     """
 
     def __init__(
@@ -209,6 +213,7 @@ class RegistrationNetwork(nn.Module):
         bilateral_sigma_range: float = 0.1,
         correlation_window: int = 0,
         correlation_mode: str = "channels",
+        passes: int = 1,
     ) -> None:
         super().__init__()
         check_choice(cascade, CASCADES, "cascade")
@@ -217,7 +222,7 @@ class RegistrationNetwork(nn.Module):
             ("start_channels", start_channels, 1), ("head_channels", head_channels, 1), ("levels", levels, 1),
             ("squarings", squarings, 0), ("large_kernel", large_kernel, 0),
             ("co_attention_levels", co_attention_levels, 0), ("bilateral_window", bilateral_window, 0),
-            ("correlation_window", correlation_window, 0),
+            ("correlation_window", correlation_window, 0), ("passes", passes, 1),
         ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
@@ -225,6 +230,7 @@ class RegistrationNetwork(nn.Module):
             raise ValueError(f"co_attention_levels must be from 0 to the {levels} levels, got {co_attention_levels}")
         self.cascade = cascade
         self.squarings = squarings
+        self.passes = passes
         self._checkpointing = False
         self.encoder = Encoder(start_channels, large_kernel)
         self.estimators = nn.ModuleList(FlowEstimator(start_channels, head_channels) for _ in range(levels))
@@ -292,17 +298,18 @@ class RegistrationNetwork(nn.Module):
         displacements: list[torch.Tensor] = []
         velocities: list[torch.Tensor] = []
         for level in reversed(range(len(shapes))):
-            coarser = upsample_displacement(displacements[0], shapes[level]) if displacements else None
             features = pyramid.pop()
             if both_directions:
                 features = torch.cat(features), torch.cat(features[::-1])
-            inputs = (*features, coarser)
-            if self.checkpointing and torch.is_grad_enabled():
-                velocity = recomputed(lambda *given, level=level: self._velocity(level, *given), *inputs)
-            else:
-                velocity = self._velocity(level, *inputs)
-            displacements.insert(0, join_levels(spatial.integrate(velocity, self.squarings), coarser, self.cascade))
-            velocities.insert(0, velocity)
+            for _ in range(self.passes):
+                coarser = upsample_displacement(displacements[0], shapes[level]) if displacements else None
+                inputs = (*features, coarser)
+                if self.checkpointing and torch.is_grad_enabled():
+                    velocity = recomputed(lambda *given, level=level: self._velocity(level, *given), *inputs)
+                else:
+                    velocity = self._velocity(level, *inputs)
+                displacements.insert(0, join_levels(spatial.integrate(velocity, self.squarings), coarser, self.cascade))
+                velocities.insert(0, velocity)
         if self.bilateral_filter is not None:
             guide = torch.cat([fixed, moving]) if both_directions else fixed
             displacements[0] = self.bilateral_filter(displacements[0], guide)
@@ -312,7 +319,7 @@ class RegistrationNetwork(nn.Module):
         """Displacement of every level from given velocities, as :meth:`fields` makes them from its own.
 
         Args:
-            velocities: one per level, finest first, as :class:`Fields` has them.
+            velocities: as :class:`Fields` has them.
             fixed: ``(B, 1, D, H, W)``, guides the bilateral filter where there is one.
         """
         found = join_velocities(velocities, self.cascade, self.squarings)
@@ -323,7 +330,7 @@ class RegistrationNetwork(nn.Module):
     def _velocity(
         self, level: int, fixed: torch.Tensor, moving: torch.Tensor, coarser: torch.Tensor | None
     ) -> torch.Tensor:
-        """Velocity of one level from its features and the upsampled coarser displacement.
+        """Velocity of one level from its features and the displacement found so far, on the level's grid.
 
         Under autocast all but the finest level stay in float32: their errors are multiplied on the way to the result,
         and they have an eighth of its voxels.

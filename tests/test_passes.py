@@ -1,0 +1,118 @@
+"""Several passes of each level (REC): the cascade, the loss, and that they go with the other options."""
+
+import pytest
+import torch
+from test_backbone import ConstantVelocity, known_velocity
+from torch import nn
+
+from lumirlib import build_model, costs, losses, parse_variant, spatial
+from lumirlib.instance_optimization import InstanceOptimization
+from lumirlib.models import RegistrationNetwork
+from lumirlib.models.backbone import join_velocities
+from lumirlib.presets import get_preset
+from lumirlib.training import first_non_finite
+
+SHAPE = (9, 8, 7)
+
+
+def images(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [losses.gaussian_smooth(torch.rand(1, 1, *SHAPE, generator=generator)) for _ in range(2)]
+
+
+def small(passes, name="COMP", **options):
+    torch.manual_seed(0)
+    model = build_model(name, start_channels=4, head_channels=5, levels=2, passes=passes, **options)
+    for estimator in model.estimators:
+        nn.init.normal_(estimator.conv3.weight, std=0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("cascade", ["additive", "compositional"])
+def test_each_pass_is_joined_to_what_was_found_before_it(cascade):
+    model = RegistrationNetwork(4, 5, cascade, levels=1, passes=3)
+    model.estimators = nn.ModuleList([ConstantVelocity(known_velocity(1.5))])
+    own = expected = spatial.integrate(known_velocity(1.5)(SHAPE), 7)
+    found = model.fields(*images()).displacements
+    for displacement in reversed(found):
+        assert torch.allclose(displacement, expected, atol=1e-6)
+        expected = own + expected if cascade == "additive" else own + spatial.warp(expected, own)
+    assert len(found) == 3
+
+
+def test_a_later_pass_reads_the_features_as_warped_by_the_former_ones():
+    model, (fixed, moving) = small(2), images()
+    fields = model.fields(fixed, moving)
+    assert [tuple(field.shape[2:]) for field in fields.velocities] == [SHAPE, SHAPE, (5, 4, 4), (5, 4, 4)]
+    fixed_features, moving_features = model.encode(fixed, moving)
+    for entry in (0, 1):
+        before = fields.displacements[entry + 1]
+        if entry == 1:
+            before = spatial.resize_displacement(before, SHAPE, [9 / 5, 8 / 4, 7 / 4])
+        expected = model.estimate(0, fixed_features, spatial.warp(moving_features, before))
+        assert torch.allclose(fields.velocities[entry], expected, atol=1e-5)
+    assert (fields.velocities[0] - fields.velocities[1]).abs().max() > 1e-3  # the second sees something else
+    assert torch.allclose(join_velocities(fields.velocities, "compositional")[0], fields.displacements[0], atol=1e-6)
+
+
+def test_one_pass_is_the_network_without_the_option():
+    once, plain = small(1), small(1, "LC-2")
+    assert torch.equal(once(*images()), plain(*images()))
+    assert parse_variant("COMP+REC").passes == 2 and parse_variant("COMP").cascade == "compositional"
+    assert "2 passes" in parse_variant("REC").words and "passes" not in parse_variant("COMP").words
+
+
+def test_the_loss_compares_each_levels_last_pass_and_smooths_all():
+    fields, (fixed, moving) = small(2).fields(*images()), images()
+    found = losses.registration_loss(moving, fixed, *fields, 1.0, 2.0, 3, passes=2)
+    last = losses.registration_loss(moving, fixed, fields.displacements[::2], fields.velocities[::2], 1.0, 2.0, 3)
+    smoothness = sum(
+        weight * losses.diffusion_loss(velocity)
+        for weight, velocity in zip((1, 1, 0.5, 0.5), fields.velocities, strict=True)
+    )
+    assert torch.allclose(found["similarity"], last["similarity"])
+    assert torch.allclose(found["smoothness"], smoothness) and smoothness > 1.01 * last["smoothness"]
+    assert torch.allclose(found["total"], found["similarity"] + 2 * smoothness)
+    row, preset = parse_variant("COMP+REC"), get_preset("smoke", window=3, smoothness_weight=2.0)
+    assert torch.allclose(row.objective(fields, fixed, moving, preset)["total"], found["total"])
+
+
+@pytest.mark.parametrize("name", ["BF", "CA", "CORR", "CORR-att", "LK"])
+def test_it_goes_with_other_schemes_and_recomputation_changes_nothing(name):
+    model = small(2, name).train()
+    gradients = []
+    for checkpointing in (False, True):
+        model.checkpointing = checkpointing
+        model.zero_grad()
+        model.fields(*images()).displacements[0].square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_instance_optimization_descends_on_the_velocities_of_all_passes():
+    row, preset = parse_variant("COMP+REC"), get_preset("smoke", window=3)
+    method = InstanceOptimization(small(2), lambda *given: row.objective(*given, preset), steps=5, learning_rate=0.05)
+    method(*images())
+    assert method.last_run["optimization_loss_after"] < method.last_run["optimization_loss_before"]
+
+
+def test_a_broken_velocity_is_told_with_its_level():
+    model = small(2)
+    nn.init.constant_(model.estimators[1].conv3.bias, float("inf"))
+    row = parse_variant("COMP+REC", start_channels=4, head_channels=5, levels=2)
+    assert first_non_finite(row, model, *images(), get_preset("smoke", window=3)) == "the velocity of level 1"
+
+
+def test_estimators_are_paid_for_in_each_pass_and_the_encoder_once():
+    once, twice, thrice = (
+        costs.multiply_adds(parse_variant("COMP", start_channels=4, levels=2, passes=passes), (12, 16, 20))
+        for passes in (1, 2, 3)
+    )
+    assert thrice - twice == twice - once > 0 and once > twice - once
+    assert costs.count_parameters(parse_variant("REC")) == costs.count_parameters(parse_variant("backbone"))
+
+
+def test_no_passes_are_refused():
+    with pytest.raises(ValueError, match="passes must be a whole number from 1, got 0"):
+        build_model("backbone", passes=0)
