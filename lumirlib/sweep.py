@@ -18,8 +18,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -281,7 +283,8 @@ def plan(
 def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
     """Execute what is not finished, `jobs` at a time, the processor's threads shared among them.
 
-    A run that uses another's weights ("BF-post", "IO") starts when all others have ended.
+    A run that uses another's weights ("BF-post", "IO") starts when all others have ended. SIGTERM has the runs under
+    way save and end, and then ends this process.
 
     Returns:
         Output of each run that broke -> its error.
@@ -289,27 +292,59 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
     pending = [run for run in runs if not run.is_finished()]
     print(f"{len(runs)} runs, {len(runs) - len(pending)} finished before")
     broken: dict[Path, str] = {}
+    under_way: list[tuple[SweepRun, subprocess.Popen]] = []
+
+    ending = threading.Event()
+
+    def execute(run: SweepRun) -> str:
+        def started(process: subprocess.Popen) -> None:
+            under_way.append((run, process))
+            if ending.is_set():
+                run.stop(process)
+
+        return run.execute(max(1, (os.cpu_count() or 1) // jobs // run.processes), started)
+
     with (
+        ending_on_sigterm(),
         ThreadPoolExecutor(max_workers=jobs) as pool,
         tqdm(total=len(pending), desc="sweep", unit="run", disable=not pending) as bar,
     ):
         try:
             for later in (False, True):
                 group = [run for run in pending if needs_another(run.row) == later]
-                futures = {
-                    pool.submit(run.execute, max(1, (os.cpu_count() or 1) // jobs // run.processes)): run
-                    for run in group
-                }
+                futures = {pool.submit(execute, run): run for run in group}
                 for future in as_completed(futures):
                     error = future.result()
                     if error:
                         broken[futures[future].output] = error
                         tqdm.write(f"broken: {futures[future].output.name}\n{error}")
                     bar.update()
-        except KeyboardInterrupt:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, SystemExit):  # Ctrl-C reaches the runs by itself
+                ending.set()
+                for run, process in under_way:
+                    if process.poll() is None:
+                        run.stop(process)
             raise
     return broken
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Meanwhile SIGTERM raises SystemExit, with status 143; not outside the main thread, which takes no signals."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 EXAMPLES = """examples:

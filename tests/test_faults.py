@@ -252,6 +252,33 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_not_finished(tmp_path, monk
     assert not list(target.rglob("*.partial.*"))
 
 
+SWEEP = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+from lumirlib import sweep
+
+out = sys.argv[1]
+script = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)"
+sweep.SweepRun.command = lambda self, output: [sys.executable, "-S", "-c", script, str(output) + ".started"]
+sweep.SweepRun.is_finished = lambda self: False
+planned = sweep.plan(["backbone", "LK", "CA"], [0], "smoke", "embedded", "", out)
+sweep.run_sweep([replace(run, launcher="train", output=run.output.with_suffix(".txt")) for run in planned], jobs=2)
+"""
+
+
+def test_sigterm_to_a_sweep_ends_the_runs_under_way_and_starts_no_other(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SWEEP, str(tmp_path)], stderr=subprocess.DEVNULL)
+    started = time.monotonic()
+    while len(list(tmp_path.rglob("*.started"))) < 2 and time.monotonic() < started + 120:
+        assert process.poll() is None
+        time.sleep(0.05)
+    runs = psutil.Process(process.pid).children()
+    process.terminate()
+    assert process.wait(30) == 143 and len(runs) == 2 and len(list(tmp_path.rglob("*.started"))) == 2
+    assert not psutil.wait_procs(runs, timeout=10)[1]
+
+
 def test_files_that_killed_writers_left_are_swept_up_when_they_are_old(tmp_path):
     left, young = tmp_path / ".partial-old.pt", tmp_path / ".partial-young.pt"
     for file in (left, young):
