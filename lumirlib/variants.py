@@ -54,6 +54,7 @@ class Variant(Row):
         group_weight: GROUP, of :func:`lumirlib.consistency_losses.group_consistency_loss`; each pair A, B of a training
             step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
         ndv_weight: NDV, of :func:`lumirlib.ndv_loss.ndv_loss` of the result, a share of the volume, in the loss.
+        learning_rate_factor: LR2, times the preset's learning rate, which is that of the paper's own network.
         intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
             :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
         instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
@@ -82,6 +83,7 @@ class Variant(Row):
     inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     group_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    learning_rate_factor: float = field(default=1.0, metadata=NOT_OF_NETWORK)
     intensity_probability: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
     instance_learning_rate: float = field(default=0.03, metadata=NOT_OF_NETWORK)
@@ -97,6 +99,8 @@ class Variant(Row):
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
         if not 0 <= self.intensity_probability <= 1:
             raise ValueError(f"intensity_probability must be from 0 to 1, got {self.intensity_probability}")
+        if not 0 < self.learning_rate_factor < math.inf:
+            raise ValueError(f"learning_rate_factor must be above 0, got {self.learning_rate_factor}")
         if self.inverse_consistency_weight and not self.symmetric:
             raise ValueError("inverse_consistency_weight needs both directions: set symmetric=true too")
         if self.instance_steps:
@@ -106,6 +110,10 @@ class Variant(Row):
         """The variant at a preset's width and depth."""
         channels = max(1, round(self.start_channels / preset.channel_divisor))
         return replace(self, start_channels=channels, levels=preset.levels)
+
+    def adapt(self, preset: Preset) -> Preset:
+        """The preset with the variant's own learning rate."""
+        return replace(preset, learning_rate=preset.learning_rate * self.learning_rate_factor)
 
     def build(self) -> RegistrationNetwork:
         """The network, with fresh weights."""
@@ -210,6 +218,8 @@ class Variant(Row):
             words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
         words += [f"group consistency over triplets weighted {self.group_weight:g}"] if self.group_weight else []
         words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
+        if self.learning_rate_factor != 1:
+            words.append(f"learning rate times {self.learning_rate_factor:g}")
         if self.intensity_probability:
             words.append(f"trained on random contrasts with probability {self.intensity_probability:g}")
         if self.instance_steps:
@@ -239,6 +249,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "COMP": {"cascade": "compositional"},
     "ours": {"cascade": "compositional", "passes": 2, "correlation_window": 3, "correlation_mode": "channels"},
     "REC": {"passes": 2},
+    "LR2": {"learning_rate_factor": 2.0},
     "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
     "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},
     "SYM": {"symmetric": True, "inverse_consistency_weight": 0.1},

@@ -9,7 +9,7 @@ from lumirlib import build_model, costs, losses, parse_variant, spatial
 from lumirlib.instance_optimization import InstanceOptimization
 from lumirlib.models import RegistrationNetwork
 from lumirlib.models.backbone import join_velocities
-from lumirlib.presets import get_preset
+from lumirlib.presets import get_preset, split_options
 from lumirlib.training import first_non_finite
 
 SHAPE = (9, 8, 7)
@@ -111,6 +111,16 @@ def test_estimators_are_paid_for_in_each_pass_and_the_encoder_once():
     )
     assert thrice - twice == twice - once > 0 and once > twice - once
     assert costs.count_parameters(parse_variant("REC")) == costs.count_parameters(parse_variant("backbone"))
+
+
+def test_a_variant_may_have_its_own_learning_rate_as_baselines_have():
+    preset = get_preset("demo")
+    assert parse_variant("backbone").adapt(preset) == preset
+    assert parse_variant("LC-2+LR2").adapt(preset).learning_rate == pytest.approx(2 * preset.learning_rate)
+    chosen, own = split_options("demo", parse_variant("LR2"), {"learning_rate": 0.005})
+    assert chosen.learning_rate == 0.005 and own == {}  # what is asked for by name holds
+    with pytest.raises(ValueError, match="learning_rate_factor must be above 0, got 0"):
+        parse_variant("backbone", learning_rate_factor=0.0)
 
 
 def test_no_passes_are_refused():
