@@ -41,7 +41,7 @@ def pytest_runtest_setup(item):
         return
     folder = Path(item.config.lumirlib_results, item.path.stem)
     if not folder.exists():
-        for part in ("metrics", "logs", "costs", "folding"):
+        for part in ("metrics", "logs", "costs", "folding", "robustness"):
             if (COMMITTED / part).is_dir():
                 shutil.copytree(COMMITTED / part, folder / part)
     os.environ["LUMIRLIB_RESULTS"] = str(folder)

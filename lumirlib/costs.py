@@ -284,7 +284,8 @@ def write_costs(
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(prog="python -m lumirlib.costs", description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--rows", nargs="+", default=["table2", "BF-post"], help="table1, table2, or rows such as LK")
+    options.add_argument("--rows", nargs="+", default=["table2", "BF-post"], help="table1, table2, beyond, or rows "
+                         "such as LK")  # fmt: skip
     options.add_argument("--preset", default="demo", help="gives widths and the size of the images")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     options.add_argument("--rounds", type=int, default=3, help="how often each variant is measured")
@@ -308,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     command = f"python -m lumirlib.costs --rows {' '.join(given.rows)} --preset {preset.name}"
     command += f" --rounds {given.rounds} --repeats {given.repeats}" + " --no-training" * given.no_training
-    name = "table1_" if given.rows == ["table1"] else ""
+    name = f"{given.rows[0]}_" if given.rows in (["table1"], ["beyond"]) else ""
     path = write_costs(table, preset, device, provenance.results_folder(given.out), command, name)
     columns = ["seconds_per_pair", "seconds_per_step", "inference_mib", "training_mib"]
     print(table.groupby("variant", sort=False)[columns].median().to_string(float_format="%.3f"))

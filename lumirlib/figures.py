@@ -20,7 +20,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lumirlib import metrics, spatial
+from lumirlib import beyond, metrics, robustness, spatial
 from lumirlib._checks import check_labels
 from lumirlib.claims import Finding
 from lumirlib.comparison import MATCHING
@@ -614,5 +614,101 @@ def study_figure(runs: Runs, comparable: pd.DataFrame, title: str) -> Figure:
     for ax in (left, right):
         entries = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # of each kind of mark one
         ax.legend(entries.values(), entries.keys(), loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    figure.suptitle(title)
+    return figure
+
+
+def equal_time_figure(runs: Runs, title: str, reference: str = beyond.REFERENCES[0]) -> Figure:
+    """Validation Dice of every row against the minutes that its training steps had taken.
+
+    Thin lines are seeds, the thick one their mean over epochs; the dashed line is when the reference, in the mean over
+    its seeds, was trained.
+
+    Args:
+        runs: what is drawn; rows without a training of their own are left out.
+        title: of the figure.
+        reference: whose time is marked, if it has been run.
+
+    Raises:
+        ValueError: no run has a log.
+    """
+    times = beyond.training_minutes(runs)
+    names = [name for name in beyond.trained_here(runs) if name in set(times["variant"])]
+    if not names:
+        raise ValueError(f"no run of {', '.join(runs.variants)} has a log")
+    figure, ax = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+    for name, colour in zip(names, sns.color_palette("colorblind", len(names)), strict=True):
+        own = times[times["variant"] == name]
+        for _, seed in own.groupby("seed"):
+            ax.plot(seed["minutes"], seed["val_dice"], color=colour, linewidth=0.7, alpha=0.6)
+        middle = own.groupby("epoch")[["minutes", "val_dice"]].mean()
+        ax.plot(middle["minutes"], middle["val_dice"], color=colour, linewidth=2.4, label=name)
+    budget = times[times["variant"] == reference].groupby("seed")["minutes"].max()
+    if len(budget):
+        ax.axvline(budget.mean(), color="0.4", linestyle="--", linewidth=1.2, label=f"{reference} is trained")
+    ax.set(xlabel="minutes of training steps", ylabel="validation Dice (%)", title=title)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def robustness_figure(measured: pd.DataFrame, title: str) -> Figure:
+    """Dice of every row under every alteration of the moving image: seeds as ticks, their mean as a disc.
+
+    Args:
+        measured: the table of :func:`lumirlib.beyond.load_robustness`.
+        title: of the figure.
+    """
+    names, kinds = (list(dict.fromkeys(measured[column])) for column in ("variant", "alteration"))
+    seeds = 100 * measured.groupby(["alteration", "variant", "seed"])["dice"].mean()
+    figure, ax = plt.subplots(figsize=(8.5, 0.9 + 0.2 * len(kinds) * (len(names) + 1)), layout="constrained")
+    for number, (name, colour) in enumerate(zip(names, sns.color_palette("colorblind", len(names)), strict=True)):
+        for place, kind in enumerate(reversed(kinds)):
+            if (kind, name) not in seeds.index.droplevel("seed"):
+                continue
+            height, values = place + 0.8 * (0.5 - (number + 0.5) / len(names)), seeds[kind, name]
+            ax.plot(values, [height] * len(values), linestyle="none", marker="|", markersize=9, color=colour)
+            ax.plot(values.mean(), height, linestyle="none", marker="o", color=colour, label=name)
+    ax.set(yticks=range(len(kinds)), yticklabels=kinds[::-1], xlabel="Dice (%), ticks: seeds", title=title)
+    for between in range(1, len(kinds)):
+        ax.axhline(between - 0.5, color="0.85", linewidth=0.8)
+    ax.grid(visible=False, axis="y")
+    entries = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    ax.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def alterations_figure(cohort, pair, title: str, method=None) -> Figure:
+    """One pair under every alteration of :mod:`lumirlib.robustness`, axial slices at 45 % of the height.
+
+    Above: the altered moving image, with the fixed image in the first column. Below, with a method: what it registers
+    them by, put to the unaltered moving image, and the Dice that this gives.
+
+    Args:
+        cohort: gives images and labels.
+        pair: of the cohort.
+        title: of the figure.
+        method: ``method(fixed, moving) -> displacement``, or None.
+    """
+    fixed, moving = cohort.image(pair.fixed), cohort.image(pair.moving)
+    middle, rows = int(0.45 * fixed.shape[4]), 1 if method is None else 2
+    columns = 1 + len(robustness.ALTERATIONS)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.6 * rows + 0.3), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    plot_slice(axes[0, 0], fixed, middle).set_title("fixed")
+    for ax in axes[1:, 0]:
+        ax.set_visible(False)
+    labelled = pair.fixed.labels is not None and pair.moving.labels is not None
+    for column, (name, alter) in enumerate(robustness.ALTERATIONS.items(), start=1):
+        altered = alter(moving, pair, cohort.resolution_mm)
+        plot_slice(axes[0, column], altered, middle).set_title(f"moving\n{name}" if column == 1 else name)
+        if method is None:
+            continue
+        displacement = displacement_of(method, fixed, altered)
+        ax = plot_slice(axes[1, column], spatial.warp(moving, displacement), middle)
+        if labelled:
+            target, source = cohort.label_volume(pair.fixed), cohort.label_volume(pair.moving)
+            warped = spatial.warp(source, displacement, mode="nearest")
+            dice = 100 * metrics.dice(warped, target, source, cohort.labels)
+            ax.set_title(f"warped, Dice {dice:.1f} %" if column == 1 else f"Dice {dice:.1f} %")
     figure.suptitle(title)
     return figure

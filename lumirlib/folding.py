@@ -98,14 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
                 run = AblationRun.prepare(
                     row, given.preset, given.cohort, seed, given.data_root, given.out, given.device
                 )
-                checkpoint = run.out / "checkpoints" / run.config.run / "best.pt"
-                if not checkpoint.is_file():
-                    raise FileNotFoundError(
-                        f"{row} with seed {seed} is not trained yet ({checkpoint}): python -m lumirlib.sweep --rows "
-                        f"{row} --seeds {seed} --preset {given.preset} --cohort {without_folders(given.cohort)}"
-                    )
                 table = amplified_folding(
-                    load_model(checkpoint, str(run.device)), run.cohort, run.pairs, given.factors, run.device,
+                    load_model(run.checkpoint, str(run.device)), run.cohort, run.pairs, given.factors, run.device,
                     description=f"{row}, seed {seed}",
                 )  # fmt: skip
                 found.append(table.assign(variant=parse_variant(row).name, seed=seed))

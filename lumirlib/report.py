@@ -220,17 +220,20 @@ RUN_FACTS = {"options": dict, "preset": dict, "seed": int, "val_dice": (int, flo
 
 
 def _check_facts(path: Path, about: Mapping[str, object]) -> None:
-    for name, kind in {**MEASURED_FACTS, **(RUN_FACTS if "options" in about else {})}.items():
+    wanted = {**MEASURED_FACTS, **(RUN_FACTS if "options" in about else {})}
+    if path.parent.name != "metrics":  # made from trained weights, later
+        wanted = {name: kind for name, kind in wanted.items() if not name.startswith("val_dice")}
+    for name, kind in wanted.items():
         value = about.get(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             kinds = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
             raise ValueError(f"{path}: expected {kinds} as {name!r}, got {value!r}")
 
 
-def _described(folder: str | Path, cohort: str | None = None) -> list[tuple[Path, dict]]:
+def _described(folder: str | Path, cohort: str | None = None, kind: str = "metrics") -> list[tuple[Path, dict]]:
     """CSV and provenance of all that was measured on a cohort; None takes all cohorts."""
     found = []
-    for path in sorted(Path(folder, "metrics").glob("*.json")):
+    for path in sorted(Path(folder, kind).glob("*.json")):
         try:
             about = read_json(path)
         except FileNotFoundError:  # a run is writing it anew at this moment
@@ -284,7 +287,7 @@ def _table_of(path: Path, about: Mapping[str, object]) -> pd.DataFrame:
 
 
 def find_runs(
-    folder: str | Path, row: Row, preset: str, cohort: str, options: Mapping[str, object]
+    folder: str | Path, row: Row, preset: str, cohort: str, options: Mapping[str, object], kind: str = "metrics"
 ) -> list[tuple[Path, dict]]:
     """CSV and provenance of each finished run of a row, with any seed.
 
@@ -294,12 +297,13 @@ def find_runs(
         preset: name of the preset.
         cohort: short name of the cohort.
         options: what was set besides.
+        kind: part of the folder that is looked in: "metrics", or "robustness".
     """
     chosen, for_row = split_options(preset, row, options)
     wanted = replace(chosen.apply(row), **for_row)
     return [
         (path, about)
-        for path, about in _described(folder, cohort)
+        for path, about in _described(folder, cohort, kind)
         if "options" in about and _same_row(about["options"], wanted) and _same_preset(about["preset"], chosen)
     ]
 

@@ -20,6 +20,7 @@ from lumirlib.data import Cohort, Pair, load_cohort
 from lumirlib.data.cohort import SMALLEST_LABEL
 from lumirlib.engine import Engine
 from lumirlib.evaluation import (
+    Method,
     cohort_facts,
     data_title,
     evaluate_method,
@@ -37,6 +38,7 @@ from lumirlib.training import (
     RunConfig,
     TrainingResult,
     make_config,
+    method_of_weights,
     spread,
     train,
     train_in_processes,
@@ -215,6 +217,31 @@ class AblationRun:
     def missing(self) -> str:
         """Empty where the row can be run on this machine; else what to install."""
         return self.config.variant.available()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The best weights of the run's finished training, or of that of the row whose weights it uses.
+
+        Raises:
+            FileNotFoundError: not trained, or not to the end.
+        """
+        row = self.config.variant.trained()
+        run = replace(self.config, variant=row).run
+        path, log = self.out / "checkpoints" / run / "best.pt", self.out / "logs" / f"{run}.csv"
+        epochs = len(pd.read_csv(log)) - 1 if log.is_file() else 0
+        if not path.is_file() or epochs < self.config.preset.epochs:
+            raise FileNotFoundError(
+                f"{row.name} with seed {self.config.seed} is not trained yet ({path}; {epochs} of "
+                f"{self.config.preset.epochs} epochs): python -m lumirlib.sweep --rows {shlex.quote(row.name)} --seeds "
+                f"{self.config.seed} --preset {self.config.preset.name}, with the same cohort"
+            )
+        return path
+
+    def trained_method(self) -> nn.Module | Method:
+        """What :meth:`evaluate` would score, from :attr:`checkpoint`; nothing is trained."""
+        if self.config.variant.trains_on == "nothing":
+            return self.config.variant.build()
+        return method_of_weights(self.config, self.checkpoint, self.device)
 
     def training_labels(self) -> torch.Tensor:
         """A label volume ``(1, 1, D, H, W)`` of those that a row that trains on labels learns from."""

@@ -1,4 +1,4 @@
-"""Command line of many runs, `python -m lumirlib.sweep`: rows of Tables 1 and 2 and seeds, here or on a cluster.
+"""Command line of many runs, `python -m lumirlib.sweep`: rows of the tables and seeds, here or on a cluster.
 
     python -m lumirlib.sweep --rows table2 --seeds 0 1 2 --preset demo
     python -m lumirlib.sweep --rows table2 --seeds 0 1 2 --preset paper --executor slurm --slurm gpus_per_node=1
@@ -43,6 +43,9 @@ from lumirlib.variants import Variant
 NOTEBOOKS = {"variant": "run_ablation.ipynb", "method": "run_baseline.ipynb"}
 #: The variant that stands for the paper's submission in Table 1: its figures there are those of LC-2 in Table 2.
 NEXT_GEN_NN = "LC-2"
+#: The ablation of our own options, see docs/beyond.md: one option each on the compositional cascade, and the recipe.
+BEYOND = ("LC-2", "COMP", "COMP+CORR", "COMP+SYM", "COMP+NDV", "COMP+INT", "COMP+GROUP", "COMP+REC", "COMP+IO", "ours",
+          "ours+IO", "LC-2+IO")  # fmt: skip
 #: How a run is started: its notebook by papermill, or `python -m lumirlib.train`.
 LAUNCHERS = ("notebook", "train")
 #: Lines of a broken run's messages that are shown; all are in its failed output.
@@ -205,12 +208,9 @@ def _short_name(cohort: str) -> str:
 
 
 def table_rows(rows: Sequence[str]) -> list[str]:
-    """Names of rows, each once, with "table1" and "table2" replaced by those of the paper's tables."""
-    tables = {"table1": 1, "table2": 2}
-    names = [
-        name for row in rows for name in (rows_of_table(tables[row]) if row in tables else [parse_row(row).name])
-    ]  # fmt: skip
-    return list(dict.fromkeys(names))
+    """Names of rows, each once, with "table1", "table2" and "beyond" replaced by theirs (:data:`BEYOND`)."""
+    lists = {"table1": rows_of_table(1), "table2": rows_of_table(2), "beyond": BEYOND}
+    return list(dict.fromkeys(parse_row(name).name for row in rows for name in lists.get(row, [row])))
 
 
 def plan(
@@ -227,7 +227,8 @@ def plan(
     """The runs of a sweep, row by row, each with all its seeds; those that use another's weights last.
 
     Args:
-        rows: names for :func:`lumirlib.methods.parse_row`; "table1" and "table2" stand for those of the tables.
+        rows: names for :func:`lumirlib.methods.parse_row`; "table1", "table2" and "beyond" as in
+            :func:`table_rows`.
         seeds: of each.
         preset: of all.
         cohort: "embedded", "lumir", "brains" or the path of a dataset JSON.
@@ -359,7 +360,8 @@ def parser(prog: str = "python -m lumirlib.sweep") -> argparse.ArgumentParser:
         prog=prog, description=(__doc__ or "").splitlines()[0], epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    options.add_argument("--rows", nargs="+", default=["table2"], help="table1, table2, or rows such as LK+BF")
+    options.add_argument("--rows", nargs="+", default=["table2"], help="table1, table2, beyond, or rows such as "
+                         "LK+BF")  # fmt: skip
     options.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of each row")
     options.add_argument("--preset", default="demo", help="preset of every run")
     options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")

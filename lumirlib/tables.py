@@ -15,7 +15,8 @@ from lumirlib.provenance import now, versions
 from lumirlib.report import BEFORE, COLUMNS, DIGITS, HIGHER_IS_BETTER, Runs
 
 
-def _number(value: float, digits: int, signed: bool = False) -> str:
+def as_text(value: float, digits: int, signed: bool = False) -> str:
+    """A figure as text: a dash for NaN, and, where it is signed, a true minus or a plus before all but zero."""
     if pd.isna(value):
         return "–"
     if signed and round(value, digits) != 0:
@@ -52,14 +53,14 @@ def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
             heading = COLUMNS[column][2]
             row, digits = by_metric.loc[column], DIGITS[column]
             for source in ("paper", "ours"):
-                text = _number(row[source], digits)
+                text = as_text(row[source], digits)
                 if variant != BEFORE and round(row[source], digits) == best.get((column, source)):
                     text = bold.format(text)
                 if source == "ours" and not pd.isna(row["seed_std"]):
                     text += f" ({row['seed_std']:.{digits}f})"
                 lines[source][heading] = text
             lines["ours − paper"][heading] = (
-                "" if column == "dice_std" else _number(row["difference"], digits, signed=True)
+                "" if column == "dice_std" else as_text(row["difference"], digits, signed=True)
             )
         seeds = str(int(part["seeds"].max())) if variant != BEFORE else ""
         for source, values in lines.items():
@@ -86,7 +87,7 @@ def brief_table(table: pd.DataFrame) -> pd.DataFrame:
         named = variant in (BEFORE, method) or method.startswith("backbone")
         row = {"method": method if named else f"{method} ({variant})"}
         for metric in ("dice", "tre_mm", "ndv_percent", "hd95_mm"):
-            figures = [_number(values.loc[metric, whose], DIGITS[metric]) for whose in ("paper", "ours")]
+            figures = [as_text(values.loc[metric, whose], DIGITS[metric]) for whose in ("paper", "ours")]
             spread = values.loc[metric, "seed_std"]
             figures[1] += "" if pd.isna(spread) else f" ± {spread:.{DIGITS[metric]}f}"
             row[f"{COLUMNS[metric][2]}: paper, ours"] = " · ".join(figures)
@@ -102,9 +103,9 @@ def readable_effects(table: pd.DataFrame) -> pd.DataFrame:
         for _, found in part.iterrows():
             _, _, heading = COLUMNS[found["metric"]]
             digits = DIGITS[found["metric"]]
-            ours = _number(found["ours"], digits, signed=True)
+            ours = as_text(found["ours"], digits, signed=True)
             spread = "" if pd.isna(found["seed_std"]) else f" ({found['seed_std']:.{digits}f})"
-            row[f"{heading}: paper"] = _number(found["paper"], digits, signed=True)
+            row[f"{heading}: paper"] = as_text(found["paper"], digits, signed=True)
             row[f"{heading}: ours"] = f"{ours}{spread}, {found['better_pairs']:.0%} better"
         rows.append(row)
     return pd.DataFrame(rows).fillna("–")
@@ -127,15 +128,15 @@ def readable_costs(costs: pd.DataFrame, reference: str = "backbone") -> pd.DataF
     for name, row in middle.iterrows():
         trained = not pd.isna(row["seconds_per_step"])
         rows.append(
-            {"variant": name, "sc": _number(row["start_channels"], 0), "parameters": f"{int(row['parameters']):,}",
-             "G multiply-adds": _number(row["multiply_adds"] / 1e9, 1),
+            {"variant": name, "sc": as_text(row["start_channels"], 0), "parameters": f"{int(row['parameters']):,}",
+             "G multiply-adds": as_text(row["multiply_adds"] / 1e9, 1),
              "s / pair": f"{row['seconds_per_pair']:.3f} ({ratio('seconds_per_pair', name)})",
              "s / training step": f"{row['seconds_per_step']:.2f} ({ratio('seconds_per_step', name)})" if trained
              else "–",
              "peak memory, inference (MiB)": f"{row['inference_mib']:.0f}",
              "peak memory, training (MiB)": f"{row['training_mib']:.0f}" if trained else "–",
              "parameters, paper's width": f"{int(row['paper_parameters']):,}",
-             "T multiply-adds, paper's width, 1 mm": _number(row["paper_multiply_adds"] / 1e12, 2)}
+             "T multiply-adds, paper's width, 1 mm": as_text(row["paper_multiply_adds"] / 1e12, 2)}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -184,6 +185,18 @@ def publish(
     return text
 
 
+def not_converged_note(runs: Runs) -> str:
+    """A sentence with the rows that had not converged by docs/protocol.md, after a space; empty where all had."""
+    rises = report.late_rises(runs)
+    still = list(dict.fromkeys(rises.loc[~rises["converged"].astype(bool), "variant"]))
+    if not still:
+        return ""
+    return (
+        f" Not converged, as the validation Dice of a seed still rose by more than {report.CONVERGED} points over "
+        f"the last quarter of its epochs: {', '.join(still)}."
+    )
+
+
 def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
     """:func:`publish` Table 1 or 2 beside ours; the Markdown."""
     table = {1: report.table1, 2: report.table2}[number](runs)
@@ -192,13 +205,7 @@ def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
     idle = [name for name in runs.variants if dice[name] <= dice[BEFORE]]
     if idle:
         note += f" Not better than zero displacement in Dice, so it has learned nothing yet: {', '.join(idle)}."
-    rises = report.late_rises(runs)
-    still = list(dict.fromkeys(rises.loc[~rises["converged"].astype(bool), "variant"]))
-    if still:
-        note += (
-            f" Not converged, as the validation Dice of a seed still rose by more than {report.CONVERGED} points over "
-            f"the last quarter of its epochs: {', '.join(still)}."
-        )
+    note += not_converged_note(runs)
     return publish(stem, table, readable_table(table), f"Table {number}, paper and ours ({runs.title})", note,
                    runs.about(), readable_table(table, r"\textbf{{{}}}"))  # fmt: skip
 
@@ -328,7 +335,7 @@ def publish_difficulty(pairs: pd.DataFrame, runs: Runs, stem: str | Path, shown:
     hard = publish(f"{stem}_pairs", pairs, text.rename(columns=columns), title, note, runs.about())
     explained = difficulty.explain(pairs)
     signed = {
-        outcome: [_number(value, 2, signed=True) for value in explained[outcome]] for outcome in difficulty.OUTCOMES
+        outcome: [as_text(value, 2, signed=True) for value in explained[outcome]] for outcome in difficulty.OUTCOMES
     }
     text = explained.assign(
         feature=explained["feature"].map(words), pairs=explained["pairs"].astype(str), **signed

@@ -621,13 +621,27 @@ def _run_as_it_is(config: RunConfig, cohort: Cohort, device: torch.device) -> Tr
     return TrainingResult(method, pd.DataFrame(history), 1, float(history[1]["val_dice"]), [], None, None)
 
 
+def method_of_weights(config: RunConfig, checkpoint: str | Path, device: torch.device) -> nn.Module:
+    """What a run is evaluated by: the network of a checkpoint with what its row puts behind it.
+
+    Args:
+        config: of the run; its row may be one that uses another's weights, such as "BF-post" or "IO".
+        checkpoint: best.pt of the row that is trained.
+        device: where it works.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_model`.
+    """
+    row, widths = config.variant, {}
+    if isinstance(row, Variant) and row.bilateral_window and row.bilateral_mode == "post":
+        widths = {name: getattr(row, name) for name in ("bilateral_window", "bilateral_sigma", "bilateral_sigma_range")}
+    return row.as_method(load_model(checkpoint, str(device), **widths), config.preset).eval()
+
+
 def _from_trained(config: RunConfig, trained: TrainingResult, cohort: Cohort, device: torch.device) -> TrainingResult:
     """The result of a run with what is put behind its weights: a bilateral filter, instance optimization."""
-    row, preset, model = config.variant, config.preset, trained.model
-    if row.bilateral_window and row.bilateral_mode == "post":
-        widths = {name: getattr(row, name) for name in ("bilateral_window", "bilateral_sigma", "bilateral_sigma_range")}
-        model = load_model(trained.checkpoint, str(device), **widths)
-    method = row.as_method(model, preset).eval()
+    preset = config.preset
+    method = method_of_weights(config, trained.checkpoint, device)
     pairs = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
     found = validate(method, cohort, pairs, device, preset.window)
     return replace(trained, model=method, val_dice=found["val_dice"])
