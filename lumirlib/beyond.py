@@ -76,10 +76,9 @@ def equal_time(runs: Runs, reference: str = REFERENCES[0]) -> pd.DataFrame:
     """The best validation Dice that each run had reached when the reference with the same seed had been trained.
 
     Returns:
-        One line per row with a training of its own, and seed that the reference has too: variant, seed, minutes (of the
-        reference's training),
-        epochs (of the row, complete by then), of_epochs (that it was trained for), val_dice and reference_val_dice
-        (percent, of the best epoch until then). Empty without the reference.
+        One line per row with a training of its own, and seed that the reference has too: variant, seed, minutes (of
+        the reference's training), epochs (of the row, complete by then), of_epochs (that it was trained for), val_dice
+        and reference_val_dice (percent, of the best epoch until then). Empty without the reference.
     """
     times = training_minutes(runs)
     times = times[times["variant"].isin(trained_here(runs))]
@@ -117,8 +116,8 @@ def ablation(runs: Runs) -> pd.DataFrame:
 
     Returns:
         One line per row: variant, seeds, pairs; dice (percent), hd95_mm, tre_mm, ndv_percent, each a mean over pairs
-        and seeds, with `_sd`, the sample standard deviation over seeds; parameters, training_minutes (mean over seeds; of
-        the row whose weights it uses), seconds_per_pair (median over pairs, mean over seeds); for each reference
+        and seeds, with `_sd`, the sample standard deviation over seeds; parameters, training_minutes (mean over seeds;
+        of the row whose weights it uses), seconds_per_pair (median over pairs, mean over seeds); for each reference
         dice_minus_<reference>, its _low and _high (points), _p_holm and _verdict; equal_time_dice (mean over seeds, see
         :func:`equal_time`) with equal_time_minus (the reference's own subtracted); converged (all seeds).
     """
