@@ -238,7 +238,8 @@ class Variant(Row):
         return replace(self, name="+".join(parts) or "backbone", **plain)
 
 
-#: What each scheme changes about the backbone, in the order in which a combination's name lists them.
+#: What each scheme changes about the backbone, in the order in which a combination's name lists them; "ours" is
+#: COMP, REC, SYM and LR2 together.
 SCHEMES: dict[str, dict[str, Any]] = {
     "LK": {"start_channels": 36, "large_kernel": 5},
     "LC-1": {"start_channels": 64, "head_channels": 108, "cascade": "additive"},
@@ -247,17 +248,20 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "BF": {"bilateral_window": 5, "bilateral_mode": "joint"},
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
     "COMP": {"cascade": "compositional"},
-    "ours": {"cascade": "compositional", "passes": 2, "correlation_window": 3, "correlation_mode": "channels"},
+    "ours": {
+        "cascade": "compositional", "passes": 2, "symmetric": True, "inverse_consistency_weight": 0.01,
+        "learning_rate_factor": 2.0,
+    },
     "REC": {"passes": 2},
     "LR2": {"learning_rate_factor": 2.0},
     "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
     "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},
-    "SYM": {"symmetric": True, "inverse_consistency_weight": 0.1},
-    "GROUP": {"group_weight": 0.1},
+    "SYM": {"symmetric": True, "inverse_consistency_weight": 0.01},
+    "GROUP": {"group_weight": 0.01},
     "NDV": {"ndv_weight": 10.0},
     "INT": {"intensity_probability": 0.8},
     "IO": {"instance_steps": 50},
-}
+}  # fmt: skip
 
 
 def variant_choices() -> tuple[str, ...]:

@@ -1,5 +1,10 @@
 """Several passes of each level (REC): the cascade, the loss, and that they go with the other options."""
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
 from test_backbone import ConstantVelocity, known_velocity
@@ -123,6 +128,26 @@ def test_a_variant_may_have_its_own_learning_rate_as_baselines_have():
         parse_variant("backbone", learning_rate_factor=0.0)
 
 
+def test_our_recipe_is_its_parts_and_reads_as_one_name():
+    assert replace(parse_variant("COMP+REC+SYM+LR2"), name="ours") == parse_variant("ours")
+    assert parse_variant("IO+ours").name == "ours+IO" and parse_variant("ours+IO").trained() == parse_variant("ours")
+    with pytest.raises(ValueError, match="cascade would be"):
+        parse_variant("LC-1+ours")
+
+
 def test_no_passes_are_refused():
     with pytest.raises(ValueError, match="passes must be a whole number from 1, got 0"):
         build_model("backbone", passes=0)
+
+
+def test_the_documented_trials_are_those_of_the_table():
+    root = Path(__file__).resolve().parent.parent
+    trials = pd.read_csv(root / "results" / "trials" / "trials.csv")
+    documented = re.findall(
+        r"^\|[^|]+\| (\d\d\.\d\d) +\| (0\.\d{5}) +\|$", (root / "docs" / "beyond.md").read_text(), re.M
+    )
+    assert sorted(documented) == sorted(
+        (f"{100 * dice:.2f}", f"{ndv:.5f}") for dice, ndv in zip(trials.val_dice, trials.val_ndv_percent, strict=True)
+    )
+    for run, dice in zip(trials.run, trials.val_dice, strict=True):
+        assert pd.read_csv(root / "results" / "trials" / f"{run}.csv").val_dice.iloc[-1] == pytest.approx(dice)
