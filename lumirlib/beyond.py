@@ -245,7 +245,7 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
 
     for row in RECIPES:
         for reference in REFERENCES:
-            words = f"Dice at least {DICE_GAIN:g} points over {reference}"
+            words = f"Dice at least {DICE_GAIN:.1f} points over {reference}"
             absent = [name for name in (row, reference) if name not in runs.variants]
             if absent:
                 add(words, row, "points", OPEN, f"not run: {', '.join(absent)}")

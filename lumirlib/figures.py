@@ -678,7 +678,7 @@ def robustness_figure(measured: pd.DataFrame, title: str) -> Figure:
 
 
 def alterations_figure(cohort, pair, title: str, method=None) -> Figure:
-    """One pair under every alteration of :mod:`lumirlib.robustness`, axial slices at 45 % of the height.
+    """One pair under every alteration of :mod:`lumirlib.robustness`, the axial slice in which most tissue is missing.
 
     Above: the altered moving image, with the fixed image in the first column. Below, with a method: what it registers
     them by, put to the unaltered moving image, and the Dice that this gives.
@@ -690,8 +690,9 @@ def alterations_figure(cohort, pair, title: str, method=None) -> Figure:
         method: ``method(fixed, moving) -> displacement``, or None.
     """
     fixed, moving = cohort.image(pair.fixed), cohort.image(pair.moving)
-    middle, rows = int(0.45 * fixed.shape[4]), 1 if method is None else 2
-    columns = 1 + len(robustness.ALTERATIONS)
+    missing = moving - robustness.remove_tissue(moving, pair.name, cohort.resolution_mm)
+    middle = int((missing[0, 0] > 0).sum((0, 1)).argmax())
+    rows, columns = 1 if method is None else 2, 1 + len(robustness.ALTERATIONS)
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.6 * rows + 0.3), layout="constrained",
                                 squeeze=False)  # fmt: skip
     plot_slice(axes[0, 0], fixed, middle).set_title("fixed")
