@@ -18,7 +18,8 @@ from lumirlib.presets import get_preset
 from lumirlib.provenance import project_root
 from lumirlib.tables import Measured
 
-PAIRS = list(itertools.permutations([f"P{number}" for number in range(6)], 2))
+#: The people of the embedded cohort, so that the notebook finds their images.
+PAIRS = list(itertools.permutations([f"SIM_00{number}" for number in range(24, 30)], 2))
 FACTS = {"cohort": "embedded", "cohort_name": "Embedded cohort (simulated)", "cohort_digest": "d" * 16,
          "simulated": True, "resolution_mm": 4.0, "evaluated_pairs": len(PAIRS), "commit": "c" * 40, "device": "x",
          "credit": "nobody"}  # fmt: skip
