@@ -198,7 +198,7 @@ def test_the_notebook_shows_what_is_there_and_names_what_is_missing(folder, alte
     notebook = str(project_root() / "notebooks" / "beyond.ipynb")
     papermill.execute_notebook(notebook, str(tmp_path / "o.ipynb"), parameters, progress_bar=False)
     text = "".join(str(cell.get("outputs")) for cell in nbformat.read(tmp_path / "o.ipynb", 4).cells)
-    assert "Not run: COMP+CORR" in text and "**met**" in text and "no weights at hand" in text
+    assert "Not run: COMP+CORR" in text and "**met**" in text and "Not measured: COMP" in text
     made = {path.name for path in (out / "tables").iterdir()} | {path.name for path in (out / "figures").iterdir()}
     stem = "beyond_embedded_demo"
     assert {
