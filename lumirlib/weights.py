@@ -389,7 +389,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     coarse = "; what is smaller, such as the folds of the cortex, is not registered" * (facts["resolution_mm"] > 1)
     limits = [
         f"Voxels of {size}{coarse}.",
-        f"{facts['steps']:,} training steps on {' and '.join(devices)}; the paper takes {PAPER.epochs} epochs of LUMIR at 1 mm.",
+        f"{facts['steps']:,} training steps; the paper takes {PAPER.epochs} epochs of LUMIR at 1 mm.",
         "T1 scans of heads, skull-stripped, bias-corrected and affinely aligned to ICBM152, in LUMIR's frame "
         f"(160×224×192 voxels of 1 mm, averaged over blocks of {size}), as `lumirlib prepare` makes them. Other "
         "contrasts, children, lesions and missing tissue were not evaluated here.",

@@ -448,6 +448,7 @@ def test_every_committed_run_of_the_papers_network_still_has_its_name():
             continue
         row, preset = row_from_options(about["options"]), Preset(**about["preset"])
         config = training.RunConfig(row, preset, about["cohort"], about["cohort_digest"], about["seed"])
+        config = replace(config, init_digest=(about.get("started_from") or "").rpartition(", ")[2])
         assert config.run == about["run"] == path.stem
         assert replace(config, variant=row.trained()).run == about["weights"]
         found += 1
