@@ -529,7 +529,9 @@ def cohort_json(name_or_json: str | Path, resolution_mm: float | None, data_root
         return Path(folder) / "dataset.json"
     path = Path(name)
     if path.suffix != ".json":
-        raise ValueError(f"cohort must be one of {', '.join(NAMED_COHORTS)} or the path of a .json; got {name!r}")
+        raise ValueError(
+            f"cohort must be one of {', '.join(NAMED_COHORTS)} or the path of a .json, joined by '+'; got {name!r}"
+        )
     if not path.is_absolute() and not path.is_file() and data_root and (Path(data_root) / path).is_file():
         return Path(data_root) / path
     return path
