@@ -439,7 +439,7 @@ A registration takes {figures["seconds"]["mean"]:.2f} s on {done["device"]}, wit
 
 The weights are under {facts["license"]}, as the package. To be named:
 
-- for what it was trained on: {facts["credit"] or "nobody"};
+- for the cohorts that it was trained on, of which the training scans alone were used: {facts["credit"] or "nobody"};
 - for the figures: {done["credit"] or "nobody"}.
 
 ## Limits
