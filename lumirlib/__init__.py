@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lumirlib.data import load_cohort
     from lumirlib.evaluation import evaluate_pair
     from lumirlib.variants import Variant, build_model, parse_variant
+    from lumirlib.weights import pretrained
 
 #: Name -> module that it is taken from; None for a module of its own.
 _WHERE = {
@@ -28,6 +29,7 @@ _WHERE = {
     "losses": None,
     "metrics": None,
     "parse_variant": "variants",
+    "pretrained": "weights",
     "spatial": None,
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "losses",
     "metrics",
     "parse_variant",
+    "pretrained",
     "spatial",
 ]
 

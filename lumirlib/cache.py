@@ -28,7 +28,8 @@ def parser(prog: str = "python -m lumirlib.cache") -> argparse.ArgumentParser:
         prog=prog, description=(__doc__ or "").splitlines()[0], epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
+    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON; "
+                         "joined by '+': trained on all, evaluated on the last")  # fmt: skip
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     grid = options.add_mutually_exclusive_group()
     grid.add_argument("--preset", default="demo", help=f"its resolution is taken: {', '.join(PRESETS)}")
@@ -61,14 +62,17 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.cac
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    seconds, cache = time.perf_counter() - started, cached.cache
-    print(f"{cohort.name}, {resolution:g} mm: {cache.describe()}")
-    print(f"{cache.folder}: {cache.nbytes / GIGABYTE:.2f} GB, {cache.made} volumes made in {seconds:.1f} s")
+    seconds, caches = time.perf_counter() - started, [part.cache for part in cached.parts]
+    made = sum(cache.made for cache in caches)
+    print(f"{cohort.name}, {resolution:g} mm: {cached.describe_cache()}")
+    for cache in caches:
+        print(f"{cache.folder}: {cache.nbytes / GIGABYTE:.2f} GB")
+    print(f"{made} volumes made in {seconds:.1f} s")
     image = cached.stored_image(next(iter([*cohort.train, *(pair.fixed for pair in cohort.validation_pairs)])))
     size = LUMIR_SCANS * image.values.nbytes / GIGABYTE
     print(f"LUMIR's {LUMIR_SCANS} scans, if like these: {size:.1f} GB of disk, and as much free memory to stay there")
-    if cache.made:
-        print(f"and {LUMIR_SCANS * seconds / cache.made / 60:.0f} minutes to make")
+    if made:
+        print(f"and {LUMIR_SCANS * seconds / made / 60:.0f} minutes to make")
     return 0
 
 

@@ -84,7 +84,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"cannot read {path} as a checkpoint (torn or foreign?): {error}") from error
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this package: expected format {CHECKPOINT_FORMAT!r}")
-    _check_schema(path, content, stored)
+    check_schema(path, content, stored)
     return content
 
 
@@ -123,7 +123,8 @@ def _tensors(content: object) -> list[torch.Tensor]:
     return found
 
 
-def _check_schema(path: Path, content: dict[str, Any], stored: int) -> None:
+def check_schema(path: Path, content: dict[str, Any], stored: int) -> None:
+    """Raise ValueError unless "config" and "model" have the form of a checkpoint's, in at most `stored` bytes."""
     tensors = _tensors(content)
     if any(not tensor.is_contiguous(memory_format=_format(tensor)) for tensor in tensors):
         raise ValueError(f"{path}: expected tensors that fill the memory they are stored in, got one that repeats it")

@@ -22,6 +22,7 @@ COMMANDS = {
     "submission": ("lumirlib.cli:submission", "write, validate or score the challenge's zip"),
     "prepare": ("lumirlib.prepare:main", "make a folder of scans into a cohort"),
     "register": ("lumirlib.registration:main", "register two scans, in the fixed scan's own space"),
+    "weights": ("lumirlib.weights:main", "list, check or make the pretrained weights of the package"),
     "cache": ("lumirlib.cache:main", "make, check or mend the volumes that training reads"),
     "info": ("lumirlib.cli:info", "versions, devices, and which cohorts are there"),
 }
@@ -74,6 +75,7 @@ def _add_method(options: argparse.ArgumentParser) -> None:
     by = options.add_mutually_exclusive_group(required=True)
     by.add_argument("--weights", default="", help="best.pt of a trained network")
     by.add_argument("--run", default="", help="name of a trained run in the results folder")
+    by.add_argument("--pretrained", default="", metavar="NAME", help="weights of the package: `lumirlib weights list`")
     by.add_argument(
         "--method", default="", help="one that needs no training: deedsBCV, affine (zero displacement), ..."
     )
@@ -116,7 +118,9 @@ def evaluate(arguments: list[str], prog: str) -> int:
 
     try:
         device = pick_device(given.device)
-        chosen = choose_registrar(given.weights, given.run, given.method, given.results, given.resolution, given.device)
+        chosen = choose_registrar(
+            given.weights, given.run, given.method, given.results, given.resolution, given.device, given.pretrained
+        )
         cohort = load_cohort(given.cohort, chosen.resolution_mm, given.data_root or None)
         table = evaluate_method(chosen.method, cohort, cohort.validation_pairs, device, progress=not given.quiet)
         if given.out:
@@ -164,7 +168,7 @@ def submission(arguments: list[str], prog: str) -> int:
         resolution, registrar = given.resolution, None
         if given.action == "write":
             registrar = choose_registrar(
-                given.weights, given.run, given.method, given.results, resolution, given.device
+                given.weights, given.run, given.method, given.results, resolution, given.device, given.pretrained
             )
             resolution = registrar.resolution_mm
         cohort = load_cohort(given.cohort, resolution, given.data_root or None)
@@ -199,6 +203,7 @@ def info(arguments: list[str], prog: str) -> int:
     from lumirlib.data.cohort import BRAINS_VARIABLE, cohort_json
     from lumirlib.data.embedded import RESOLUTIONS_MM, EmbeddedPopulation, cache_folder
     from lumirlib.methods import availability
+    from lumirlib.weights import names
 
     def show(title: str, facts: dict[str, object]) -> None:
         print(title)
@@ -228,6 +233,7 @@ def info(arguments: list[str], prog: str) -> int:
     show("cohorts", cohorts)
     folder = provenance.results_folder() / "checkpoints"
     show("trained runs", {path.parent.name: "" for path in sorted(folder.glob("*/best.pt"))} or {"none": folder})
+    show("pretrained weights", dict.fromkeys(names(), "") or {"none": ""})
     show("tools", dict(availability().itertuples(index=False)))
     show("preparing scans", {name: _version(name) for name in ("deepbet", "SimpleITK")})
     return 0

@@ -263,14 +263,16 @@ def data_title(cohort: str, name: str, simulated: bool, resolution_mm: float) ->
     """What data a table or figure is of, for its title: says "simulated" where it is, and what is not LUMIR.
 
     Args:
-        cohort: short name of the cohort.
+        cohort: short name of the cohort; of joined ones the last is what is evaluated, and all are trained on.
         name: its own name.
         simulated: whether it is.
         resolution_mm: edge of a voxel.
     """
+    evaluated = cohort.split("+")[-1]
+    trained = "" if evaluated == cohort else f"; trained on {cohort.replace('+', ' and ')}"
     if simulated:
-        return f"simulated people, {resolution_mm:g} mm: not a LUMIR result"
-    return f"{name}, {resolution_mm:g} mm" + ("" if cohort == "lumir" else ": not LUMIR")
+        return f"simulated people, {resolution_mm:g} mm: not a LUMIR result{trained}"
+    return f"{name}, {resolution_mm:g} mm{'' if evaluated == 'lumir' else ': not LUMIR'}{trained}"
 
 
 def cohort_facts(cohort: Cohort) -> dict[str, object]:

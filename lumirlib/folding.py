@@ -22,7 +22,8 @@ from lumirlib import metrics, provenance
 from lumirlib.data import Cohort, Pair
 from lumirlib.evaluation import cohort_facts, write_results
 from lumirlib.models.backbone import CASCADES, RegistrationNetwork, join_velocities
-from lumirlib.study import AblationRun, without_folders
+from lumirlib.provenance import without_folders
+from lumirlib.study import AblationRun
 from lumirlib.training import load_model
 from lumirlib.variants import parse_variant
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 from lumirlib._checks import check_choice, check_option_types
 from lumirlib.losses import SIMILARITIES
@@ -34,6 +35,7 @@ class Preset:
         evaluation_pairs: how many pairs the final evaluation takes, likewise; None takes all.
         about: one line for the reader: what it is for.
         batch_size: pairs per optimizer step, over all processes. An epoch's last batch is filled up with further pairs.
+        init: weights that training starts from, see :func:`lumirlib.weights.starting_weights`; empty for random ones.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Preset:
     evaluation_pairs: int | None = None
     about: str = ""
     batch_size: int = field(default=1, metadata=ADDED_LATER)
+    init: str = field(default="", metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         for option in ("epochs", "steps_per_epoch", "channel_divisor", "levels", "validation_pairs",
@@ -83,6 +86,7 @@ class Preset:
             "epochs": "{0} epochs instead of {1}",
             "steps_per_epoch": "at most {0} pairs an epoch",
             "batch_size": "batches of {0} pairs instead of {1}",
+            "init": "started from the weights {0}",
             "channel_divisor": "widths divided by {0}",
             "levels": "{0} pyramid levels instead of {1}",
             "learning_rate": "learning rate {0:g} instead of {1:g}",
@@ -161,7 +165,15 @@ def split_options(preset: str, row: Row, options: Mapping[str, object]) -> tuple
     for_row = check_options(row, {name: value for name, value in options.items() if name in own})
     overrides = {name: value for name, value in options.items() if name in PRESET_OPTIONS}
     adapted = replace(row, **for_row).adapt(get_preset(preset))
-    return replace(adapted, **check_option_types(PAPER, overrides)), for_row
+    checked = check_option_types(PAPER, overrides)
+    if "init" in checked:
+        checked["init"] = init_name(checked["init"])
+    return replace(adapted, **checked), for_row
+
+
+def init_name(init: str) -> str:
+    """What a preset says for an `init`: nothing for "random", and of a checkpoint's path the folder, its run's name."""
+    return "" if init == "random" else Path(init).resolve().parent.name if init.endswith(".pt") else init
 
 
 def parse_setting(text: str, argument: str = "--set") -> tuple[str, object]:

@@ -48,6 +48,12 @@ def commit() -> str:
         return "unknown"
 
 
+def without_folders(value: object) -> str:
+    """A parameter as provenance shows it: a path that is absolute or leaves the folder keeps its last part only."""
+    path = Path(str(value))
+    return f"<folder>/{path.name}" if path.is_absolute() or ".." in path.parts else str(value)
+
+
 def describe_device(device: torch.device) -> str:
     """The device in words: a GPU's name, or the number of CPU threads and the processor's architecture."""
     if device.type == "cuda":

@@ -43,8 +43,8 @@ from lumirlib.prepare import (
     world_slabs,
 )
 from lumirlib.presets import get_preset
-from lumirlib.study import without_folders
-from lumirlib.training import load_checkpoint, load_model
+from lumirlib.provenance import without_folders
+from lumirlib.weights import read_checkpoint, read_packaged
 
 #: A method's name for the affine alone.
 AFFINE = "affine"
@@ -82,9 +82,9 @@ class Registrar:
 
 def choose_registrar(
     weights: str | Path = "", run: str = "", method: str = "", results: str | Path = "",
-    resolution_mm: int | None = None, device: str = "auto",
+    resolution_mm: int | None = None, device: str = "auto", pretrained: str = "",
 ) -> Registrar:  # fmt: skip
-    """The network of a checkpoint or of a run, or a method that is not trained; exactly one of the first three.
+    """The network of a checkpoint or of a run, pretrained weights, or a method that is not trained: exactly one.
 
     Args:
         weights: path of a best.pt.
@@ -93,17 +93,19 @@ def choose_registrar(
         results: folder; empty for :func:`lumirlib.provenance.results_folder`.
         resolution_mm: voxels that `method` works on, 1, 2 or 4; a network has its own.
         device: of a network.
+        pretrained: name of weights that the package carries, see :func:`lumirlib.pretrained`.
 
     Raises:
-        ValueError: none or several of them, an unknown or untrained method, with the command that trains one.
+        ValueError: none or several of weights, run, method and pretrained; an unknown name; a network as method, with
+            the command that trains one.
         FileNotFoundError: no such checkpoint, with the runs that there are.
     """
     train_first = (
         'train a network first, "lumirlib run --preset half --cohort brains", and pass its name with --run, or its '
         "best.pt with --weights; --method deedsBCV needs no training"
     )
-    if sum(map(bool, (weights, run, method))) != 1:
-        raise ValueError(f"give one of weights, run and method; {train_first}")
+    if sum(map(bool, (weights, run, method, pretrained))) != 1:
+        raise ValueError(f"give one of weights, run, method and pretrained; {train_first}")
     if method:
         return _untrained(method, DEFAULT_RESOLUTION_MM if resolution_mm is None else resolution_mm, train_first)
     if resolution_mm is not None:
@@ -115,13 +117,12 @@ def choose_registrar(
             known = sorted(path.parent.name for path in folder.glob("*/best.pt"))
             raise FileNotFoundError(f"no trained run {run!r} in {folder}, which has {', '.join(known) or 'none'}; "
                                     f"{train_first}")  # fmt: skip
-    content = load_checkpoint(weights)
-    config = content["config"]
-    resolution = config["preset"]["resolution_mm"]
-    if resolution not in RESOLUTIONS_MM:
-        raise ValueError(f"{weights}: works at {resolution:g} mm, expected one of {RESOLUTIONS_MM}")
-    facts = {"run": Path(weights).parent.name, "cohort": config["cohort"], "preset": config["preset"]["name"]}
-    return Registrar(str(config["variant"]["name"]), int(resolution), load_model(weights, device), facts)
+    found = read_packaged(pretrained) if pretrained else read_checkpoint(weights)
+    if found.resolution_mm not in RESOLUTIONS_MM:
+        raise ValueError(f"{found.name}: works at {found.resolution_mm:g} mm, expected one of {RESOLUTIONS_MM}")
+    facts = {"pretrained" if pretrained else "run": found.name, "cohort": found.config["cohort"],
+             "preset": found.config["preset"].get("name"), "weights": found.digest}  # fmt: skip
+    return Registrar(found.row.name, int(found.resolution_mm), found.network(device), facts)
 
 
 def _untrained(name: str, resolution_mm: int, train_first: str) -> Registrar:
@@ -233,6 +234,7 @@ def register(
     device: str = "auto",
     progress: bool = True,
     command: str = "lumirlib.registration.register",
+    pretrained: str = "",
 ) -> Registration:
     """Register two T1 scans and write the results in the fixed scan's own space.
 
@@ -258,12 +260,13 @@ def register(
         device: "auto", "cpu", "cuda" ...
         progress: show progress bars.
         command: for the provenance.
+        pretrained: see :func:`choose_registrar`.
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: as :func:`choose_registrar` and
             :func:`lumirlib.prepare.prepare_scan`.
     """
-    registrar = choose_registrar(weights, run, method, results, resolution_mm, device)
+    registrar = choose_registrar(weights, run, method, results, resolution_mm, device, pretrained)
     target, out = pick_device(device), Path(out)
     for path in (fixed, moving):
         if not Path(path).is_file():
@@ -385,6 +388,7 @@ def parser(prog: str = "python -m lumirlib.registration") -> argparse.ArgumentPa
     by = options.add_mutually_exclusive_group()
     by.add_argument("--weights", default="", help="best.pt of a trained network")
     by.add_argument("--run", default="", help="name of a trained run in the results folder")
+    by.add_argument("--pretrained", default="", metavar="NAME", help="weights of the package: `lumirlib weights list`")
     by.add_argument("--method", default="", help="one that needs no training: deedsBCV, affine, ...")
     options.add_argument("--results", default="", help="results folder of --run")
     options.add_argument("--resolution", type=int, help=f"mm, for --method: {', '.join(map(str, RESOLUTIONS_MM))}; "
@@ -407,6 +411,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.reg
         found = register(
             given.fixed, given.moving, given.out, given.weights, given.run, given.method, given.results,
             given.resolution, given.skip, given.skip_fixed, given.skip_moving, given.device, not given.quiet, command,
+            given.pretrained,
         )  # fmt: skip
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -33,6 +33,7 @@ from lumirlib.labels import LUMIR_LABELS
 from lumirlib.methods import parse_row
 from lumirlib.metrics import inverse_consistency_error
 from lumirlib.presets import split_options
+from lumirlib.provenance import without_folders
 from lumirlib.rows import Baseline
 from lumirlib.training import (
     RunConfig,
@@ -45,12 +46,7 @@ from lumirlib.training import (
     training_source,
 )
 from lumirlib.variants import Variant
-
-
-def without_folders(value: object) -> str:
-    """A parameter as provenance shows it: a path that is absolute or leaves the folder keeps its last part only."""
-    path = Path(str(value))
-    return f"<folder>/{path.name}" if path.is_absolute() or ".." in path.parts else str(value)
+from lumirlib.weights import Weights, starting_weights
 
 
 def _written_by(path: Path) -> str:
@@ -75,6 +71,7 @@ class AblationRun:
         command: how it can be repeated.
         commit: of the code when the run was prepared; that it was trained by stands in the checkpoint.
         arguments: the same run for `python -m lumirlib.train`.
+        start: what its training starts from; None for random weights.
     """
 
     config: RunConfig
@@ -85,6 +82,7 @@ class AblationRun:
     command: str
     commit: str
     arguments: tuple[str, ...] = ()
+    start: Weights | None = None
 
     @classmethod
     def prepare(
@@ -104,7 +102,7 @@ class AblationRun:
         Args:
             variant: a name for :func:`lumirlib.methods.parse_row`.
             preset: a name of :data:`lumirlib.presets.PRESETS`.
-            cohort: "embedded", "lumir", "brains", or the path of a dataset JSON.
+            cohort: as for :func:`lumirlib.load_cohort`.
             seed: of weights and pairs, 0 or more.
             data_root: folder the JSON's paths are relative to; empty for its own.
             out: results folder; empty for :func:`lumirlib.provenance.results_folder`.
@@ -122,6 +120,8 @@ class AblationRun:
             raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
         row = parse_row(variant)
         given = {name: value for name, value in (options or {}).items() if value is not None}
+        if given.get("init") in ("", "random"):
+            del given["init"]
         chosen_preset, for_row = split_options(preset, row, given)
         engine = engine if isinstance(engine, Engine) else Engine(engine)
         with engine.first_alone():  # the embedded cohort and a cache are made by one process
@@ -131,6 +131,9 @@ class AblationRun:
         for pair in loaded.validation_pairs:
             loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
         config = make_config(row, chosen_preset, loaded, seed, **for_row)
+        start = starting_weights(str(given.get("init", "")), config.variant, chosen_preset.resolution_mm)
+        config = replace(config, init_digest=start.digest if start else "")
+        named = given | ({"init": chosen_preset.init} if start else {})  # no path of this machine
         shown = {
             "variant" if isinstance(row, Variant) else "method": variant,
             "preset": preset,
@@ -140,13 +143,13 @@ class AblationRun:
         shown |= {"data_root": without_folders(data_root)} if data_root else {}
         shown |= engine.as_parameters()
         words = [f"-p {name} {shlex.quote(str(value))}" for name, value in shown.items()]
-        words += [f"-y {shlex.quote(json.dumps({'options': given}))}"] if given else []
+        words += [f"-y {shlex.quote(json.dumps({'options': named}))}"] if named else []
         return cls(
             config=config,
             cohort=loaded,
             out=provenance.results_folder(out),
             engine=engine,
-            options=given,
+            options=named,
             command=" ".join([command, *words]),
             commit=provenance.commit(),
             arguments=(
@@ -154,6 +157,7 @@ class AblationRun:
                 f"--data-root={data_root}", f"--out={provenance.results_folder(out)}", *engine.as_arguments(),
                 *(["--set", *(f"{name}={json.dumps(value)}" for name, value in given.items())] if given else []),
             ),
+            start=start,
         )  # fmt: skip
 
     @property
@@ -180,14 +184,15 @@ class AblationRun:
     def describe(self) -> str:
         """The run in a few lines of Markdown, with all that differs from the paper's training."""
         row, preset = self.config.variant, self.config.preset
+        parts = [(part, f" of {part.name!r}" if self.cohort.joined else "") for part in self.cohort.parts]
         lines = [
             f"**{self.title}**",
             "",
             f"- run `{self.config.run}`, preset *{preset.name}* ({preset.about}), seed {self.config.seed}, "
             f"on {self.engine.describe()}",
             f"- {'method' if row.trains_on == 'nothing' else 'network'}: {row.words}",
-            f"- {len(self.cohort.train)} training scans, {len(self.pairs)} pairs to evaluate, "
-            f"{'x'.join(map(str, self.cohort.shape))} voxels",
+            f"- {' and '.join(f'{len(part.train)} training scans{of}' for part, of in parts)}, {len(self.pairs)} pairs "
+            f"to evaluate, {'x'.join(map(str, self.cohort.shape))} voxels",
         ]
         if row.trains_on == "labels":
             source = training_source(row, self.cohort)
@@ -206,7 +211,7 @@ class AblationRun:
         if not self.cohort.has_labels:
             lines.append("- no labels for the validation pairs: the best epoch is chosen by similarity, not Dice")
         if self.cohort.cache:
-            lines.append(f"- volumes from a cache on disk: {self.cohort.cache.describe()}")
+            lines.append(f"- volumes from a cache on disk: {self.cohort.describe_cache()}")
         if self.missing:
             lines.append(f"- **{self.missing}**")
         if self.cohort.credit:
@@ -289,9 +294,14 @@ class AblationRun:
         if self.engine.is_first:
             check_writable(self.out)
         if self.engine.processes == 1 or self.config.variant.trains_on == "nothing":
-            return train(self.config, self.cohort, self.out, self.engine, resume, progress)
+            return train(self.config, self.cohort, self.out, self.engine, resume, progress, self._start)
         train_in_processes(self.config, self.out, self.engine.processes, self.arguments, resume, progress)
-        return train(self.config, self.cohort, self.out, replace(self.engine, processes=1), True, progress)
+        alone = replace(self.engine, processes=1)
+        return train(self.config, self.cohort, self.out, alone, True, progress, self._start)
+
+    @property
+    def _start(self) -> dict[str, torch.Tensor] | None:
+        return self.start.tensors if self.start else None
 
     def evaluate(self, result: TrainingResult, progress: bool = True, consistency: bool | None = None) -> pd.DataFrame:
         """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table.
@@ -319,7 +329,7 @@ class AblationRun:
             "command": self.command,
             "commit": self.commit,
             "device": self.engine.describe(),
-            "cache": self.cohort.cache.describe() if self.cohort.cache else None,
+            "cache": self.cohort.describe_cache(),
             "parameters": sum(p.numel() for p in result.model.parameters())
             if isinstance(result.model, nn.Module)
             else 0,
@@ -329,6 +339,7 @@ class AblationRun:
             "val_dice_before": float(result.history["val_dice"].iloc[0]),
             "weights": result.checkpoint.parent.name if result.checkpoint else None,
             "trained_on": self._trained_on(),
+            "started_from": self.start.about if self.start else None,
             "seconds_per_step": float(result.history["seconds"].mean()) if "seconds" in result.history else None,
             "evaluated_pairs": len(self.pairs),
         }
@@ -340,8 +351,8 @@ class AblationRun:
         row = self.config.variant
         if row.trains_on == "nothing":
             return "nothing"
-        source = training_source(row, self.cohort)
-        return f"{row.trains_on} of {len(source.train)} people, {source.name}, {source.digest}"
+        parts = training_source(row, self.cohort).parts
+        return "; ".join(f"{row.trains_on} of {len(part.train)} people, {part.name}, {part.digest}" for part in parts)
 
     @property
     def metrics_path(self) -> Path:
@@ -360,9 +371,9 @@ class AblationRun:
         """Metrics of zero displacement on the same pairs, kept for a cohort, resolution, set of pairs and commit."""
         facts = cohort_facts(self.cohort)
         run = (
-            f"ZeroDisplacement_{self.cohort.short_name}_{self.cohort.resolution_mm:g}mm_{len(self.pairs)}pairs_"
+            f"ZeroDisplacement_{self.config.cohort}_{self.cohort.resolution_mm:g}mm_{len(self.pairs)}pairs_"
             f"{facts['cohort_digest'][:8]}"
-        )
+        ).replace("+", "-")
         path = self.out / "metrics" / f"{run}.csv"
         if _written_by(path) != self.commit:
             table = evaluate_method(

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from lumirlib import cluster, provenance
 from lumirlib._checks import check_choice
+from lumirlib.data.cohort import joined_names
 from lumirlib.engine import Engine, as_arguments
 from lumirlib.methods import parse_row
 from lumirlib.presets import parse_setting, split_options
@@ -204,7 +205,8 @@ def rows_of_table(table: int) -> list[str]:
 
 
 def _short_name(cohort: str) -> str:
-    return Path(cohort).resolve().parent.name if cohort.endswith(".json") else cohort
+    parts = joined_names(cohort)
+    return "+".join(Path(part).resolve().parent.name if part.endswith(".json") else part for part in parts)
 
 
 def table_rows(rows: Sequence[str]) -> list[str]:
@@ -231,7 +233,7 @@ def plan(
             :func:`table_rows`.
         seeds: of each.
         preset: of all.
-        cohort: "embedded", "lumir", "brains" or the path of a dataset JSON.
+        cohort: as for :func:`lumirlib.load_cohort`.
         data_root: as the notebook's parameter.
         out: results folder; empty for the usual one.
         options: of variant and preset to set in every run.
@@ -263,14 +265,14 @@ def plan(
     # what is at its default is not injected: executed notebooks are committed, and hold no path of a machine unasked
     common = {"preset": preset, "cohort": cohort}
     common |= {name: value for name, value in (("data_root", data_root), ("out", out)) if value}
-    tag = "".join(f"_{name}-{value}" for name, value in options.items())
+    tag = "".join(f"_{name}-{value}" for name, value in options.items()).replace(os.sep, "-")
     folder = provenance.results_folder(out) / "runs"
     ending = {"notebook": "ipynb", "train": "txt"}[launcher]
     kinds = {name: "variant" if isinstance(parse_row(name), Variant) else "method" for name in names}
     return [
         SweepRun(
             notebooks / NOTEBOOKS[kinds[name]],
-            folder / f"{file_name(name)}_{_short_name(cohort)}_{preset}{tag}_seed{seed}.{ending}",
+            folder / f"{file_name(name)}_{_short_name(cohort).replace('+', '-')}_{preset}{tag}_seed{seed}.{ending}",
             {kinds[name]: name, "seed": str(seed), **common},
             options,
             launcher,
@@ -364,7 +366,8 @@ def parser(prog: str = "python -m lumirlib.sweep") -> argparse.ArgumentParser:
                          "LK+BF")  # fmt: skip
     options.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of each row")
     options.add_argument("--preset", default="demo", help="preset of every run")
-    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
+    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON; "
+                         "joined by '+': trained on all, evaluated on the last")  # fmt: skip
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     options.add_argument("--out", default="", help="results folder")
     add_engine_options(options)

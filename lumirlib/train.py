@@ -45,13 +45,16 @@ def parser(prog: str = "python -m lumirlib.train") -> argparse.ArgumentParser:
     )  # fmt: skip
     options.add_argument("--variant", default="backbone", help=f"{', '.join(variant_choices())}, joined by '+'")
     options.add_argument("--preset", default="demo", help=", ".join(PRESETS))
-    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
+    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON; "
+                         "joined by '+': trained on all, evaluated on the last")  # fmt: skip
     options.add_argument("--seed", type=int, default=0, help="of weights and pairs")
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     options.add_argument("--out", default="", help="results folder")
     add_engine_options(options)
     options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
                          "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
+    options.add_argument("--init", default="", help="weights to start from: random (if empty), pretrained (packaged "
+                         "ones that fit), a name of `lumirlib weights list`, the path of a best.pt")  # fmt: skip
     options.add_argument("--restart", action="store_true", help="start anew where a checkpoint would be resumed")
     options.add_argument("--train-only", action="store_true", help="do not evaluate")
     options.add_argument("--consistency", action="store_true", help="measure inverse consistency of every pair")
@@ -71,7 +74,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.tra
             given.data_root,
             given.out,
             Engine(**engine_options(given)),
-            options=dict(parse_setting(text) for text in given.set),
+            options=dict(parse_setting(text) for text in given.set) | ({"init": given.init} if given.init else {}),
             command="python -m lumirlib.train, as papermill notebooks/run_ablation.ipynb <output>.ipynb",
         )
         if run.engine.is_first:

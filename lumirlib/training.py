@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -77,6 +77,7 @@ class RunConfig:
         cohort: short name of the cohort, for file names.
         cohort_digest: :attr:`lumirlib.data.Cohort.digest`.
         seed: of the weights and of the order of pairs.
+        init_digest: of the weights that training starts from, where the preset's `init` names some.
     """
 
     variant: Row
@@ -84,6 +85,7 @@ class RunConfig:
     cohort: str
     cohort_digest: str
     seed: int
+    init_digest: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """The configuration as plain values; options that came after the first runs only where they are used."""
@@ -92,6 +94,8 @@ class RunConfig:
             for option in fields(getattr(self, part)):
                 if option.metadata.get("unnamed_at_default") and content[part][option.name] == option.default:
                     del content[part][option.name]
+        if not self.init_digest:
+            del content["init_digest"]
         return content
 
     def digest(self) -> str:
@@ -322,12 +326,22 @@ class Trainer:
         out: the results folder.
         engine: how to compute it; of several processes each has a trainer, the first one writes.
         progress: show progress bars.
+        start: weights to start from, those that the configuration names; None for random ones.
 
     Raises:
-        ValueError: a row that is not trained; a batch that cannot be shared among the processes.
+        ValueError: a row that is not trained; a batch that cannot be shared among the processes; weights to start from
+            that the configuration lacks, or that are lacking.
     """
 
-    def __init__(self, config: RunConfig, cohort: Cohort, out: Path, engine: Engine, progress: bool = True) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        cohort: Cohort,
+        out: Path,
+        engine: Engine,
+        progress: bool = True,
+        start: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.config, self.engine, self.progress = config, engine, progress and engine.is_first
         self.folder = out / "checkpoints" / config.run
         self.log = out / "logs" / f"{config.run}.csv"
@@ -347,6 +361,12 @@ class Trainer:
         self.steps = math.ceil(min(len(cohort.train), preset.steps_per_epoch or len(cohort.train)) / preset.batch_size)
         torch.manual_seed(config.seed)
         self.model = to_device(row.build(), engine.target)
+        if (start is None) == bool(config.init_digest):
+            named = config.preset.init if config.init_digest else "random weights"
+            raise ValueError(f"{config.run} starts from {named}, got {'others' if start else 'none'}")
+        if start is not None:
+            check_weights(config.preset.init, start, self.model.state_dict())
+            self.model.load_state_dict(start)
         self.optimizer = make_optimizer(self.model, preset)
         self._called_model, self._called_optimizer = engine.prepare(self.model, self.optimizer)
         self.state = TrainingState()
@@ -710,6 +730,7 @@ def train(
     engine: Engine | str = "auto",
     resume: bool = True,
     progress: bool = True,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainingResult:
     """Train a run to its end, from its last checkpoint where there is one.
 
@@ -724,6 +745,7 @@ def train(
             file system that they share.
         resume: False starts anew and overwrites the run's checkpoints.
         progress: show progress bars.
+        start: as for :class:`Trainer`.
 
     Returns:
         The network of the best epoch and the log.
@@ -737,11 +759,11 @@ def train(
         return _run_as_it_is(config, cohort, engine.target)
     base = config.variant.trained()
     if base != config.variant:
-        trained = train(replace(config, variant=base), cohort, out, engine, resume, progress)
+        trained = train(replace(config, variant=base), cohort, out, engine, resume, progress, start)
         return _from_trained(config, trained, cohort, engine.target)
     if not cohort.validation_pairs:
         raise ValueError(f"{cohort.path}: names no validation pairs, which training needs to choose its best epoch")
-    trainer = Trainer(config, cohort, Path(out), engine, progress)
+    trainer = Trainer(config, cohort, Path(out), engine, progress, start)
     if resume:
         trainer.resume()
     else:

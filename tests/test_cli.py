@@ -41,7 +41,10 @@ def test_each_subcommand_explains_itself_with_an_example(command, capsys):
         ([], "required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
         (["run", "--preset", "dmeo"], "lumirlib run: preset must be one of smoke"),
-        (["register", "a.nii", "b.nii", "--out", "c"], "lumirlib register: give one of weights, run and method"),
+        (
+            ["register", "a.nii", "b.nii", "--out", "c"],
+            "lumirlib register: give one of weights, run, method and pretrained",
+        ),
         (["prepare", "no folder", "--out", "c"], "lumirlib prepare: no such folder: no folder"),
         (["evaluate", "--method", "VoxelMorph"], "VoxelMorph is a network, which needs weights"),
         (["submission", "score", "no.zip"], "lumirlib submission score: "),

@@ -113,6 +113,90 @@ def test_validation_people_are_never_trained_on(small_cohort_json):
     assert len(cohort.train) == 4 and not held_out & {subject.image for subject in cohort.train}
 
 
+def write_joinable(root, finer=False):
+    """Two cohorts with one grid at 1 mm; the files of the first may be of 0.5 mm."""
+    paths = [write_small_cohort(root / name, training=count, name=name) for name, count in (("one", 3), ("two", 2))]
+    for file in (root / "one").rglob("*.nii.gz") if finer else ():
+        array, _ = read_nifti(file)
+        affine = np.diag([0.5, 0.5, 0.5, 1.0])
+        affine[:3, 3] = -0.25
+        write_nifti(file, array.repeat(2, 0).repeat(2, 1).repeat(2, 2), affine)
+    return paths
+
+
+def test_joined_cohorts_train_on_all_and_are_validated_on_the_last(tmp_path):
+    one, two = write_joinable(tmp_path, finer=True)
+    joined, parts = load_cohort(f"{one}+{two}", 1), [load_cohort(path, 1) for path in (one, two)]
+    assert joined.train == parts[0].train + parts[1].train and len(joined.train) == 5
+    assert joined.validation_pairs == parts[1].validation_pairs
+    assert {subject.image.parent.parent.name for subject in joined.train} == {"one", "two"}
+    for subject, image in zip(joined.train, (0, 1, 2, 0, 1), strict=True):
+        assert torch.equal(joined.image(subject)[0, 0], torch.from_numpy(smooth_blob(image)).float() / 255)
+        assert torch.equal(joined.stored_image(subject).decode(), joined.image(subject))
+        assert joined.label_volume(subject).shape == (1, 1, *SMALL_SHAPE)
+    for pair in joined.validation_pairs:
+        assert torch.equal(joined.image(pair.fixed), parts[1].image(pair.fixed))
+        assert joined.landmark_pair(pair) == parts[1].landmark_pair(pair)
+    assert joined.short_name == "one+two" and joined.name == "two"
+    assert [part.digest for part in joined.parts] == [part.digest for part in parts]
+    assert len({joined.digest, load_cohort(f"{two}+{one}", 1).digest, *(part.digest for part in parts)}) == 4
+
+
+def test_joined_cohorts_read_the_caches_of_their_parts(tmp_path):
+    one, two = write_joinable(tmp_path)
+    plain = load_cohort(f"{one}+{two}")
+    cached = plain.with_cache(tmp_path / "cache", progress=False)
+    assert cached.describe_cache().count("6 images in uint8") == 1 and "5 images" in cached.describe_cache()
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"one_1mm_auto", "two_1mm_auto"}
+    people = [*cached.train, cached.validation_pairs[0].fixed]
+    assert all(torch.equal(cached.image(subject), plain.image(subject)) for subject in people)
+    assert all(torch.equal(cached.label_volume(subject), plain.label_volume(subject)) for subject in people)
+    assert cached.digest == plain.digest and cached.short_name == "one+two"
+
+
+def test_figures_of_joined_cohorts_say_what_was_trained_on(tmp_path):
+    one, two = write_joinable(tmp_path)
+    path = rewrite(two, lambda content: content.update(simulated=True))
+    run = AblationRun.prepare("backbone", "smoke", f"{one}+{path}", engine="cpu", out=str(tmp_path),
+                              options={"resolution_mm": 1, "levels": 2})  # fmt: skip
+    assert "simulated people, 1 mm: not a LUMIR result; trained on one and embedded" in run.title
+    assert "3 training scans of 'one' and 2 training scans of 'two', 3 pairs" in run.describe()
+    assert run.config.run.startswith("backbone_one-embedded_smoke_seed0_")
+    assert (
+        run._trained_on().startswith("images of 3 people, one, ") and "; images of 2 people, two, " in run._trained_on()
+    )
+    assert evaluation.data_title("lumir+brains", "B", False, 1) == "B, 1 mm: not LUMIR; trained on lumir and brains"
+
+
+@pytest.mark.parametrize(
+    ("names", "resolution", "message"),
+    [
+        ("{0}+{0}", 1, "joined cohorts must not share scans: .*SMALL_0"),
+        ("{0}+brain", 1, "cohort must be one of embedded, lumir, brains"),
+        ("embedded+{0}", 4, r"joined cohorts must have one grid .*\(40, 56, 48\) voxels of 4 mm in RAS, .*\(4, 5, 6\)"),
+        ("{0}+none.json", 1, "none.json"),
+    ],
+)
+def test_cohorts_that_cannot_be_joined_are_told(tmp_path, names, resolution, message):
+    one, _ = write_joinable(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_cohort(names.format(one), resolution)
+
+
+def test_a_file_whose_name_has_a_plus_is_one_cohort(tmp_path):
+    path = write_small_cohort(tmp_path / "a.json+b")
+    assert len(load_cohort(path).train) == 4 and not load_cohort(path).joined
+
+
+@pytest.mark.data
+@pytest.mark.skipif("LUMIR_BRAINS" not in os.environ, reason="needs the real brains, in the folder named LUMIR_BRAINS")
+def test_real_and_simulated_people_are_joined_without_the_real_validation_people(embedded_cohort):
+    joined, brains = load_cohort("brains+embedded", 4), load_cohort("brains", 4)
+    assert joined.validation_pairs == embedded_cohort.validation_pairs and joined.simulated
+    assert joined.train == brains.train + embedded_cohort.train
+    assert not {person for pair in brains.validation_pairs for person in (pair.fixed, pair.moving)} & set(joined.train)
+
+
 def test_lumir_is_found_in_its_data_root(tmp_path):
     write_small_cohort(tmp_path).rename(tmp_path / "LUMIR_dataset.json")
     cohort = load_cohort("lumir", data_root=tmp_path)

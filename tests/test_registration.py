@@ -125,8 +125,8 @@ def test_jacobian_determinant_of_known_maps():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"give one of weights, run and method; train a network first, \"lumirlib run"),
-        ({"run": "a", "method": "affine"}, "give one of weights, run and method"),
+        ({}, r"give one of weights, run, method and pretrained; train a network first, \"lumirlib run"),
+        ({"run": "a", "method": "affine"}, "give one of weights, run, method and pretrained"),
         ({"method": "backbone"}, "backbone is a network, which needs weights.*Not trained are: affine, deedsBCV"),
         ({"method": "nothing"}, "unknown variant 'nothing'.*nor a method"),
         ({"method": "affine", "resolution_mm": 3}, r"resolution_mm must be one of \(1, 2, 4\), got 3"),

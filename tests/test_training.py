@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_cohorts import SMALL_SHAPE, write_small_cohort
 
-from lumirlib import load_cohort, losses, parse_variant, study, training
+from lumirlib import load_cohort, losses, parse_variant, provenance, study, training
 from lumirlib.data.loader import Batch
 from lumirlib.engine import Engine
 from lumirlib.methods import row_from_options
@@ -448,6 +448,7 @@ def test_every_committed_run_of_the_papers_network_still_has_its_name():
             continue
         row, preset = row_from_options(about["options"]), Preset(**about["preset"])
         config = training.RunConfig(row, preset, about["cohort"], about["cohort_digest"], about["seed"])
+        config = replace(config, init_digest=(about.get("started_from") or "").rpartition(", ")[2])
         assert config.run == about["run"] == path.stem
         assert replace(config, variant=row.trained()).run == about["weights"]
         found += 1
@@ -471,7 +472,7 @@ def test_options_are_set_after_the_presets(small_cohort_json, tmp_path):
     assert (run.config.variant.levels, run.config.variant.start_channels) == (2, 6)
     assert run.config.preset.smoothness_weight == 2.0 and run.config.preset.epochs == 2
     assert "smoothness_weight=2" in run.title and '-y \'{"options": {"resolution_mm": 1' in run.command
-    assert study.without_folders("../elsewhere/dataset.json") == "<folder>/dataset.json"
+    assert provenance.without_folders("../elsewhere/dataset.json") == "<folder>/dataset.json"
     assert "-p data_root '<folder>/small'" in run.command and str(tmp_path) not in run.command
 
 

@@ -103,6 +103,7 @@ class Cohort:
         shape: sides (D, H, W) of the cohort's grid.
         digest: 16 hexadecimal digits of the JSON and, for real scans, of the sizes of the files that it names.
         cache: the memory-mapped volumes that are read in place of the files, or None: see :meth:`with_cache`.
+        joined: the cohorts whose training scans it has, where they are of several; all else is that of the last.
     """
 
     name: str
@@ -117,17 +118,30 @@ class Cohort:
     shape: tuple[int, int, int]
     digest: str
     cache: VolumeCache | None = None
+    joined: tuple[Cohort, ...] = ()
     _memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def short_name(self) -> str:
-        """Name for files and tables: "embedded", "lumir", or the folder of the JSON."""
+        """Name for files and tables: "embedded", "lumir", or the folder of the JSON; of joined cohorts "a+b"."""
+        if self.joined:
+            return "+".join(part.short_name for part in self.joined)
         if self.simulated:
             return "embedded"
         if self.path.name == LUMIR_JSON:
             return "lumir"
         folder = self.path.resolve().parent.name
         return "".join(letter if letter.isalnum() or letter in "-." else "-" for letter in folder)
+
+    @property
+    def parts(self) -> tuple[Cohort, ...]:
+        """The cohorts that this one is joined from; itself where it is not joined."""
+        return self.joined or (self,)
+
+    @cached_property
+    def _owners(self) -> dict[Path, Cohort]:
+        """The joined cohort that reads a training scan."""
+        return {subject.image: part for part in self.joined for subject in part.train}
 
     @property
     def has_labels(self) -> bool:
@@ -175,10 +189,16 @@ class Cohort:
             ValueError: a file that is corrupt, not 3-D, not finite, not on the cohort's grid, or whose intensities
                 are not in 0 ... 255, as LUMIR's are.
         """
+        owner = self._owners.get(subject.image)
+        if owner:
+            return owner.image(subject)
         return self.stored_image(subject).decode() if self.cache else self._image(subject)
 
     def stored_image(self, subject: Subject) -> StoredVolume:
         """As :meth:`image`, but as the cache holds it: fewer bytes to copy to a device, to be decoded there."""
+        owner = self._owners.get(subject.image)
+        if owner:
+            return owner.stored_image(subject)
         stored = self.cache.get("images", subject.image) if self.cache else None
         return stored or StoredVolume(self._image(subject), 1)
 
@@ -187,6 +207,9 @@ class Cohort:
 
     def label_volume(self, subject: Subject) -> torch.Tensor:
         """Labels of a subject, ``(1, 1, D, H, W)`` int16, the most frequent label of each block."""
+        owner = self._owners.get(subject.image)
+        if owner:
+            return owner.label_volume(subject)
         if subject.labels is None:
             raise ValueError(f"{self.path}: no labels are named for {subject.name}")
         path = subject.labels
@@ -287,7 +310,7 @@ class Cohort:
         if tuple(shape) != expected:
             raise ValueError(f"{path}: expected shape {expected}, like the cohort's other images, got {tuple(shape)}")
         directions = self.affine[:3, :3] / self.downsampling
-        if self.short_name == "lumir":
+        if self.path.name == LUMIR_JSON:
             return
         if not np.allclose(affine[:3, :3], directions, atol=0.02 * self.resolution_mm / self.downsampling):
             raise ValueError(
@@ -325,6 +348,9 @@ class Cohort:
             verify: compare every checksum now.
             repair: likewise, and make anew what is damaged.
         """
+        if self.joined:
+            parts = tuple(part.with_cache(folder, dtype, workers, progress, verify, repair) for part in self.joined)
+            return replace(self, joined=parts, cache=parts[-1].cache, _memory=OrderedDict())
         people = dict.fromkeys([*self.train, *(s for pair in self.validation_pairs for s in (pair.fixed, pair.moving))])
         sources = [Source("images", one.image, one.name, partial(self._read_image, one.image)) for one in people]
         sources += [
@@ -337,6 +363,10 @@ class Cohort:
         cache = VolumeCache(root / name, sources, self.shape, self.downsampling**3, dtype)
         cache.build(workers, progress, verify, repair)
         return replace(self, cache=cache, _memory=OrderedDict())
+
+    def describe_cache(self) -> str | None:
+        """What :meth:`with_cache` has made, in words; None without a cache."""
+        return "; ".join(part.cache.describe() for part in self.parts if part.cache) or None
 
     def _read_image(self, path: Path) -> torch.Tensor:
         array, _ = read_volume(path, partial(self._check_grid, path))
@@ -499,7 +529,9 @@ def cohort_json(name_or_json: str | Path, resolution_mm: float | None, data_root
         return Path(folder) / "dataset.json"
     path = Path(name)
     if path.suffix != ".json":
-        raise ValueError(f"cohort must be one of {', '.join(NAMED_COHORTS)} or the path of a .json; got {name!r}")
+        raise ValueError(
+            f"cohort must be one of {', '.join(NAMED_COHORTS)} or the path of a .json, joined by '+'; got {name!r}"
+        )
     if not path.is_absolute() and not path.is_file() and data_root and (Path(data_root) / path).is_file():
         return Path(data_root) / path
     return path
@@ -519,19 +551,24 @@ def load_cohort(
     would be left, none is held out.
 
     Args:
-        name_or_json: "embedded", "lumir", "brains", or the path of a Learn2Reg dataset JSON.
+        name_or_json: "embedded", "lumir", "brains", or the path of a Learn2Reg dataset JSON; several of them joined by
+            "+", such as "brains+embedded", give the training scans of all, and the validation pairs of the last.
         resolution_mm: voxel size to work at, a whole multiple of the files' own; None takes the files' own, and
             4 mm for the embedded cohort.
-        data_root: folder that the JSON's paths are relative to; None takes the JSON's own folder.
+        data_root: folder that the JSON's paths are relative to; None takes the JSON's own folder. Of joined cohorts
+            it is for "lumir" and for JSONs.
 
     Returns:
         A :class:`Cohort`.
 
     Raises:
         FileNotFoundError: the JSON, or a file that it names, does not exist.
-        ValueError: an unknown name, a malformed JSON, a path that leaves the data root, or a resolution that does
-            not fit.
+        ValueError: an unknown name, a malformed JSON, a path that leaves the data root, a resolution that does
+            not fit, or joined cohorts that differ in their grids or share a scan.
     """
+    names = joined_names(str(name_or_json))
+    if len(names) > 1:
+        return _join([load_cohort(name, resolution_mm, data_root if _has_root(name) else None) for name in names])
     path = cohort_json(name_or_json, resolution_mm, data_root)
     content = read_json(path)
     reader = _Reader(path, Path(data_root) if data_root else path.parent, content)
@@ -606,6 +643,51 @@ def load_cohort(
         downsampling=factor,
         affine=affine @ block,
         shape=tuple(side // factor for side in shape),
+    )
+
+
+def joined_names(name: str) -> list[str]:
+    """The cohorts that a name joins; itself alone unless it does."""
+    names = name.split("+")
+    joins = all(part in NAMED_COHORTS or part.endswith(".json") for part in names) and not _is_file(Path(name))
+    return names if joins else [name]
+
+
+def _has_root(name: str) -> bool:
+    return name == "lumir" or name.endswith(".json")
+
+
+def _join(parts: list[Cohort]) -> Cohort:
+    """The last cohort, with the training scans of all.
+
+    Raises:
+        ValueError: other shapes, voxels or orientations, or a scan that two of them have: one that is trained on could
+            be among the validation people.
+    """
+    last = parts[-1]
+    seen: dict[Path, Cohort] = {}
+    for part in parts:
+        same_axes = np.allclose(part.affine[:3, :3], last.affine[:3, :3], atol=0.02 * last.resolution_mm)
+        if part.shape != last.shape or not same_axes:
+            raise ValueError(
+                f"joined cohorts must have one grid (give resolution_mm): {part.path} has {part.shape} voxels of "
+                f"{part.resolution_mm:g} mm in {_orientation(part.affine)}, {last.path} has {last.shape} of "
+                f"{last.resolution_mm:g} mm in {_orientation(last.affine)}"
+            )
+        held_out = {subject for pair in part.validation_pairs for subject in (pair.fixed, pair.moving)}
+        for image in {subject.image.resolve() for subject in (*part.train, *held_out)}:
+            if image in seen:
+                raise ValueError(
+                    f"joined cohorts must not share scans: {image} is in {seen[image].path} and {part.path}"
+                )
+            seen[image] = part
+    return replace(
+        last,
+        train=tuple(subject for part in parts for subject in part.train),
+        joined=tuple(parts),
+        credit="; ".join(dict.fromkeys(part.credit for part in parts if part.credit)),
+        digest=hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()[:16],
+        _memory=OrderedDict(),
     )
 
 
