@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,7 @@ import torch
 from faults import TALLY, is_ours
 from matplotlib.figure import Figure
 from small_cohorts import smooth_blob, write_small_cohort
+from tqdm.auto import tqdm
 
 from lumirlib import evaluation, files, load_cohort, parse_variant, submission, sweep, training
 from lumirlib import train as train_command
@@ -58,6 +60,7 @@ def killed(work: Callable[[], None], seconds: float, begun: Callable[[], bool]) 
     if child == 0:
         try:
             torch.set_num_threads(1)
+            tqdm.set_lock(threading.RLock())  # its own is shared with children, and a killed one would keep it
             work()
         finally:
             os._exit(0)
