@@ -33,7 +33,7 @@ class InstanceOptimization(nn.Module):
         model: trained network.
         objective: what is minimized.
         steps: of Adam at most, from 1.
-        learning_rate: of Adam, in voxels of each level.
+        learning_rate: of Adam, in voxels of each level; shared among the passes of a level, whose fields add up.
         tolerance: smallest relative fall of the loss that counts, from 0.
         patience: in steps, from 1.
 
@@ -96,7 +96,7 @@ class InstanceOptimization(nn.Module):
         self, velocities: list[torch.Tensor], fixed: torch.Tensor, moving: torch.Tensor
     ) -> tuple[torch.Tensor, list[float]]:
         """The best displacement, and the loss before each step and after the last one."""
-        optimizer = torch.optim.Adam(velocities, lr=self.learning_rate)
+        optimizer = torch.optim.Adam(velocities, lr=self.learning_rate / self.model.passes)
         losses: list[float] = []
         kept: list[torch.Tensor] = []
         while True:

@@ -59,7 +59,7 @@ class Variant(Row):
             :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
         instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
             it, 0 for none; see :class:`lumirlib.instance_optimization.InstanceOptimization`.
-        instance_learning_rate: of its Adam, in voxels of each level.
+        instance_learning_rate: of its Adam, in voxels of each level, shared among the passes of one.
         instance_tolerance: it ends when the loss falls by less than this share of itself ...
         instance_patience: ... within so many steps.
     """
@@ -239,7 +239,7 @@ class Variant(Row):
 
 
 #: What each scheme changes about the backbone, in the order in which a combination's name lists them; "ours" is
-#: COMP, REC, SYM and LR2 together.
+#: COMP, REC, SYM, NDV and LR2 together.
 SCHEMES: dict[str, dict[str, Any]] = {
     "LK": {"start_channels": 36, "large_kernel": 5},
     "LC-1": {"start_channels": 64, "head_channels": 108, "cascade": "additive"},
@@ -250,7 +250,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "COMP": {"cascade": "compositional"},
     "ours": {
         "cascade": "compositional", "passes": 2, "symmetric": True, "inverse_consistency_weight": 0.01,
-        "learning_rate_factor": 2.0,
+        "ndv_weight": 10.0, "learning_rate_factor": 2.0,
     },
     "REC": {"passes": 2},
     "LR2": {"learning_rate_factor": 2.0},
