@@ -100,12 +100,12 @@ def test_passes_share_the_rate_of_instance_optimization():
     row, preset = parse_variant("COMP+REC"), get_preset("smoke", window=3)
     lengths = {}
     for passes in (1, 2):
-        model, (fixed, moving) = small(passes), images()
+        model, (fixed, moving), own = small(passes), images(), replace(row, passes=passes)
         seen = []
 
-        def objective(predicted, *rest, seen=seen, row=replace(row, passes=passes)):
+        def objective(predicted, *rest, seen=seen, own=own):
             seen.append([velocity.detach().clone() for velocity in predicted.velocities])
-            return row.objective(predicted, *rest, preset)
+            return own.objective(predicted, *rest, preset)
 
         InstanceOptimization(model, objective, steps=1, learning_rate=0.08)(fixed, moving)
         lengths[passes] = [float((after - before).abs().max()) for before, after in zip(*seen, strict=True)]
