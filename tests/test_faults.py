@@ -474,7 +474,10 @@ def test_a_papermill_run_that_is_interrupted_ends_in_the_same_figures_when_it_is
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if name == "cut":
-            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+            child = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run behind "&"
+            )  # fmt: skip
             while not list(out.rglob("last.pt")):
                 assert child.poll() is None
                 time.sleep(0.02)
