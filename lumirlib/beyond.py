@@ -53,14 +53,34 @@ def _without_chance(names: Sequence[str]) -> list[str]:
     return [name for name in names if parse_row(name).trains_on == "nothing"]
 
 
+def at_measured_cost(runs: Runs, costs: Measured) -> Runs:
+    """The runs with the seconds of a step that :mod:`lumirlib.costs` measured, all rows in turn, in place of their own.
+
+    Runs that were made beside other work took longer than they cost. Rows that were not measured have no time then;
+    where none was, all runs are returned as they are.
+
+    Args:
+        runs: of any rows.
+        costs: of the same preset.
+    """
+    if costs.table is None:
+        return runs
+    seconds = costs.table.groupby("variant")["seconds_per_step"].median()
+    trained = {name: parse_row(name).trained().name for name in runs.variants}
+    history = runs.history.assign(seconds=runs.history["variant"].map(trained).map(seconds))
+    return replace(runs, history=history.assign(seconds=history["seconds"].where(history["steps"] > 0)))
+
+
 def training_minutes(runs: Runs) -> pd.DataFrame:
     """Validation Dice of each run against the time that its training steps had taken.
 
     Returns:
         Columns variant, seed, epoch, minutes (of all steps until then; validation is not counted), val_dice (percent).
-        A row that uses another's weights has that one's.
+        A row that uses another's weights has that one's; one whose steps have no time is left out.
     """
     history = runs.history.reindex(columns=["variant", "seed", "epoch", "steps", "seconds", "val_dice"])
+    untimed = history.loc[(history["steps"] > 0) & history["seconds"].isna(), "variant"]
+    history = history[~history["variant"].isin(untimed)]
     minutes = history["seconds"].fillna(0) * history["steps"] / 60
     minutes = minutes.groupby([history["variant"], history["seed"]]).cumsum()
     found = history[["variant", "seed", "epoch"]].assign(minutes=minutes, val_dice=100 * history["val_dice"])
@@ -187,15 +207,17 @@ def readable_ablation(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def publish_ablation(runs: Runs, stem: str | Path) -> str:
-    """:func:`lumirlib.tables.publish` the ablation; the Markdown."""
+def publish_ablation(runs: Runs, costs: Measured, stem: str | Path) -> str:
+    """:func:`lumirlib.tables.publish` the ablation, with times as :func:`at_measured_cost` has them; the Markdown."""
+    runs = at_measured_cost(runs, costs)
     table = ablation(runs)
     reference = REFERENCES[0]
+    how = "likewise" if costs.table is None else f"at what a step costs, all rows in turn ({costs.about['device']})"
     note = (
         f"{int(table['pairs'].min())} pairs. ± is the sample standard deviation over seeds. Differences: points of "
         "Dice, in brackets the 95 % interval over people and seeds, verdict by docs/protocol.md (Wilcoxon over pairs, "
-        "adjusted after Holm over the rows of the column). Training: time of the steps alone; s / pair: median over "
-        "pairs; both as the runs took it, whatever else the machine did. At equal time: the best validation Dice by "
+        "adjusted after Holm over the rows of the column). s / pair: median over pairs, as the runs took it, whatever "
+        f"else the machine did. Training: time of the steps alone, {how}. At equal time: the best validation Dice by "
         f"the time that {reference} with the same seed took in all, in parentheses minus {reference}'s own; a slower "
         "row is cut off before its learning rate has fallen, and could reach more in that time with fewer epochs."
     )

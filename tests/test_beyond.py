@@ -94,9 +94,22 @@ def test_ablation_has_differences_to_both_references_and_minutes_of_training(run
     assert measured == pytest.approx([6, 1234, 0.2])
     assert table.loc["ours+IO", "training_minutes"] == 6  # of the weights it uses
     assert pd.isna(table.loc["ours+IO", "equal_time_dice"])
-    text = beyond.publish_ablation(runs, tmp_path / "ablation")
+    text = beyond.publish_ablation(runs, NOT_MEASURED, tmp_path / "ablation")
     assert "Not run: COMP+CORR" in text and "Not converged" in text and "simulated" in text
     assert "| ours+IO " in text and "better |" in text and json.loads((tmp_path / "ablation.json").read_text())["runs"]
+
+
+def test_times_are_those_measured_in_turn_where_there_are_any(runs, tmp_path):
+    assert beyond.at_measured_cost(runs, NOT_MEASURED) is runs
+    measured = pd.DataFrame({"variant": ["LC-2", "ours"] * 3, "seconds_per_step": [3.0, 12.0, 30.0, 18.0, 2.0, 1.0]})
+    costs = Measured(measured, {"device": "an idle machine"}, "")
+    timed = beyond.at_measured_cost(runs, costs)
+    minutes = beyond.training_minutes(timed).groupby("variant")["minutes"].max()
+    assert minutes.to_dict() == pytest.approx({"LC-2": 2, "ours": 8, "ours+IO": 8})  # medians: 3 and 12 s, 40 steps
+    table = beyond.ablation(timed).set_index("variant")
+    assert pd.isna(table.loc["COMP", "training_minutes"]) and table.loc["COMP", "seeds"] == 2
+    assert table.loc["ours", "equal_time_dice"] == pytest.approx(55)  # one epoch of four
+    assert "all rows in turn (an idle machine)" in beyond.publish_ablation(runs, costs, tmp_path / "ablation")
 
 
 def test_at_equal_time_a_slower_row_has_the_epochs_that_it_had_finished(runs):
