@@ -56,16 +56,15 @@ def _without_chance(names: Sequence[str]) -> list[str]:
 def at_measured_cost(runs: Runs, costs: Measured) -> Runs:
     """The runs with the seconds of a step that :mod:`lumirlib.costs` measured, all rows in turn, in place of their own.
 
-    Runs that were made beside other work took longer than they cost. Rows that were not measured have no time then;
-    where none was, all runs are returned as they are.
+    Runs that were made beside other work took longer than they cost. Rows that were not measured have no time then.
 
     Args:
         runs: of any rows.
         costs: of the same preset.
     """
-    if costs.table is None:
-        return runs
-    seconds = costs.table.groupby("variant")["seconds_per_step"].median()
+    seconds = pd.Series(dtype=float)
+    if costs.table is not None:
+        seconds = costs.table.groupby("variant")["seconds_per_step"].median()
     trained = {name: parse_row(name).trained().name for name in runs.variants}
     history = runs.history.assign(seconds=runs.history["variant"].map(trained).map(seconds))
     return replace(runs, history=history.assign(seconds=history["seconds"].where(history["steps"] > 0)))
@@ -212,12 +211,12 @@ def publish_ablation(runs: Runs, costs: Measured, stem: str | Path) -> str:
     runs = at_measured_cost(runs, costs)
     table = ablation(runs)
     reference = REFERENCES[0]
-    how = "likewise" if costs.table is None else f"at what a step costs, all rows in turn ({costs.about['device']})"
+    how = "not measured" if costs.table is None else f"all rows in turn, {costs.about['device']}"
     note = (
         f"{int(table['pairs'].min())} pairs. ± is the sample standard deviation over seeds. Differences: points of "
         "Dice, in brackets the 95 % interval over people and seeds, verdict by docs/protocol.md (Wilcoxon over pairs, "
         "adjusted after Holm over the rows of the column). s / pair: median over pairs, as the runs took it, whatever "
-        f"else the machine did. Training: time of the steps alone, {how}. At equal time: the best validation Dice by "
+        f"else the machine did. Training: time of all steps, at what one costs ({how}). At equal time: the best validation Dice by "
         f"the time that {reference} with the same seed took in all, in parentheses minus {reference}'s own; a slower "
         "row is cut off before its learning rate has fallen, and could reach more in that time with fewer epochs."
     )
