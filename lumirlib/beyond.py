@@ -216,9 +216,10 @@ def publish_ablation(runs: Runs, costs: Measured, stem: str | Path) -> str:
         f"{int(table['pairs'].min())} pairs. ± is the sample standard deviation over seeds. Differences: points of "
         "Dice, in brackets the 95 % interval over people and seeds, verdict by docs/protocol.md (Wilcoxon over pairs, "
         "adjusted after Holm over the rows of the column). s / pair: median over pairs, as the runs took it, whatever "
-        f"else the machine did. Training: time of all steps, at what one costs ({how}). At equal time: the best validation Dice by "
-        f"the time that {reference} with the same seed took in all, in parentheses minus {reference}'s own; a slower "
-        "row is cut off before its learning rate has fallen, and could reach more in that time with fewer epochs."
+        f"else the machine did. Training: time of all steps, at what one costs ({how}). At equal time: the best "
+        f"validation Dice by the time that {reference} with the same seed took in all, in parentheses minus "
+        f"{reference}'s own; a slower row is cut off before its learning rate has fallen, and could reach more in that "
+        "time with fewer epochs."
     )
     devices = sorted(set(runs.facts["device"]))
     note += f" Devices: {'; '.join(devices)}." + tables.not_converged_note(runs)

@@ -207,6 +207,8 @@ def test_one_pair_is_drawn_under_every_alteration(embedded_cohort):
 
 def test_the_notebook_shows_what_is_there_and_names_what_is_missing(folder, altered, tmp_path):
     out = tmp_path / "elsewhere"
+    table = pd.DataFrame({"variant": ["LC-2", "ours"], "round": 0, "seconds_per_step": 1.0, "seconds_per_pair": 1.0})
+    write_results(table, folder / "costs" / "beyond_demo_cpu.csv", {"device": "x"})
     parameters = {"results": str(folder), "out": str(out), "preset": "demo", "cohort": "embedded"}
     notebook = str(project_root() / "notebooks" / "beyond.ipynb")
     papermill.execute_notebook(notebook, str(tmp_path / "o.ipynb"), parameters, progress_bar=False)
