@@ -6,6 +6,7 @@ compared first. Nothing is unpickled but tensors and plain values, and what they
 
 from __future__ import annotations
 
+import json
 import math
 import zipfile
 from collections.abc import Mapping
@@ -134,6 +135,10 @@ def check_schema(path: Path, content: dict[str, Any], stored: int) -> None:
     config = _expect(path, "config", content.get("config"), dict)
     for name, kind in (("variant", dict), ("preset", dict), ("cohort", str), ("cohort_digest", str), ("seed", int)):
         _expect(path, f"config.{name}", config.get(name), kind)
+    try:
+        json.dumps(config)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: config must hold plain values only: {error}") from error
     for name, weight in _expect(path, "model", content.get("model"), dict).items():
         _expect(path, f"model.{name}", weight, torch.Tensor)
         if not torch.isfinite(weight).all():

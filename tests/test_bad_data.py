@@ -721,6 +721,8 @@ def resave(path: Path, change) -> Path:
         (lambda c: c["config"]["variant"].update(start_channels=10**9), "start_channels must be at most 4096"),
         (lambda c: c["config"]["variant"].update(start_channels=4000), "weights do not fit the network: .* differ"),
         (lambda c: c["config"]["variant"].update(levels=0), "describes no network: levels must be a whole number"),
+        (lambda c: c["config"].update(seed=0, more=torch.zeros(3)), "config must hold plain values only: .*Tensor"),
+        (lambda c: c["config"]["preset"].update(more=c["config"]), "config must hold plain values only: Circular"),
         (lambda c: c["model"].pop("estimators.0.conv1.bias"), "estimators.0.conv1.bias is missing instead of"),
         (lambda c: next(iter(c["model"].values())).fill_(math.nan), r"model\..* must hold finite values only"),
         (lambda c: c["model"].update(more=torch.zeros(3)), r"more is \(3,\) instead of absent"),
