@@ -125,7 +125,7 @@ def test_a_symmetric_row_trains_logs_and_reports_its_inconsistency(small_cohort_
     trained = result.history.iloc[1:]
     expected = (
         trained["similarity"] + run.config.preset.smoothness_weight * trained["smoothness"]
-        + 0.1 * trained["inverse_consistency"]
+        + run.config.variant.inverse_consistency_weight * trained["inverse_consistency"]
     )  # fmt: skip
     assert trained["loss"].to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-5)
     run.evaluate(result, progress=False)
