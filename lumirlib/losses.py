@@ -347,6 +347,8 @@ def registration_loss(
         lambdas).
     """
     check_same_grid(moving, fixed, "moving", "fixed")
+    if len(velocities) != len(displacements):
+        raise ValueError(f"expected a velocity for each of {len(displacements)} displacements, got {len(velocities)}")
     last = displacements[::passes]
     shapes = [tuple(displacement.shape[2:]) for displacement in last]
     moving_levels, fixed_levels = gaussian_pyramid(moving, shapes), gaussian_pyramid(fixed, shapes)
@@ -357,7 +359,7 @@ def registration_loss(
     levels = zip(moving_levels, fixed_levels, last, strict=True)
     for level, (moving_level, fixed_level, displacement) in enumerate(levels):
         similarity_sum = similarity_sum + 2.0**-level * compare(spatial.warp(moving_level, displacement), fixed_level)
-    for entry, (velocity, _) in enumerate(zip(velocities, displacements, strict=True)):
+    for entry, velocity in enumerate(velocities):
         smoothness_sum = smoothness_sum + 2.0 ** -(entry // passes) * diffusion_loss(velocity)
     total = similarity_weight * similarity_sum + smoothness_weight * smoothness_sum
     return {"total": total, "similarity": similarity_sum, "smoothness": smoothness_sum}

@@ -33,7 +33,8 @@ from lumirlib.data import Pair
 from lumirlib.evaluation import METRICS, Method, cohort_facts, evaluate_method, read_table, write_results
 from lumirlib.files import check_writable, read_json, write_json
 from lumirlib.methods import parse_row
-from lumirlib.study import AblationRun, without_folders
+from lumirlib.provenance import without_folders
+from lumirlib.study import AblationRun
 from lumirlib.training import spread
 
 #: Voxels that a thick slice spans: 16 mm where the network works at 4 mm, 4 mm where it works at 1 mm.

@@ -521,7 +521,7 @@ def parser(prog: str = "python -m lumirlib.weights") -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.weights") -> int:
-    """List, export or check; the exit status is 0, 1 where a card is not right, 2 for what cannot be used."""
+    """List, export or check; exit status 0, 1 where a card is wrong, 2 for what cannot be used, 130 after Ctrl-C."""
     given = parser(prog).parse_args(arguments)
     try:
         if given.action == "list":
@@ -546,6 +546,9 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.wei
     except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was packaged", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
