@@ -74,7 +74,7 @@ def multiply_adds(row: Row, shape: tuple[int, ...]) -> float:
             model.encoder(torch.cat([image, image]))
             for level, sides in enumerate(model.level_shapes(shape)):
                 features = torch.empty(1, row.start_channels, *sides, device="meta")
-                for _ in range(model.passes):
+                for _ in range(model.passes + (0 if level else model.refinements)):
                     if str(level) in model.co_attention:
                         model.co_attention[str(level)](features, features)
                     model.estimate(level, features, features)

@@ -48,6 +48,7 @@ class Variant(Row):
             :mod:`lumirlib.models.local_correlation`.
         correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
         passes: REC, how often each level's estimator is applied.
+        refinements: REF, further passes of the finest level in registration, which training does without.
         symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
             half in the loss.
         inverse_consistency_weight: of :func:`lumirlib.consistency_losses.inverse_consistency_loss` between them.
@@ -79,6 +80,7 @@ class Variant(Row):
     correlation_window: int = field(default=0, metadata=ADDED_LATER)
     correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
     passes: int = field(default=1, metadata=ADDED_LATER)
+    refinements: int = field(default=0, metadata=ADDED_LATER)
     symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
     inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     group_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
@@ -213,6 +215,8 @@ class Variant(Row):
         if self.correlation_window:
             words.append(f"local correlation of window {self.correlation_window} as {self.correlation_mode}")
         words += [f"{self.passes} passes of each level"] if self.passes > 1 else []
+        if self.refinements:
+            words.append(f"{self.refinements} further pass(es) of the finest level in registration")
         if self.symmetric:
             weight = self.inverse_consistency_weight
             words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
@@ -239,7 +243,7 @@ class Variant(Row):
 
 
 #: What each scheme changes about the backbone, in the order in which a combination's name lists them; "ours" is
-#: COMP, REC, SYM, NDV and LR2 together.
+#: COMP, REC, REF, SYM, NDV and LR2 together.
 SCHEMES: dict[str, dict[str, Any]] = {
     "LK": {"start_channels": 36, "large_kernel": 5},
     "LC-1": {"start_channels": 64, "head_channels": 108, "cascade": "additive"},
@@ -249,10 +253,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
     "COMP": {"cascade": "compositional"},
     "ours": {
-        "cascade": "compositional", "passes": 2, "symmetric": True, "inverse_consistency_weight": 0.01,
-        "ndv_weight": 10.0, "learning_rate_factor": 2.0,
+        "cascade": "compositional", "passes": 2, "refinements": 1, "symmetric": True,
+        "inverse_consistency_weight": 0.01, "ndv_weight": 10.0, "learning_rate_factor": 2.0,
     },
     "REC": {"passes": 2},
+    "REF": {"refinements": 1},
     "LR2": {"learning_rate_factor": 2.0},
     "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
     "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},

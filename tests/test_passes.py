@@ -13,7 +13,7 @@ from torch import nn
 from lumirlib import build_model, costs, losses, parse_variant, spatial
 from lumirlib.instance_optimization import InstanceOptimization
 from lumirlib.models import RegistrationNetwork
-from lumirlib.models.backbone import join_velocities
+from lumirlib.models.backbone import join_levels, join_velocities
 from lumirlib.presets import get_preset, split_options
 from lumirlib.training import first_non_finite
 
@@ -135,6 +135,46 @@ def test_estimators_are_paid_for_in_each_pass_and_the_encoder_once():
     assert costs.count_parameters(parse_variant("REC")) == costs.count_parameters(parse_variant("backbone"))
 
 
+@pytest.mark.parametrize("name", ["COMP", "COMP+BF", "backbone"])
+def test_a_refinement_is_a_further_pass_of_the_finest_level_in_registration_alone(name):
+    model, (fixed, moving) = small(2, name), images()
+    plain, trained_on = model(fixed, moving), model.fields(fixed, moving)
+    model.refinements = 2
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.fields(fixed, moving).velocities, trained_on.velocities, strict=True)
+    )
+    once = small(2, name, refinements=1)(fixed, moving)
+    assert (once - plain).abs().max() > 1e-3 and (model(fixed, moving) - once).abs().max() > 1e-3
+    # by hand: the result without the filter, one velocity more, joined, and then the filter
+    bare = small(2, name)
+    bare.bilateral_filter = None
+    before = bare(fixed, moving)
+    velocity = bare.estimate(0, *(features if k == 0 else spatial.warp(features, before)
+                                  for k, features in enumerate(bare.encode(fixed, moving))))  # fmt: skip
+    expected = join_levels(spatial.integrate(velocity, 7), before, bare.cascade)
+    if model.bilateral_filter is not None:
+        expected = model.bilateral_filter(expected, fixed)
+    assert torch.allclose(once, expected, atol=1e-5)
+
+
+def test_a_refinement_changes_neither_training_nor_instance_optimization():
+    row, preset, (fixed, moving) = parse_variant("COMP+REC+REF"), get_preset("smoke", window=3), images()
+    assert row.passes == 2 and row.refinements == 1 and "further pass" in row.words
+    models = small(2), small(2, refinements=1)
+    terms = [row.loss_terms(model, fixed, moving, preset, torch.Generator())["total"] for model in models]
+    assert torch.equal(*terms)
+    optimized = [InstanceOptimization(model, lambda *given: row.objective(*given, preset), steps=2) for model in models]
+    assert torch.equal(*(method(fixed, moving) for method in optimized))
+
+
+def test_a_refinement_costs_an_estimation_at_full_resolution():
+    two, three, refined = (
+        costs.multiply_adds(parse_variant(name, start_channels=4, levels=2, passes=passes), (12, 16, 20))
+        for name, passes in (("COMP", 2), ("COMP", 3), ("COMP+REF", 2))
+    )
+    assert two < refined < three and (refined - two) / (three - two) > 0.8
+
+
 def test_a_variant_may_have_its_own_learning_rate_as_baselines_have():
     preset = get_preset("demo")
     assert parse_variant("backbone").adapt(preset) == preset
@@ -146,7 +186,7 @@ def test_a_variant_may_have_its_own_learning_rate_as_baselines_have():
 
 
 def test_our_recipe_is_its_parts_and_reads_as_one_name():
-    assert replace(parse_variant("COMP+REC+SYM+NDV+LR2"), name="ours") == parse_variant("ours")
+    assert replace(parse_variant("COMP+REC+REF+SYM+NDV+LR2"), name="ours") == parse_variant("ours")
     assert parse_variant("IO+ours").name == "ours+IO" and parse_variant("ours+IO").trained() == parse_variant("ours")
     with pytest.raises(ValueError, match="cascade would be"):
         parse_variant("LC-1+ours")

@@ -197,6 +197,8 @@ class RegistrationNetwork(nn.Module):
         correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
         passes: REC, how often each level's estimator is applied, each time to the moving features as warped by all
             that was found before, and its field joined to that as a finer level's would be.
+        refinements: REF, further passes of the finest level where the network is called, not in :meth:`fields`, and so
+            in no loss: the network is not trained for them.
     """
 
     def __init__(
@@ -214,6 +216,7 @@ class RegistrationNetwork(nn.Module):
         correlation_window: int = 0,
         correlation_mode: str = "channels",
         passes: int = 1,
+        refinements: int = 0,
     ) -> None:
         super().__init__()
         check_choice(cascade, CASCADES, "cascade")
@@ -223,6 +226,7 @@ class RegistrationNetwork(nn.Module):
             ("squarings", squarings, 0), ("large_kernel", large_kernel, 0),
             ("co_attention_levels", co_attention_levels, 0), ("bilateral_window", bilateral_window, 0),
             ("correlation_window", correlation_window, 0), ("passes", passes, 1),
+            ("refinements", refinements, 0),
         ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
@@ -231,6 +235,7 @@ class RegistrationNetwork(nn.Module):
         self.cascade = cascade
         self.squarings = squarings
         self.passes = passes
+        self.refinements = refinements
         self._checkpointing = False
         self.encoder = Encoder(start_channels, large_kernel)
         self.estimators = nn.ModuleList(FlowEstimator(start_channels, head_channels) for _ in range(levels))
@@ -287,6 +292,11 @@ class RegistrationNetwork(nn.Module):
             ValueError: shapes that differ or are not (B, 1, D, H, W), or a side below 2 voxels.
             TypeError: a dtype other than the weights', unless autocast is on.
         """
+        return self._fields(fixed, moving, both_directions)
+
+    def _fields(
+        self, fixed: torch.Tensor, moving: torch.Tensor, both_directions: bool = False, refinements: int = 0
+    ) -> Fields:
         check_network_images(fixed, moving, self.encoder.dtype)
         shapes = self.level_shapes(tuple(fixed.shape[2:]))
         fixed_features, moving_features = self.encode(fixed, moving)
@@ -301,7 +311,7 @@ class RegistrationNetwork(nn.Module):
             features = pyramid.pop()
             if both_directions:
                 features = torch.cat(features), torch.cat(features[::-1])
-            for _ in range(self.passes):
+            for _ in range(self.passes + (0 if level else refinements)):
                 coarser = upsample_displacement(displacements[0], shapes[level]) if displacements else None
                 inputs = (*features, coarser)
                 if self.checkpointing and torch.is_grad_enabled():
@@ -365,4 +375,4 @@ class RegistrationNetwork(nn.Module):
         check_image(moving, "moving", channels=1)
         check_finite(fixed, "fixed")
         check_finite(moving, "moving")
-        return self.fields(fixed, moving).displacements[0]
+        return self._fields(fixed, moving, refinements=self.refinements).displacements[0]
