@@ -208,3 +208,16 @@ def test_the_documented_trials_are_those_of_the_table():
     )
     for run, dice in zip(trials.run, trials.val_dice, strict=True):
         assert pd.read_csv(root / "results" / "trials" / f"{run}.csv").val_dice.iloc[-1] == pytest.approx(dice)
+
+
+def test_the_documented_refinements_are_those_of_the_table():
+    root = Path(__file__).resolve().parent.parent
+    found = pd.read_csv(root / "results" / "trials" / "refinements.csv")
+    documented = re.findall(r"(\d\d\.\d\d), (0\.\d{4}) +\|", (root / "docs" / "beyond.md").read_text())
+    expected = [
+        (f"{100 * dice:.2f}", f"{ndv:.4f}") for dice, ndv in zip(found.val_dice, found.val_ndv_percent, strict=True)
+    ]
+    assert documented == expected
+    for run, lines in found.groupby("run"):
+        log = pd.read_csv(root / "results" / "trials" / f"{run}.csv")
+        assert log.val_dice.max() == pytest.approx(lines.val_dice[lines.refinements == 0].item())
