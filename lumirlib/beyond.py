@@ -19,6 +19,7 @@ from lumirlib.methods import parse_row
 from lumirlib.report import BEFORE, COLUMNS, DIGITS, Runs, find_runs, late_rises, load_runs
 from lumirlib.sweep import needs_another
 from lumirlib.tables import Measured, as_text, publish
+from lumirlib.training import spread
 
 #: The authors' best row, and their own compositional cascade at the backbone's width: what ours is held against.
 REFERENCES = ("LC-2", "COMP")
@@ -229,6 +230,15 @@ def publish_ablation(runs: Runs, costs: Measured, stem: str | Path) -> str:
                    runs.about())  # fmt: skip
 
 
+def unused_pairs(runs: Runs) -> list[str]:
+    """Evaluated pairs other than those whose Dice chose the epochs, and the recipe; none if that cannot be told."""
+    if runs.preset.evaluation_pairs is not None:
+        return []
+    pairs = tuple(dict.fromkeys(runs.values.loc[runs.values["variant"] == BEFORE, "pair"]))
+    chose = set(spread(pairs, runs.preset.validation_pairs))
+    return [pair for pair in pairs if pair not in chose]
+
+
 # targets --------------------------------------------------------------------------------------------------------------
 
 
@@ -256,14 +266,16 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
 
     Returns:
         One line per target: target, row, value, low, high (of the interval, the seeds or the rounds), unit, outcome,
-        why.
+        why; of Dice also value_on_unused, the difference on the :func:`unused_pairs`, which decides nothing.
     """
-    compared, lines = differences(runs), []
+    compared, lines, unused = differences(runs), [], unused_pairs(runs)
+    dice = runs.values[(runs.values["metric"] == "dice") & runs.values["pair"].isin(unused)]
+    dice = 100 * dice.pivot_table(index="pair", columns="variant", values="value").mean()
 
     def add(target: str, row: str, unit: str, outcome: str, why: str = "", value=math.nan, low=math.nan,
-            high=math.nan) -> None:  # fmt: skip
+            high=math.nan, elsewhere=math.nan) -> None:  # fmt: skip
         lines.append({"target": target, "row": row, "value": value, "low": low, "high": high, "unit": unit,
-                      "outcome": outcome, "why": why})  # fmt: skip
+                      "outcome": outcome, "why": why, "value_on_unused": elsewhere})  # fmt: skip
 
     for row in RECIPES:
         for reference in REFERENCES:
@@ -279,7 +291,10 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
                 outcome, why = OPEN, "one seed"
             elif outcome == MET and found["verdict"] != "better":
                 outcome = OPEN
-            add(words, row, "points", outcome, why, value, low, high)
+            elsewhere = dice[row] - dice[reference] if unused else math.nan
+            if unused:
+                why += f"; {as_text(elsewhere, 2, True)} on the {len(unused)} pairs that chose no epoch"
+            add(words, row, "points", outcome, why, value, low, high, elsewhere)
         words = f"NDV at most {MOST_NDV:g} %"
         if row not in runs.variants:
             add(words, row, "%", OPEN, f"not run: {row}")
