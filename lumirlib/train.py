@@ -63,7 +63,7 @@ def parser(prog: str = "python -m lumirlib.train") -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.train") -> int:
-    """Train, evaluate and print a summary; the exit status is 0, or 2 for parameters or files that cannot be used."""
+    """Train, evaluate and print a summary; the exit status is 0, 2 for what cannot be used, 130 after Ctrl-C."""
     given = parser(prog).parse_args(arguments)
     try:
         run = AblationRun.prepare(
@@ -86,6 +86,10 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.tra
     except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        words = str(interrupt) or "stopped at once; the same call goes on from the last checkpoint"
+        print(f"{prog}: {words}", file=sys.stderr)
+        return 130
     print(f"\nbest epoch {result.best_epoch}; {run.metrics_path}")
     print(summarize(table).to_string(float_format="%.4f"))
     return 0

@@ -15,6 +15,7 @@ import torch
 from small_cohorts import SMALL_SHAPE, write_small_cohort
 
 from lumirlib import load_cohort, losses, parse_variant, provenance, study, training
+from lumirlib import train as train_command
 from lumirlib.data.loader import Batch
 from lumirlib.engine import Engine
 from lumirlib.methods import row_from_options
@@ -132,6 +133,18 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(cohort, tm
     ]
     assert same_weights(found[0], found[1])
     assert not same_weights(found[0], found[2])
+
+
+@pytest.mark.parametrize("said", ["stopped after saving a checkpoint; the same call goes on from here", ""])
+def test_ctrl_c_ends_the_command_with_a_sentence(said, small_cohort_json, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt(said) if said else KeyboardInterrupt
+
+    monkeypatch.setattr(training.Trainer, "run", interrupted)
+    given = ["--preset", "smoke", "--cohort", str(small_cohort_json), "--out", str(tmp_path), "--quiet"]
+    assert train_command.main(given) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("python -m lumirlib.train: stopped") and "the same call goes on from" in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
