@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lumirlib import build_model, metrics, parse_variant
-from lumirlib.ndv_loss import ndv_loss
+from lumirlib.ndv_loss import DENSE, ndv_loss
+from lumirlib.ndv_loss import _folded_voxels as folded_voxels
 from lumirlib.presets import get_preset
 
 
@@ -38,6 +39,27 @@ def test_of_a_batch_it_is_the_mean():
 def test_its_gradient_equals_finite_differences():
     assert torch.autograd.gradcheck(ndv_loss, rough((4, 5, 4)).requires_grad_())
     assert torch.autograd.gradcheck(ndv_loss, rough((19, 3, 3)).requires_grad_())
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.15, 0.25, 1.5])  # nothing folds, few voxels, some, most
+def test_the_gradient_of_few_folded_voxels_is_that_of_all(scale, monkeypatch):
+    displacement = rough((21, 9, 8), scale, batch=2).requires_grad_()
+    share = float(folded_voxels(displacement).double().mean())
+    assert (share == 0) if scale < 0.1 else (share < DENSE) if scale == 0.15 else share > 0
+    found = torch.autograd.grad(ndv_loss(displacement), displacement)[0]
+    monkeypatch.setattr("lumirlib.ndv_loss.DENSE", -1.0)
+    loss = ndv_loss(displacement)
+    assert torch.allclose(found, torch.autograd.grad(loss, displacement)[0], rtol=1e-12, atol=1e-15)
+    assert (found != 0).any() == (scale > 0.1) and float(loss.detach()) == pytest.approx(
+        float(ndv_loss(displacement.detach()))
+    )
+
+
+def test_what_is_not_a_number_is_not_taken_for_unfolded():
+    displacement = torch.zeros(1, 3, 5, 5, 5).requires_grad_()
+    with torch.no_grad():
+        displacement[0, 1, 2, 2, 2] = float("nan")
+    assert ndv_loss(displacement).isnan()
 
 
 def test_descending_it_unfolds():
