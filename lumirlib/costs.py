@@ -16,7 +16,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -226,8 +226,8 @@ def measure_all(
     repeats: int = 3,
     training: bool = True,
     progress: bool = True,
-) -> pd.DataFrame:
-    """Costs of several rows, each round one process after another.
+) -> Iterator[pd.DataFrame]:
+    """Costs of several rows, each round one process after another; after each round all so far.
 
     Args:
         rows: names for :func:`lumirlib.methods.parse_row`.
@@ -238,7 +238,7 @@ def measure_all(
         training: measure training steps too.
         progress: show a progress bar.
 
-    Returns:
+    Yields:
         One row per method and round: variant, start_channels, round, what :func:`measure` gives, parameters and
         multiply_adds, and paper_parameters and paper_multiply_adds at the paper's width and 160x224x192 voxels.
 
@@ -264,7 +264,7 @@ def measure_all(
                      "paper_multiply_adds": multiply_adds(full, paper_shape)}
                 )  # fmt: skip
                 bar.update()
-    return pd.DataFrame(found)
+            yield pd.DataFrame(found)
 
 
 def write_costs(
@@ -303,14 +303,14 @@ def main(arguments: list[str] | None = None) -> int:
             if getattr(given, name) < 1:
                 raise ValueError(f"--{name} must be 1 or more, got {getattr(given, name)}")
         preset, rows, device = get_preset(given.preset), table_rows(given.rows), pick_device(given.device)
-        table = measure_all(rows, preset, str(device), given.rounds, given.repeats, not given.no_training)
+        command = f"python -m lumirlib.costs --rows {' '.join(given.rows)} --preset {preset.name}"
+        command += f" --rounds {given.rounds} --repeats {given.repeats}" + " --no-training" * given.no_training
+        name, out = f"{given.rows[0]}_" if given.rows in (["table1"], ["beyond"]) else "", given.out
+        for table in measure_all(rows, preset, str(device), given.rounds, given.repeats, not given.no_training):
+            path = write_costs(table, preset, device, provenance.results_folder(out), command, name)  # whole rounds
     except (ValueError, MemoryError) as error:
         print(f"python -m lumirlib.costs: {error}", file=sys.stderr)
         return 2
-    command = f"python -m lumirlib.costs --rows {' '.join(given.rows)} --preset {preset.name}"
-    command += f" --rounds {given.rounds} --repeats {given.repeats}" + " --no-training" * given.no_training
-    name = f"{given.rows[0]}_" if given.rows in (["table1"], ["beyond"]) else ""
-    path = write_costs(table, preset, device, provenance.results_folder(given.out), command, name)
     columns = ["seconds_per_pair", "seconds_per_step", "inference_mib", "training_mib"]
     print(table.groupby("variant", sort=False)[columns].median().to_string(float_format="%.3f"))
     print(path)

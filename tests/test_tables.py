@@ -1,5 +1,6 @@
 """Table 2 from the files of many runs: what is read, counted, set beside the paper, written and drawn."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict, replace
@@ -271,6 +272,21 @@ def test_costs_are_measured_in_turn_written_and_read(tmp_path, monkeypatch):
     assert "10x14x12 voxels" in text and "(1.00×)" in text
     missing = tables.read_measured(tmp_path, "costs", "half_cuda")
     assert "Not measured (costs/half_cuda.csv): `python -m lumirlib.costs --help`" in tables.publish_costs(missing, "n")
+
+
+def test_costs_that_are_cut_short_keep_the_rounds_that_are_whole(tmp_path, monkeypatch, capsys):
+    calls = itertools.count(1)
+
+    def measured(what, *_):
+        if (call := next(calls)) == 4:  # of rows 1 and 2 in turn: the second round is not whole
+            raise MemoryError(f"measuring {what} was killed")
+        return {"seconds_per_pair": float(call), "seconds_per_step": 1.0}
+
+    monkeypatch.setattr(costs, "in_own_process", measured)
+    assert costs.main(["--rows", "backbone", "LK", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "measuring LK" in capsys.readouterr().err
+    table = pd.read_csv(tmp_path / "costs" / "smoke_cpu.csv")
+    assert table[["variant", "round", "seconds_per_pair"]].values.tolist() == [["backbone", 0, 1], ["LK", 0, 2]]
 
 
 def test_memory_of_a_worker_sees_what_was_allocated_and_freed():
