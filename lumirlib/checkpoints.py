@@ -18,6 +18,7 @@ import torch
 
 from lumirlib.files import write_atomically
 from lumirlib.methods import row_from_options
+from lumirlib.muon import MUON_STATE
 from lumirlib.rows import Row, option_names
 
 CHECKPOINT_FORMAT = "lumirlib-checkpoint-1"
@@ -197,18 +198,21 @@ def load_optimizer(path: str | Path, content: Mapping[str, Any], optimizer: torc
     """Take over what an optimizer had accumulated; its rates stay those of the preset.
 
     Raises:
-        ValueError: a state that is not one of Adam for these parameters.
+        ValueError: a state that is not one of this optimizer, Adam or Muon, for these parameters.
     """
     given = _expect(path, "optimizer", content.get("optimizer"), dict)
     states = _expect(path, "optimizer.state", given.get("state"), dict)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters, kept = [], []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+        kept += [MUON_STATE if group.get("orthogonalized") else ADAM_STATE] * len(group["params"])
     for index, state in states.items():
-        whole = index in range(len(parameters)) and isinstance(state, dict) and state.keys() >= ADAM_STATE
+        whole = index in range(len(parameters)) and isinstance(state, dict) and state.keys() >= kept[index]
         if not whole or not all(
             isinstance(value, torch.Tensor) and value.shape in (parameters[index].shape, ()) and value.isfinite().all()
             for value in state.values()
         ):
-            raise ValueError(f"{path}: optimizer.state[{index!r}] is not what Adam keeps of a parameter")
+            raise ValueError(f"{path}: optimizer.state[{index!r}] is not what the optimizer keeps of a parameter")
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

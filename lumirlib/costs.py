@@ -194,7 +194,7 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
 
     with PeakMemory(chosen) as memory:
         model = to_device(row.build(), chosen)
-        optimizer = make_optimizer(model, preset)
+        optimizer = make_optimizer(model, preset, row.optimizer)
         found["seconds_per_step"] = median_seconds(step, chosen, repeats)
     found["training_mib"] = memory.peak / MEBIBYTE
     return found

@@ -29,10 +29,12 @@ class Row:
         name: as the table has it.
         trains_on: "images", "labels" (then training steps get label volumes instead of images), or "nothing": a
             method that is run as it is.
+        optimizer: "adam" or "muon", see :func:`lumirlib.training.make_optimizer`.
     """
 
     name: str
     trains_on: ClassVar[str] = "images"
+    optimizer: str = "adam"
 
     @property
     def trains_on_triplets(self) -> bool:

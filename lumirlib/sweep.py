@@ -45,8 +45,8 @@ NOTEBOOKS = {"variant": "run_ablation.ipynb", "method": "run_baseline.ipynb"}
 #: The variant that stands for the paper's submission in Table 1: its figures there are those of LC-2 in Table 2.
 NEXT_GEN_NN = "LC-2"
 #: The ablation of our own options, see docs/beyond.md: one option each on the compositional cascade, and the recipe.
-BEYOND = ("LC-2", "COMP", "COMP+CORR", "COMP+SYM", "COMP+NDV", "COMP+INT", "COMP+GROUP", "COMP+REC", "COMP+IO", "ours",
-          "ours+IO", "LC-2+IO")  # fmt: skip
+BEYOND = ("LC-2", "COMP", "COMP+CORR", "COMP+SYM", "COMP+NDV", "COMP+INT", "COMP+GROUP", "COMP+REC", "COMP+MUON",
+          "LC-2+MUON", "COMP+IO", "ours", "ours+IO", "LC-2+IO")  # fmt: skip
 #: How a run is started: its notebook by papermill, or `python -m lumirlib.train`.
 LAUNCHERS = ("notebook", "train")
 #: Lines of a broken run's messages that are shown; all are in its failed output.

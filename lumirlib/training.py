@@ -50,6 +50,7 @@ from lumirlib.engine import Engine, launched, pick_device
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.models.layout import place
+from lumirlib.muon import Muon
 from lumirlib.presets import Preset
 from lumirlib.provenance import commit
 from lumirlib.rows import Row, check_options, file_name
@@ -151,9 +152,10 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     return place(model, device, channels_last=device.type == "cpu")
 
 
-def make_optimizer(model: nn.Module, preset: Preset) -> torch.optim.Optimizer:
-    """The optimizer that every row is trained with, at the preset's initial learning rate."""
-    return torch.optim.Adam(model.parameters(), lr=preset.learning_rate, amsgrad=preset.amsgrad)
+def make_optimizer(model: nn.Module, preset: Preset, name: str = "adam") -> torch.optim.Optimizer:
+    """The optimizer of a row's training, "adam" or "muon", at the preset's initial learning rate."""
+    kind = {"adam": torch.optim.Adam, "muon": Muon}[name]
+    return kind(model.parameters(), lr=preset.learning_rate, amsgrad=preset.amsgrad)
 
 
 def spread(items: tuple, count: int | None) -> tuple:
@@ -367,7 +369,7 @@ class Trainer:
         if start is not None:
             check_weights(config.preset.init, start, self.model.state_dict())
             self.model.load_state_dict(start)
-        self.optimizer = make_optimizer(self.model, preset)
+        self.optimizer = make_optimizer(self.model, preset, row.optimizer)
         self._called_model, self._called_optimizer = engine.prepare(self.model, self.optimizer)
         self.state = TrainingState()
         self.validation = spread(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)

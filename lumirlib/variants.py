@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lumirlib.presets import Preset
 
 BILATERAL_MODES = ("joint", "post")
+OPTIMIZERS = ("adam", "muon")
 #: Metadata of a later option of how a network is trained or used, not of what it computes.
 NOT_OF_NETWORK = {**ADDED_LATER, "of_network": False}
 
@@ -56,6 +57,7 @@ class Variant(Row):
             step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
         ndv_weight: NDV, of :func:`lumirlib.ndv_loss.ndv_loss` of the result, a share of the volume, in the loss.
         learning_rate_factor: LR2, times the preset's learning rate, which is that of the paper's own network.
+        optimizer: MUON, "adam" or "muon", see :mod:`lumirlib.muon`.
         intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
             :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
         instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
@@ -86,6 +88,7 @@ class Variant(Row):
     group_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     learning_rate_factor: float = field(default=1.0, metadata=NOT_OF_NETWORK)
+    optimizer: str = field(default="adam", metadata=NOT_OF_NETWORK)
     intensity_probability: float = field(default=0.0, metadata=NOT_OF_NETWORK)
     instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
     instance_learning_rate: float = field(default=0.03, metadata=NOT_OF_NETWORK)
@@ -96,6 +99,7 @@ class Variant(Row):
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
         check_choice(self.correlation_mode, CORRELATION_MODES, "correlation_mode")
+        check_choice(self.optimizer, OPTIMIZERS, "optimizer")
         for option in ("inverse_consistency_weight", "group_weight", "ndv_weight"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
@@ -224,6 +228,7 @@ class Variant(Row):
         words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
         if self.learning_rate_factor != 1:
             words.append(f"learning rate times {self.learning_rate_factor:g}")
+        words += ["trained with Muon"] if self.optimizer == "muon" else []
         if self.intensity_probability:
             words.append(f"trained on random contrasts with probability {self.intensity_probability:g}")
         if self.instance_steps:
@@ -259,6 +264,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "REC": {"passes": 2},
     "REF": {"refinements": 1},
     "LR2": {"learning_rate_factor": 2.0},
+    "MUON": {"optimizer": "muon"},
     "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
     "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},
     "SYM": {"symmetric": True, "inverse_consistency_weight": 0.01},
