@@ -56,7 +56,7 @@ class Variant(Row):
         group_weight: GROUP, of :func:`lumirlib.consistency_losses.group_consistency_loss`; each pair A, B of a training
             step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
         ndv_weight: NDV, of :func:`lumirlib.ndv_loss.ndv_loss` of the result, a share of the volume, in the loss.
-        learning_rate_factor: LR2, times the preset's learning rate, which is that of the paper's own network.
+        learning_rate_factor: LR2 and LR4, times the preset's learning rate, which is that of the paper's own network.
         optimizer: MUON, "adam" or "muon", see :mod:`lumirlib.muon`.
         intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
             :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
@@ -248,7 +248,7 @@ class Variant(Row):
 
 
 #: What each scheme changes about the backbone, in the order in which a combination's name lists them; "ours" is
-#: COMP, REC, REF, SYM, NDV and LR2 together.
+#: COMP, REC, REF, SYM, NDV, LR4 and MUON together.
 SCHEMES: dict[str, dict[str, Any]] = {
     "LK": {"start_channels": 36, "large_kernel": 5},
     "LC-1": {"start_channels": 64, "head_channels": 108, "cascade": "additive"},
@@ -259,11 +259,12 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "COMP": {"cascade": "compositional"},
     "ours": {
         "cascade": "compositional", "passes": 2, "refinements": 1, "symmetric": True,
-        "inverse_consistency_weight": 0.01, "ndv_weight": 10.0, "learning_rate_factor": 2.0,
+        "inverse_consistency_weight": 0.01, "ndv_weight": 10.0, "learning_rate_factor": 4.0, "optimizer": "muon",
     },
     "REC": {"passes": 2},
     "REF": {"refinements": 1},
     "LR2": {"learning_rate_factor": 2.0},
+    "LR4": {"learning_rate_factor": 4.0},
     "MUON": {"optimizer": "muon"},
     "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
     "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},

@@ -186,7 +186,7 @@ def test_a_variant_may_have_its_own_learning_rate_as_baselines_have():
 
 
 def test_our_recipe_is_its_parts_and_reads_as_one_name():
-    assert replace(parse_variant("COMP+REC+REF+SYM+NDV+LR2"), name="ours") == parse_variant("ours")
+    assert replace(parse_variant("COMP+REC+REF+SYM+NDV+LR4+MUON"), name="ours") == parse_variant("ours")
     assert parse_variant("IO+ours").name == "ours+IO" and parse_variant("ours+IO").trained() == parse_variant("ours")
     with pytest.raises(ValueError, match="cascade would be"):
         parse_variant("LC-1+ours")
