@@ -5,6 +5,7 @@ Slices are axial (constant k) unless said otherwise: i runs to the right, j upwa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -621,8 +622,8 @@ def study_figure(runs: Runs, comparable: pd.DataFrame, title: str) -> Figure:
 def equal_time_figure(runs: Runs, title: str, reference: str = beyond.REFERENCES[0]) -> Figure:
     """Validation Dice of every row against the minutes that its training steps had taken.
 
-    Thin lines are seeds, the thick one their mean over epochs; the dashed line is when the reference, in the mean over
-    its seeds, was trained.
+    Thin lines are seeds, the thick one their mean over epochs, dashed for single options; the dotted line is when the
+    reference, in the mean over its seeds, was trained.
 
     Args:
         runs: what is drawn; rows without a training of their own are left out.
@@ -637,15 +638,18 @@ def equal_time_figure(runs: Runs, title: str, reference: str = beyond.REFERENCES
     if not names:
         raise ValueError(f"no run of {', '.join(runs.variants)} has a log")
     figure, ax = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
-    for name, colour in zip(names, sns.color_palette("colorblind", len(names)), strict=True):
-        own = times[times["variant"] == name]
+    leading = [name for name in names if name in (*beyond.REFERENCES, *beyond.RECIPES)]  # solid; single options dashed
+    colours = dict(zip([*leading, *(name for name in names if name not in leading)],
+                       itertools.cycle(sns.color_palette("colorblind")), strict=False))  # fmt: skip
+    for name in names:
+        own, colour, style = times[times["variant"] == name], colours[name], "-" if name in leading else (0, (4, 1.5))
         for _, seed in own.groupby("seed"):
-            ax.plot(seed["minutes"], seed["val_dice"], color=colour, linewidth=0.7, alpha=0.6)
+            ax.plot(seed["minutes"], seed["val_dice"], color=colour, linewidth=0.7, alpha=0.5)
         middle = own.groupby("epoch")[["minutes", "val_dice"]].mean()
-        ax.plot(middle["minutes"], middle["val_dice"], color=colour, linewidth=2.4, label=name)
+        ax.plot(middle["minutes"], middle["val_dice"], color=colour, linestyle=style, linewidth=2.2, label=name)
     budget = times[times["variant"] == reference].groupby("seed")["minutes"].max()
     if len(budget):
-        ax.axvline(budget.mean(), color="0.4", linestyle="--", linewidth=1.2, label=f"{reference} is trained")
+        ax.axvline(budget.mean(), color="0.4", linestyle=":", linewidth=1.4, label=f"{reference} is trained")
     ax.set(xlabel="minutes of training steps", ylabel="validation Dice (%)", title=title)
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
