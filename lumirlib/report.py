@@ -230,7 +230,7 @@ def _check_facts(path: Path, about: Mapping[str, object]) -> None:
             raise ValueError(f"{path}: expected {kinds} as {name!r}, got {value!r}")
 
 
-def _described(folder: str | Path, cohort: str | None = None, kind: str = "metrics") -> list[tuple[Path, dict]]:
+def described(folder: str | Path, cohort: str | None = None, kind: str = "metrics") -> list[tuple[Path, dict]]:
     """CSV and provenance of all that was measured on a cohort; None takes all cohorts."""
     found = []
     for path in sorted(Path(folder, kind).glob("*.json")):
@@ -258,7 +258,7 @@ def studies(folder: str | Path) -> pd.DataFrame:
         {"cohort": about["cohort"], "preset": about["preset"]["name"], "method": about["method"], "seed": about["seed"],
          "set_besides": ", ".join(f"{name}={value}" for name, value in sorted(about.get("set_besides", {}).items())),
          "resolution_mm": about["resolution_mm"], "simulated": about["simulated"]}
-        for _, about in _described(folder) if "preset" in about
+        for _, about in described(folder) if "preset" in about
     ]  # fmt: skip
     keys = ["simulated", "resolution_mm", "cohort", "preset", "set_besides"]
     columns = ["cohort", "preset", "set_besides", "resolution_mm", "simulated", "rows", "seeds", "runs", "methods"]
@@ -303,7 +303,7 @@ def find_runs(
     wanted = replace(chosen.apply(row), **for_row)
     return [
         (path, about)
-        for path, about in _described(folder, cohort, kind)
+        for path, about in described(folder, cohort, kind)
         if "options" in about and _same_row(about["options"], wanted) and _same_preset(about["preset"], chosen)
     ]
 
@@ -352,7 +352,7 @@ def load_runs(
         raise ValueError(f"{folder / 'metrics'}: the runs are on different states of the cohort {cohort!r}")
     first = about.iloc[0]
     before = [
-        (path, other) for path, other in _described(folder, cohort)
+        (path, other) for path, other in described(folder, cohort)
         if other["method"] == "Zero Displacement" and other["cohort_digest"] == first["cohort_digest"]
         and other["resolution_mm"] == first["resolution_mm"] and other["evaluated_pairs"] == first["evaluated_pairs"]
     ]  # fmt: skip

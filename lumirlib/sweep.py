@@ -35,7 +35,7 @@ from lumirlib.data.cohort import joined_names
 from lumirlib.engine import Engine, as_arguments
 from lumirlib.methods import parse_row
 from lumirlib.presets import parse_setting, split_options
-from lumirlib.report import find_runs, paper_table
+from lumirlib.report import described, find_runs, paper_table
 from lumirlib.rows import file_name
 from lumirlib.train import add_engine_options, engine_options
 from lumirlib.variants import Variant
@@ -120,13 +120,21 @@ class SweepRun:
     def is_finished(self) -> bool:
         """Whether its result is there, whole, with these parameters and without an error.
 
-        That is the executed notebook, or, with the launcher "train", the metrics with a provenance that fits.
+        That is the executed notebook, unless the metrics of that name are all of another configuration, as of a recipe
+        that has changed since; or, with the launcher "train", the metrics with a provenance that fits.
         """
+        given = self.parameters
+        folder, cohort = provenance.results_folder(given.get("out", "")), _short_name(given["cohort"])
+        row = parse_row(self.row)
+        runs = find_runs(folder, row, given["preset"], cohort, self.options)
+        measured = any(str(about["seed"]) == given["seed"] for _, about in runs)
         if self.launcher == "train":
-            given = self.parameters
-            folder, cohort = provenance.results_folder(given.get("out", "")), _short_name(given["cohort"])
-            runs = find_runs(folder, parse_row(self.row), given["preset"], cohort, self.options)
-            return any(str(about["seed"]) == given["seed"] for _, about in runs)
+            return measured
+        others = [about for _, about in described(folder, cohort) if about.get("method") == row.name
+                  and str(about.get("seed")) == given["seed"] and about.get("set_besides") == self.options
+                  and about["preset"]["name"] == given["preset"]]  # fmt: skip
+        if others and not measured:
+            return False
         try:
             found = nbformat.read(self.output, as_version=4)
         except (OSError, ValueError):

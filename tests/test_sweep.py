@@ -1,5 +1,6 @@
 """The sweep, on a small notebook of its own: what is run, skipped, reported and run again."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,20 @@ def test_a_run_that_is_finished_is_so_whatever_it_was_computed_on(runs):
     run = replace(runs[0], engine={"device": "cpu"})
     assert run.execute(threads=1) == ""
     assert run.is_finished() and runs[0].is_finished()
+
+
+def test_a_notebook_counts_as_finished_until_the_row_of_its_name_is_another_one(runs, tmp_path, monkeypatch):
+    (run,) = sweep.plan(["LC-2"], [0], "demo", "embedded", "", str(tmp_path / "out"))
+    run = replace(run, notebook=runs[0].notebook)
+    assert run.execute(threads=1) == ""
+    committed = Path(__file__).resolve().parent.parent / "results" / "metrics"
+    (tmp_path / "out" / "metrics").mkdir()
+    for path in committed.glob("LC-2_embedded_demo_seed0_*"):
+        shutil.copy(path, tmp_path / "out" / "metrics")
+    assert run.is_finished()
+    later = replace(sweep.parse_row("LC-2"), passes=2)
+    monkeypatch.setattr(sweep, "parse_row", lambda name: later)
+    assert not run.is_finished()
 
 
 def test_the_launcher_train_takes_a_run_with_metrics_of_its_parameters_for_finished(tmp_path):
