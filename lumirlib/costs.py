@@ -305,9 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
         preset, rows, device = get_preset(given.preset), table_rows(given.rows), pick_device(given.device)
         command = f"python -m lumirlib.costs --rows {' '.join(given.rows)} --preset {preset.name}"
         command += f" --rounds {given.rounds} --repeats {given.repeats}" + " --no-training" * given.no_training
-        name, out = f"{given.rows[0]}_" if given.rows in (["table1"], ["beyond"]) else "", given.out
+        name = f"{given.rows[0]}_" if given.rows in (["table1"], ["beyond"]) else ""
+        out = provenance.results_folder(given.out)
         for table in measure_all(rows, preset, str(device), given.rounds, given.repeats, not given.no_training):
-            path = write_costs(table, preset, device, provenance.results_folder(out), command, name)  # whole rounds
+            path = write_costs(table, preset, device, out, command, name)  # whole rounds
     except (ValueError, MemoryError) as error:
         print(f"python -m lumirlib.costs: {error}", file=sys.stderr)
         return 2
