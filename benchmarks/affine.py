@@ -22,10 +22,11 @@ from torchreg import AffineRegistration
 from tqdm.auto import tqdm
 
 from lumirlib import load_cohort, provenance
-from lumirlib.data.embedded import FRAME_SHAPE, frame_affine, template_in_frame
-from lumirlib.evaluation import data_title
+from lumirlib.data.frame import FRAME_SHAPE, frame_affine, template_in_frame
 from lumirlib.files import write_json
-from lumirlib.prepare import affine_to_frame, correlation, sample_world, transform, world_slabs
+from lumirlib.scans.prepare import affine_to_frame
+from lumirlib.scans.scan import correlation, sample_world, transform, world_slabs
+from lumirlib.study.results import data_title
 
 
 def on_frame(image: torch.Tensor, affine: np.ndarray, to_scan: np.ndarray, resolution_mm: int) -> torch.Tensor:
@@ -38,7 +39,7 @@ def on_frame(image: torch.Tensor, affine: np.ndarray, to_scan: np.ndarray, resol
 
 
 def by_torchreg(image: torch.Tensor, mask: torch.Tensor, affine: np.ndarray) -> np.ndarray:
-    """As :func:`lumirlib.prepare.affine_to_frame`, by torchreg on 4 mm voxels, from the same start."""
+    """As :func:`lumirlib.scans.prepare.affine_to_frame`, by torchreg on 4 mm voxels, from the same start."""
 
     def loss(moved: torch.Tensor, static: torch.Tensor) -> torch.Tensor:
         moved, static = moved - moved.mean(), static - static.mean()

@@ -14,9 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from lumirlib import load_cohort, metrics, provenance
-from lumirlib.evaluation import cohort_facts
 from lumirlib.files import write_json
-from lumirlib.report import paper_table
+from lumirlib.study.paper import paper_table
+from lumirlib.study.results import cohort_facts
 
 
 def main() -> None:

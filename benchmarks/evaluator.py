@@ -22,9 +22,9 @@ import torch
 from scipy import ndimage
 
 from lumirlib import evaluate_pair, load_cohort, provenance, spatial
-from lumirlib.costs import MEBIBYTE, PeakMemory
-from lumirlib.evaluation import cohort_facts
 from lumirlib.files import write_json
+from lumirlib.study.costs import MEBIBYTE, PeakMemory
+from lumirlib.study.results import cohort_facts
 
 
 def plain_dice(warped: np.ndarray, fixed: np.ndarray, moving: np.ndarray, labels: tuple[int, ...]) -> float:

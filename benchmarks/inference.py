@@ -15,8 +15,8 @@ import plain
 import rounds
 import torch
 
-from lumirlib.models.layout import compile_model, place
-from lumirlib.variants import parse_variant
+from lumirlib.methods.variants import parse_variant
+from lumirlib.models.layers import compile_model, place
 
 SIZES = {
     "cpu": ["80x112x96:16", "80x112x96:32"],

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from lumirlib import losses, provenance
-from lumirlib.costs import MEBIBYTE, PeakMemory, in_own_process, seconds
-from lumirlib.engine import pick_device
 from lumirlib.files import write_json
+from lumirlib.study.costs import MEBIBYTE, PeakMemory, in_own_process, seconds
+from lumirlib.training.engine import pick_device
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 SMALL_SHAPE = (40, 56, 48)

@@ -31,9 +31,9 @@ from lumirlib import load_cohort, provenance
 from lumirlib.cache import GIGABYTE, LUMIR_SCANS
 from lumirlib.data import Cohort, Pair, PairLoader
 from lumirlib.data.nifti import write_nifti
-from lumirlib.engine import pick_device
-from lumirlib.evaluation import cohort_facts
 from lumirlib.files import write_json
+from lumirlib.study.results import cohort_facts
+from lumirlib.training.engine import pick_device
 
 FULL_SIZE = (160, 224, 192)
 

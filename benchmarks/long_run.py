@@ -23,11 +23,13 @@ from scipy.stats import theilslopes
 
 from lumirlib import load_cohort, parse_variant, provenance
 from lumirlib.data import Cohort
-from lumirlib.engine import Engine
-from lumirlib.evaluation import cohort_facts
 from lumirlib.files import write_json
-from lumirlib.presets import Preset, get_preset
-from lumirlib.training import Trainer, make_config
+from lumirlib.methods.base import Preset
+from lumirlib.methods.presets import get_preset
+from lumirlib.study.results import cohort_facts
+from lumirlib.training.config import make_config
+from lumirlib.training.engine import Engine
+from lumirlib.training.trainer import Trainer
 
 MEBIBYTE = 2**20
 

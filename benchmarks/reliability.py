@@ -22,7 +22,7 @@ import torch
 from lumirlib import provenance
 from lumirlib.files import write_between, write_json
 from lumirlib.provenance import describe_device
-from lumirlib.tables import to_markdown
+from lumirlib.study.report.publish import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["tests/test_faults.py", "tests/test_bad_data.py", "tests/test_hostile.py", "tests/test_long_run.py"]

@@ -17,9 +17,9 @@ import torch
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib.costs import MEBIBYTE, PeakMemory, in_own_process
-from lumirlib.engine import pick_device
 from lumirlib.files import write_json
+from lumirlib.study.costs import MEBIBYTE, PeakMemory, in_own_process
+from lumirlib.training.engine import pick_device
 
 #: A candidate is made by a function of its size, ready to be called over and over.
 Size = tuple[str, int]  # "160x224x192", N

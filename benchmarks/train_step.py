@@ -18,10 +18,10 @@ import rounds
 import torch
 from torch import nn
 
-from lumirlib.models.layout import compile_model, place
-from lumirlib.presets import PAPER
-from lumirlib.training import make_optimizer
-from lumirlib.variants import parse_variant
+from lumirlib.methods.base import PAPER
+from lumirlib.methods.variants import parse_variant
+from lumirlib.models.layers import compile_model, place
+from lumirlib.training.trainer import make_optimizer
 
 SIZES = {"cpu": ["40x56x48:8", "64x96x64:32"], "cuda": ["160x224x192:32"]}
 

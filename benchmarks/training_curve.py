@@ -21,12 +21,13 @@ import torch
 from tqdm.auto import tqdm
 
 from lumirlib import load_cohort, provenance
-from lumirlib.engine import pick_device
 from lumirlib.files import write_json
-from lumirlib.models.layout import place
-from lumirlib.presets import get_preset
-from lumirlib.training import epoch_pairs, make_optimizer
-from lumirlib.variants import parse_variant
+from lumirlib.methods.presets import get_preset
+from lumirlib.methods.variants import parse_variant
+from lumirlib.models.layers import place
+from lumirlib.training.engine import pick_device
+from lumirlib.training.pairs import epoch_pairs
+from lumirlib.training.trainer import make_optimizer
 
 #: Steps that are averaged before curves are compared: every pair once.
 SMOOTHED = 24

@@ -16,20 +16,20 @@ from lumirlib._version import __version__
 if TYPE_CHECKING:
     from lumirlib import losses, metrics, spatial
     from lumirlib.data import load_cohort
-    from lumirlib.evaluation import evaluate_pair
-    from lumirlib.variants import Variant, build_model, parse_variant
-    from lumirlib.weights import pretrained
+    from lumirlib.methods.variants import Variant, build_model, parse_variant
+    from lumirlib.metrics.pair import evaluate_pair
+    from lumirlib.training.weights import pretrained
 
 #: Name -> module that it is taken from; None for a module of its own.
 _WHERE = {
-    "Variant": "variants",
-    "build_model": "variants",
-    "evaluate_pair": "evaluation",
+    "Variant": "methods.variants",
+    "build_model": "methods.variants",
+    "evaluate_pair": "metrics.pair",
     "load_cohort": "data",
     "losses": None,
     "metrics": None,
-    "parse_variant": "variants",
-    "pretrained": "weights",
+    "parse_variant": "methods.variants",
+    "pretrained": "training.weights",
     "spatial": None,
 }
 

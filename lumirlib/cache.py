@@ -9,12 +9,12 @@ import time
 from lumirlib._checks import check_choice
 from lumirlib.data import load_cohort
 from lumirlib.data.cache import DTYPES
-from lumirlib.presets import PRESETS
+from lumirlib.methods.presets import PRESETS
 
 #: Training scans of LUMIR.
 LUMIR_SCANS = 3384
-GIGABYTE = 1e9
 
+GIGABYTE = 1e9
 
 EXAMPLES = """examples:
   lumirlib cache --cohort lumir --data-root FOLDER --preset paper

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lumirlib._version import __version__
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lumirlib.data import Cohort
 
 #: Subcommand -> module and function that it calls with (arguments, prog), and what it does.
 COMMANDS = {
     "run": ("lumirlib.train:main", "train and evaluate one row of a table, resuming"),
-    "sweep": ("lumirlib.sweep:main", "many rows and seeds, here or on Slurm"),
+    "sweep": ("lumirlib.study.sweep:main", "many rows and seeds, here or on Slurm"),
     "evaluate": ("lumirlib.cli:evaluate", "score a trained network or a method on a cohort"),
     "submission": ("lumirlib.cli:submission", "write, validate or score the challenge's zip"),
-    "prepare": ("lumirlib.prepare:main", "make a folder of scans into a cohort"),
-    "register": ("lumirlib.registration:main", "register two scans, in the fixed scan's own space"),
-    "weights": ("lumirlib.weights:main", "list, check or make the pretrained weights of the package"),
+    "prepare": ("lumirlib.scans.prepare:main", "make a folder of scans into a cohort"),
+    "register": ("lumirlib.scans.register:main", "register two scans, in the fixed scan's own space"),
+    "weights": ("lumirlib.training.weights:main", "list, check or make the pretrained weights of the package"),
     "cache": ("lumirlib.cache:main", "make, check or mend the volumes that training reads"),
     "info": ("lumirlib.cli:info", "versions, devices, and which cohorts are there"),
 }
@@ -69,8 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 # subcommands without a module of their own ----------------------------------------------------------------------------
-
-
 def _add_method(options: argparse.ArgumentParser) -> None:
     by = options.add_mutually_exclusive_group(required=True)
     by.add_argument("--weights", default="", help="best.pt of a trained network")
@@ -91,7 +90,8 @@ def _add_cohort(options: argparse.ArgumentParser) -> None:
 
 
 def _summarized(table: pd.DataFrame, cohort: Cohort) -> str:
-    from lumirlib.evaluation import data_title, summarize
+    from lumirlib.evaluation import summarize
+    from lumirlib.study.results import data_title
 
     title = data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm)
     return f"{title}\n{summarize(table).to_string(float_format='%.4f')}"
@@ -112,9 +112,10 @@ def evaluate(arguments: list[str], prog: str) -> int:
 
     from lumirlib import provenance
     from lumirlib.data import load_cohort
-    from lumirlib.engine import pick_device
-    from lumirlib.evaluation import cohort_facts, evaluate_method, write_results
-    from lumirlib.registration import choose_registrar
+    from lumirlib.evaluation import evaluate_method
+    from lumirlib.study.results import cohort_facts, write_results
+    from lumirlib.training.engine import pick_device
+    from lumirlib.training.registrar import choose_registrar
 
     try:
         device = pick_device(given.device)
@@ -160,9 +161,9 @@ def submission(arguments: list[str], prog: str) -> int:
     given = options.parse_args(arguments)
 
     from lumirlib.data import load_cohort
-    from lumirlib.engine import pick_device
-    from lumirlib.registration import choose_registrar
-    from lumirlib.submission import score_submission, validate_submission, write_submission
+    from lumirlib.study.submission import score_submission, validate_submission, write_submission
+    from lumirlib.training.engine import pick_device
+    from lumirlib.training.registrar import choose_registrar
 
     try:
         resolution, registrar = given.resolution, None
@@ -200,10 +201,11 @@ def info(arguments: list[str], prog: str) -> int:
     import torch
 
     from lumirlib import provenance
-    from lumirlib.data.cohort import BRAINS_VARIABLE, cohort_json
-    from lumirlib.data.embedded import RESOLUTIONS_MM, EmbeddedPopulation, cache_folder
+    from lumirlib.data.dataset_json import BRAINS_VARIABLE, cohort_json
+    from lumirlib.data.embedded import EmbeddedPopulation, cache_folder
+    from lumirlib.data.frame import RESOLUTIONS_MM
     from lumirlib.methods import availability
-    from lumirlib.weights import names
+    from lumirlib.training.weights import names
 
     def show(title: str, facts: dict[str, object]) -> None:
         print(title)
@@ -250,3 +252,14 @@ def _version(package: str) -> str:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def parse_setting(text: str, argument: str = "--set") -> tuple[str, object]:
+    """Name and value of "name=value", as `argument` takes them; the value is JSON (a number, true ...), or text."""
+    name, equals, value = text.partition("=")
+    if not (name.strip() and equals):
+        raise ValueError(f"{argument} takes name=value, got {text!r}")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value.strip()

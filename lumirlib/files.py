@@ -13,6 +13,8 @@ from typing import Any
 
 # os.umask can only be read by setting it, for the whole process: done once here, before there are threads
 _UMASK = os.umask(0)
+
+
 os.umask(_UMASK)
 #: Temporary files of writers that were killed are removed by the next one in that folder when they are this old.
 STALE_SECONDS = 24 * 3600.0

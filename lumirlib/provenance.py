@@ -48,7 +48,7 @@ def commit() -> str:
         return "unknown"
 
 
-def without_folders(value: object) -> str:
+def redact_path(value: object) -> str:
     """A parameter as provenance shows it: a path that is absolute or leaves the folder keeps its last part only."""
     path = Path(str(value))
     return f"<folder>/{path.name}" if path.is_absolute() or ".." in path.parts else str(value)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from lumirlib import _compiled, _trilinear
+from lumirlib import _numba, _warp_kernels
 from lumirlib._checks import check_choice, check_displacement, check_image, check_same_grid
 
 WARP_MODES = ("bilinear", "nearest")
@@ -67,7 +67,7 @@ def _memory_format(image: torch.Tensor) -> torch.memory_format:
 
 
 def _is_for_numba(tensor: torch.Tensor) -> bool:
-    """Whether :mod:`lumirlib._trilinear` computes it, and not ``grid_sample``: on the CPU, unless it is traced."""
+    """Whether :mod:`lumirlib._warp_kernels` computes it, and not ``grid_sample``: on the CPU, unless it is traced."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -189,7 +189,7 @@ def warp(image: torch.Tensor, displacement: torch.Tensor, mode: str = "bilinear"
     working = torch.promote_types(image.dtype, torch.float32)
     with without_autocast(image.device):
         if _is_for_numba(image):
-            warped = _trilinear.warp(image.to(working), displacement.to(working))
+            warped = _warp_kernels.warp(image.to(working), displacement.to(working))
         else:
             warped = _WarpByGridSample.apply(image, displacement.to(working))
         return warped.to(dtype=image.dtype, memory_format=_memory_format(image))
@@ -205,8 +205,8 @@ def _warp_nearest(image: torch.Tensor, displacement: torch.Tensor) -> torch.Tens
     image, displacement = image.detach().contiguous(), displacement.detach().contiguous()
     warped = torch.empty_like(image)
     for one, by, into in zip(image.numpy(), displacement.numpy(), warped.numpy(), strict=True):
-        parts = _compiled.slabs(image.shape[2])
-        list(_compiled.in_threads(lambda part: _compiled.warp_nearest(one, by, into, *part), parts))  # noqa: B023
+        parts = _numba.slabs(image.shape[2])
+        list(_numba.in_threads(lambda part: _warp_kernels.warp_nearest(one, by, into, *part), parts))  # noqa: B023
     return warped
 
 
@@ -319,7 +319,7 @@ def integrate(velocity: torch.Tensor, steps: int = 7) -> torch.Tensor:
         return velocity
     with without_autocast(velocity.device):
         if _is_for_numba(velocity):
-            return _trilinear.integrate(velocity, steps).to(memory_format=_memory_format(velocity))
+            return _warp_kernels.integrate(velocity, steps).to(memory_format=_memory_format(velocity))
         scale = _normalized_per_voxel(velocity)
         return _IntegrateNormalized.apply(velocity.flip(1) * scale, steps).div(scale).flip(1)
 

@@ -6,16 +6,17 @@ import argparse
 import sys
 from dataclasses import fields
 
-from lumirlib.engine import CACHES, PRECISIONS, Engine
+from lumirlib.cli import parse_setting
 from lumirlib.evaluation import summarize
-from lumirlib.presets import PRESETS, parse_setting
-from lumirlib.study import AblationRun
-from lumirlib.training import NonFiniteLossError
-from lumirlib.variants import variant_choices
+from lumirlib.methods.presets import PRESETS
+from lumirlib.methods.variants import variant_choices
+from lumirlib.study.run import Run
+from lumirlib.training.divergence import NonFiniteLossError
+from lumirlib.training.engine import CACHES, PRECISIONS, Engine
 
 
 def add_engine_options(options: argparse.ArgumentParser) -> None:
-    """Add those of :class:`lumirlib.engine.Engine`."""
+    """Add those of :class:`lumirlib.training.engine.Engine`."""
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     options.add_argument("--precision", default="auto", help=", ".join(PRECISIONS))
     options.add_argument("--processes", type=int, default=1, help="GPUs of this machine to train on; or call torchrun")
@@ -27,7 +28,7 @@ def add_engine_options(options: argparse.ArgumentParser) -> None:
 
 
 def engine_options(given: argparse.Namespace) -> dict[str, object]:
-    """What :func:`add_engine_options` has read, as arguments of :class:`lumirlib.engine.Engine`."""
+    """What :func:`add_engine_options` has read, as arguments of :class:`lumirlib.training.engine.Engine`."""
     return {one.name: getattr(given, one.name) for one in fields(Engine)}
 
 
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.tra
     """Train, evaluate and print a summary; the exit status is 0, 2 for what cannot be used, 130 after Ctrl-C."""
     given = parser(prog).parse_args(arguments)
     try:
-        run = AblationRun.prepare(
+        run = Run.prepare(
             given.variant,
             given.preset,
             given.cohort,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lumirlib import figures, spatial
+from lumirlib import plots, spatial
 from lumirlib._checks import check_choice, check_displacement
 from lumirlib.data import Cohort
 from lumirlib.evaluation import Method
@@ -28,6 +28,7 @@ from lumirlib.evaluation import Method
 PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
 #: What a user is told whose JupyterLab lacks the viewer.
 MISSING = 'For slices to scroll through: `pip install "lumirlib[lab]"`, and run this cell again.'
+
 _SHOWN = "export default { render({ model }) { model.send('shown'); } };"
 
 
@@ -76,7 +77,7 @@ def slice_figure(
 ) -> plt.Figure:
     """The paper's Fig. 3 of one pair: what :class:`PairViewer` shows where it cannot be interactive."""
     figure, axes = plt.subplots(1, 5, figsize=(13, 3.3), layout="constrained")
-    figures.plot_pair(axes, fixed, moving, displacement, spacing_mm)
+    plots.plot_pair(axes, fixed, moving, displacement, spacing_mm)
     figure.suptitle(title)
     return figure
 

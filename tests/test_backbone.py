@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lumirlib import build_model, parse_variant, spatial
+from lumirlib.methods.variants import Variant
 from lumirlib.models import RegistrationNetwork
-from lumirlib.variants import Variant
 
 PUBLISHED = [
     (16, 27, 294_272), (32, 27, 909_232), (36, 27, 1_114_812),

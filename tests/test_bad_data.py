@@ -35,16 +35,24 @@ from faults import (
 from hypothesis import strategies as st
 from small_cohorts import SMALL_SHAPE, smooth_blob, write_small_cohort
 
-from lumirlib import evaluation, load_cohort, metrics, parse_variant, report, spatial, submission, training
-from lumirlib.checkpoints import CHECKPOINT_FORMAT
+from lumirlib import evaluation, load_cohort, metrics, parse_variant, spatial
 from lumirlib.data import cache as volumes
-from lumirlib.data.cohort import read_landmarks
+from lumirlib.data.landmark_files import read_landmarks
 from lumirlib.data.nifti import read_label_volume, read_volume, write_nifti
-from lumirlib.engine import Engine
-from lumirlib.evaluation import evaluate_method, write_results, zero_displacement
-from lumirlib.losses import _ncc_in_parts, diffusion_loss, mse_loss, ncc_loss
-from lumirlib.presets import PRESETS
-from lumirlib.study import AblationRun
+from lumirlib.evaluation import evaluate_method, zero_displacement
+from lumirlib.losses import diffusion_loss, mse_loss, ncc_loss
+from lumirlib.losses.similarity import _ncc_in_parts
+from lumirlib.methods.presets import PRESETS
+from lumirlib.metrics.pair import evaluate_pair
+from lumirlib.study import results, submission
+from lumirlib.study.report import runs, tables
+from lumirlib.study.results import write_results
+from lumirlib.study.run import Run
+from lumirlib.training.checkpoints import CHECKPOINT_FORMAT
+from lumirlib.training.config import make_config
+from lumirlib.training.engine import Engine
+from lumirlib.training.trainer import Trainer, TrainingState, train
+from lumirlib.training.weights import load_model
 
 amounts = pytest.mark.parametrize("inputs", [QUICK, pytest.param(LONG, marks=pytest.mark.long)])
 
@@ -629,8 +637,8 @@ TINY = replace(
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("trained")
     cohort = load_cohort(write_small_cohort(root / "small"))
-    config = training.make_config(parse_variant("backbone"), TINY, cohort, 0, head_channels=4)
-    result = training.train(config, cohort, root, "cpu", progress=False)
+    config = make_config(parse_variant("backbone"), TINY, cohort, 0, head_channels=4)
+    result = train(config, cohort, root, "cpu", progress=False)
     best, last = result.checkpoint, result.checkpoint.with_name("last.pt")
     return SimpleNamespace(cohort=cohort, config=config, root=root, best=best, last=last,
                            best_content=best.read_bytes(), last_content=last.read_bytes())  # fmt: skip
@@ -675,7 +683,7 @@ def test_a_harmed_checkpoint_is_refused_by_name_or_gives_the_weights_that_it_hol
     def check(harm):
         kind, content = harm
         path.write_bytes(content)
-        model = refused_or("checkpoint, best.pt", lambda: training.load_model(path, "cpu"), "harmed.pt", memory=600)
+        model = refused_or("checkpoint, best.pt", lambda: load_model(path, "cpu"), "harmed.pt", memory=600)
         if model is not None:
             stored = whole if kind == "bytes" else torch.load(path, weights_only=True)["model"]
             weights = model.state_dict()
@@ -692,10 +700,10 @@ def test_a_run_goes_on_from_a_harmed_checkpoint_where_that_is_whole_and_else_ref
     def check(harm):
         kind, content = harm
         trained.last.write_bytes(content)
-        trainer = training.Trainer(trained.config, trained.cohort, trained.root, Engine("cpu"), progress=False)
+        trainer = Trainer(trained.config, trained.cohort, trained.root, Engine("cpu"), progress=False)
         if refused_or("checkpoint, last.pt", trainer.resume, "last.pt", memory=600):
             stored = whole if kind == "bytes" else torch.load(io.BytesIO(content), weights_only=True)
-            assert trainer.state == training.TrainingState(**stored["state"])
+            assert trainer.state == TrainingState(**stored["state"])
             assert all(torch.equal(one, stored["model"][name]) for name, one in trainer.model.state_dict().items())
             assert trainer.optimizer.param_groups[0]["amsgrad"] is TINY.amsgrad
             trainer.run()  # what it takes over can be worked with
@@ -732,7 +740,7 @@ def resave(path: Path, change) -> Path:
 def test_a_checkpoint_of_another_form_is_refused_without_memory_for_it(trained, change, message):
     path = resave(trained.best, change)
     with at_most(600), pytest.raises(ValueError, match=message) as caught:
-        training.load_model(path, "cpu")
+        load_model(path, "cpu")
     assert "changed.pt" in str(caught.value)
 
 
@@ -744,7 +752,7 @@ def test_a_flipped_bit_in_a_weight_is_found_though_pytorch_reads_on(trained, tmp
     path.write_bytes(bytes(raw))
     assert not torch.equal(torch.load(path, weights_only=True)["model"][name], weight)
     with pytest.raises(ValueError, match=r"flipped\.pt .*the checksum is not the one it was written with"):
-        training.load_model(path)
+        load_model(path)
 
 
 def stored_items(path: Path):
@@ -755,7 +763,7 @@ def test_a_checkpoint_of_a_later_option_of_adam_is_gone_on_from(trained):
     content = torch.load(io.BytesIO(trained.last_content), weights_only=True)
     content["optimizer"]["param_groups"][0]["an_option_of_another_version"] = 1
     torch.save(content, trained.last)
-    trainer = training.Trainer(trained.config, trained.cohort, trained.root, Engine("cpu"), progress=False)
+    trainer = Trainer(trained.config, trained.cohort, trained.root, Engine("cpu"), progress=False)
     assert trainer.resume() and trainer.state.epoch == 1
     assert content["format"] == CHECKPOINT_FORMAT
 
@@ -768,7 +776,7 @@ def measured(tmp_path_factory):
     """A results folder with a run and zero displacement."""
     root = tmp_path_factory.mktemp("measured")
     cohort = write_small_cohort(root / "small")
-    run = AblationRun.prepare(
+    run = Run.prepare(
         "backbone", "smoke", str(cohort), out=str(root / "out"), engine="cpu",
         options={"resolution_mm": 1, "channel_divisor": 16, "levels": 2, "epochs": 1, "steps_per_epoch": 2},
     )  # fmt: skip
@@ -777,8 +785,8 @@ def measured(tmp_path_factory):
     return run
 
 
-def load(run: AblationRun) -> report.Runs:
-    return report.load_runs(run.out, ["backbone"], "smoke", "small", run.options)
+def load(run: Run) -> runs.Runs:
+    return runs.load_runs(run.out, ["backbone"], "smoke", "small", run.options)
 
 
 @amounts
@@ -795,7 +803,7 @@ def test_harmed_provenance_is_refused_by_name_or_says_what_stands_in_it(measured
         if found is not None:
             fact, given = found.facts.iloc[0], json.loads(raw)
             assert all(fact[name] == given[name] for name in ("seed", "run", "cohort_digest", "evaluated_pairs"))
-            assert np.isfinite(report.table2(found)["ours"]).any()
+            assert np.isfinite(tables.table2(found)["ours"]).any()
 
     try_inputs(inputs, st.one_of(BYTE_HARM, json_harm(content), JSON_VALUES), check)
 
@@ -838,7 +846,7 @@ def test_a_table_that_is_none_is_refused(tmp_path, text, message):
     (tmp_path / "run.csv").write_text(text)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=message) as caught:
-        evaluation.read_results(tmp_path / "run.csv")
+        results.read_results(tmp_path / "run.csv")
     assert "run.csv" in str(caught.value)
 
 
@@ -846,10 +854,10 @@ def test_a_table_that_git_gave_other_line_ends_is_the_same(tmp_path):
     table = pd.DataFrame({"pair": ["p", "q"], "metric": "dice", "value": [0.5, 0.25]})
     path = write_results(table, tmp_path / "run.csv", {})
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    pd.testing.assert_frame_equal(evaluation.read_results(path)[0], table)
+    pd.testing.assert_frame_equal(results.read_results(path)[0], table)
     path.write_bytes(path.read_bytes().replace(b"0.5", b"0.9"))
     with pytest.raises(ValueError, match=r"run\.csv: damaged or changed, its SHA-256 is not the one in run\.json"):
-        evaluation.read_results(path)
+        results.read_results(path)
 
 
 def test_a_table_that_lacks_pairs_is_not_summed_up(measured):
@@ -921,7 +929,7 @@ def test_what_is_not_finite_is_refused_before_it_becomes_a_figure(bad, kept):
     displacement[0, 1, 3, 4, 5] = bad
     for call in (
         lambda: metrics.ndv_percent(displacement),
-        lambda: evaluation.evaluate_pair(displacement),
+        lambda: evaluate_pair(displacement),
         lambda: evaluate_method(lambda f, m: displacement, kept, kept.validation_pairs[:1], progress=False),
     ):
         with pytest.raises(ValueError, match="finite"):

@@ -11,12 +11,15 @@ import pandas as pd
 import papermill
 import pytest
 
-from lumirlib import beyond, figures, parse_variant, robustness, sweep
-from lumirlib.beyond import MET, NOT_MET, OPEN
-from lumirlib.evaluation import write_results, zero_displacement
-from lumirlib.presets import get_preset
+from lumirlib import parse_variant
+from lumirlib.evaluation import zero_displacement
+from lumirlib.methods.presets import get_preset
 from lumirlib.provenance import project_root
-from lumirlib.tables import Measured
+from lumirlib.study import paper, robustness
+from lumirlib.study.report import beyond, figures
+from lumirlib.study.report.beyond import MET, NOT_MET, OPEN
+from lumirlib.study.report.runs import load_study_runs
+from lumirlib.study.results import Measured, write_results
 
 #: The people of the embedded cohort, so that the notebook finds their images.
 PAIRS = list(itertools.permutations([f"SIM_00{number}" for number in range(24, 30)], 2))
@@ -64,24 +67,24 @@ def folder(tmp_path):
 
 @pytest.fixture
 def runs(folder):
-    return beyond.load(folder, sweep.table_rows(["beyond"]), "demo", "embedded")
+    return load_study_runs(folder, paper.table_rows(["beyond"]), "demo", "embedded")
 
 
 def test_the_list_beyond_names_single_options_on_the_compositional_cascade():
-    rows = sweep.table_rows(["beyond", "LC-2"])
+    rows = paper.table_rows(["beyond", "LC-2"])
     assert rows[:3] == ["LC-2", "COMP", "COMP+CORR"] and len(rows) == len(set(rows)) == 14
     assert {"ours", "ours+IO", "LC-2+IO", "COMP+REC", "LC-2+MUON"} <= set(rows)
-    assert sweep.table_rows(["table2"])[0] == "backbone"
+    assert paper.table_rows(["table2"])[0] == "backbone"
 
 
 def test_seeds_are_chosen_and_what_is_missing_is_named(folder, runs):
     assert runs.variants == tuple(DICE) and "COMP+CORR" in runs.missing
     write_run(folder, "LC-2+IO", 1, 0.61)
-    first = beyond.load(folder, ["LC-2", "LC-2+IO"], "demo", "embedded", [0])
+    first = load_study_runs(folder, ["LC-2", "LC-2+IO"], "demo", "embedded", [0])
     assert set(first.facts["seed"]) == {0} and first.variants == ("LC-2",) and first.missing == ("LC-2+IO",)
     assert set(first.history["seed"]) == {0} and "Before Reg" in set(first.values["variant"])
     with pytest.raises(FileNotFoundError, match="no run of the seeds 7"):
-        beyond.load(folder, ["LC-2"], "demo", "embedded", [7])
+        load_study_runs(folder, ["LC-2"], "demo", "embedded", [7])
 
 
 def test_ablation_has_differences_to_both_references_and_minutes_of_training(runs, tmp_path):
@@ -100,10 +103,10 @@ def test_ablation_has_differences_to_both_references_and_minutes_of_training(run
 
 
 def test_times_are_those_measured_in_turn_where_there_are_any(runs, tmp_path):
-    assert beyond.training_minutes(beyond.at_measured_cost(runs, NOT_MEASURED)).empty
+    assert beyond.training_minutes(beyond.with_measured_step_times(runs, NOT_MEASURED)).empty
     measured = pd.DataFrame({"variant": ["LC-2", "ours"] * 3, "seconds_per_step": [3.0, 12.0, 30.0, 18.0, 2.0, 1.0]})
     costs = Measured(measured, {"device": "an idle machine"}, "")
-    timed = beyond.at_measured_cost(runs, costs)
+    timed = beyond.with_measured_step_times(runs, costs)
     minutes = beyond.training_minutes(timed).groupby("variant")["minutes"].max()
     assert minutes.to_dict() == pytest.approx({"LC-2": 2, "ours": 8, "ours+IO": 8})  # medians: 3 and 12 s, 40 steps
     table = beyond.ablation(timed).set_index("variant")
@@ -164,9 +167,9 @@ def test_targets_are_met_missed_or_open_as_the_figures_are(folder, runs, tmp_pat
     assert found["ours", "Dice", "LC-2"] == NOT_MET and found["ours", "NDV", "%"] == NOT_MET
     text = beyond.publish_targets(beyond.targets(runs, NOT_MEASURED), runs, tmp_path / "targets")
     assert "**met**" in text and "+3." in text and "the runs' own timings" in text
-    one = beyond.load(folder, DICE, "demo", "embedded", [0])
+    one = load_study_runs(folder, DICE, "demo", "embedded", [0])
     assert set(outcomes(one).values()) == {OPEN}
-    alone = beyond.load(folder, ["LC-2"], "demo", "embedded")
+    alone = load_study_runs(folder, ["LC-2"], "demo", "embedded")
     table = beyond.targets(alone, NOT_MEASURED)
     assert set(table["outcome"]) == {OPEN} and "not run: ours" in set(table["why"])
 

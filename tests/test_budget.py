@@ -7,9 +7,17 @@ import shutil
 import pandas as pd
 import pytest
 
-from lumirlib import budget
 from lumirlib.files import write_between
 from lumirlib.provenance import project_root
+from lumirlib.study.costs import (
+    MARKERS,
+    STEPS,
+    VALIDATION_PAIRS,
+    checkpoint_bytes,
+    gpu_hours,
+    load_budget,
+    readable_budget,
+)
 
 COMMITTED = project_root() / "results"
 
@@ -32,38 +40,38 @@ def measure_on_a_gpu(folder, prefix=""):
 
 
 def test_the_readme_has_the_table_that_the_committed_costs_make():
-    text = budget.readable_budget(budget.load_budget(COMMITTED))
+    text = readable_budget(load_budget(COMMITTED))
     readme = (project_root() / "README.md").read_text(encoding="utf-8")
-    between = readme.partition(budget.MARKERS[0])[2].partition(budget.MARKERS[1])[0].strip()
-    assert between == text, "make it anew: python -m lumirlib.budget --write"
+    between = readme.partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
+    assert between == text, "make it anew: python -m lumirlib.study.costs --write"
 
 
 def test_the_papers_schedule_and_sizes():
-    assert budget.STEPS == 674_800 and budget.VALIDATION_PAIRS == 90
-    assert budget.gpu_hours(0.5, 0.1) == pytest.approx((674_800 * 0.5 + 200 * 90 * 0.1) / 3600)
-    assert budget.checkpoint_bytes(909_232) == 909_232 * (4 + 3 * 4 + 4)
+    assert STEPS == 674_800 and VALIDATION_PAIRS == 90
+    assert gpu_hours(0.5, 0.1) == pytest.approx((674_800 * 0.5 + 200 * 90 * 0.1) / 3600)
+    assert checkpoint_bytes(909_232) == 909_232 * (4 + 3 * 4 + 4)
 
 
 def test_without_a_gpu_the_table_says_how_to_measure_and_invents_nothing(folder):
-    found = budget.load_budget(folder)
+    found = load_budget(folder)
     assert list(found.rows["row"]) == ["backbone", "BF", "CA", "CA+BF", "LK", "LC-1", "LC-2",
                                        "TransMorph", "uniGradICON", "SynthMorph", "VoxelMorph"]  # fmt: skip
     assert found.rows[["seconds_per_step", "gpu_hours", "training_mib"]].isna().all(axis=None)
-    text = budget.readable_budget(found)
-    assert "`python -m lumirlib.costs --preset paper --device cuda`" in text and "All rows" not in text
+    text = readable_budget(found)
+    assert "`python -m lumirlib.study.costs --preset paper --device cuda`" in text and "All rows" not in text
     assert text.count("not measured yet") == 3 * 11 + 1
     assert "12.52 (4.49×)" in text and "3,384 scans × 6.88 MB (uint8) = 23.3 GB" in text
 
 
 def test_gpu_figures_make_hours_as_soon_as_they_are_there(folder):
     measure_on_a_gpu(folder)
-    found = budget.load_budget(folder)
+    found = load_budget(folder)
     hours = found.rows.set_index("row")["gpu_hours"]
     assert hours["backbone"] == pytest.approx(94.22, abs=0.01) and hours["LK"] == pytest.approx(187.94, abs=0.01)
-    assert found.missing == ("`python -m lumirlib.costs --rows table1 --preset paper --device cuda`",)
-    assert hours.isna().sum() == 4 and "All rows" not in budget.readable_budget(found)
+    assert found.missing == ("`python -m lumirlib.study.costs --rows table1 --preset paper --device cuda`",)
+    assert hours.isna().sum() == 4 and "All rows" not in readable_budget(found)
     measure_on_a_gpu(folder, "table1_")
-    text = budget.readable_budget(budget.load_budget(folder))
+    text = readable_budget(load_budget(folder))
     assert "not measured" not in text and "Imagined GPU, 160x224x192 voxels, batch 1, by 0123456789" in text
     assert "All rows: 1,974 GPU-hours a seed, 5,921 with 3 seeds." in text
     assert re.search(r"\| LK .*\| 1\.000 \(2\.00×\) +\| 2\.0 +\| 188 ", text)
@@ -73,7 +81,7 @@ def test_costs_without_training_count_as_not_measured(folder):
     measure_on_a_gpu(folder)
     path = folder / "costs" / "paper_cuda.csv"
     pd.read_csv(path).assign(seconds_per_step=float("nan")).to_csv(path, index=False)
-    assert len(budget.load_budget(folder).missing) == 2
+    assert len(load_budget(folder).missing) == 2
 
 
 def test_costs_that_lack_a_row_are_refused_and_none_at_all_too(folder, tmp_path):
@@ -81,16 +89,16 @@ def test_costs_that_lack_a_row_are_refused_and_none_at_all_too(folder, tmp_path)
     costs = pd.read_csv(path)
     costs[costs["variant"] != "LK"].to_csv(path, index=False)
     with pytest.raises(ValueError, match=r"costs of Table 2 in .* lack LK"):
-        budget.load_budget(folder)
+        load_budget(folder)
     with pytest.raises(FileNotFoundError, match=r"Not measured \(costs/demo_cpu.csv\)"):
-        budget.load_budget(tmp_path / "nothing")
+        load_budget(tmp_path / "nothing")
 
 
 def test_the_table_is_written_between_the_markers_and_nothing_else_is_touched(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{budget.MARKERS[0]}\nold\n{budget.MARKERS[1]}\nafter\n")
-    write_between(readme, budget.MARKERS, "| new |")
-    assert readme.read_text() == f"before\n{budget.MARKERS[0]}\n\n| new |\n\n{budget.MARKERS[1]}\nafter\n"
+    readme.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    write_between(readme, MARKERS, "| new |")
+    assert readme.read_text() == f"before\n{MARKERS[0]}\n\n| new |\n\n{MARKERS[1]}\nafter\n"
     readme.write_text("no markers")
-    with pytest.raises(ValueError, match=r"must hold <!-- python -m lumirlib.budget"):
-        write_between(readme, budget.MARKERS, "| new |")
+    with pytest.raises(ValueError, match=r"must hold <!-- python -m lumirlib.study.costs"):
+        write_between(readme, MARKERS, "| new |")

@@ -10,14 +10,24 @@ import pandas as pd
 import pytest
 import torch
 
-from lumirlib import claims, figures, report
-from lumirlib.claims import FAILS, HOLDS, NOT_SUPPORTED, OPEN, SUPPORTED, Check, Study, judge, load_study
+from lumirlib.methods.presets import get_preset
 from lumirlib.metrics import jacobian_determinant
-from lumirlib.presets import get_preset
 from lumirlib.provenance import project_root
-from lumirlib.report import Runs, late_rises
-from lumirlib.sweep import rows_of_table
-from lumirlib.tables import Measured
+from lumirlib.study.paper import rows_of_table
+from lumirlib.study.report import claims, figures, tables
+from lumirlib.study.report.claims import (
+    FAILS,
+    HOLDS,
+    NOT_SUPPORTED,
+    OPEN,
+    SUPPORTED,
+    Check,
+    Evidence,
+    judge,
+    load_study,
+)
+from lumirlib.study.report.runs import Runs, late_rises
+from lumirlib.study.results import Measured
 
 PAIRS = list(itertools.permutations([f"P{number}" for number in range(6)], 2))
 PAPER = {"dice": 0.76, "hd95_mm": 3.5, "tre_mm": 2.4, "ndv_percent": 0.2}
@@ -46,7 +56,7 @@ def study(changes=None, seeds=(0, 1, 2), landmark_people=6, history=None, foldin
         return Runs(tuple(names), get_preset("demo"), {}, table, facts, (), "", logs)
 
     with_mse = {0.1: runs(values[other].assign(variant="backbone"))}
-    return Study(runs(values[~other]), with_mse, Measured(folding, {}, "not measured"))
+    return Evidence(runs(values[~other]), with_mse, Measured(folding, {}, "not measured"))
 
 
 def verdicts(given):
@@ -93,7 +103,7 @@ def test_what_the_runs_cannot_show_is_left_open_with_its_reason():
     once = Check("LK", "backbone", "tre_mm").judge(study(lk, seeds=(0,)))
     assert (once["outcome"], once["why"]) == (OPEN, "one seed")
     absent = study(lk)
-    absent = Study(absent.runs, {}, absent.folding)
+    absent = Evidence(absent.runs, {}, absent.folding)
     line = Check("backbone", claims.WITH_MSE, "dice").judge(absent)
     assert line["outcome"] == OPEN and line["why"] == f"not run: {claims.WITH_MSE}"
     assert verdicts(absent)["ncc"] == OPEN
@@ -167,7 +177,7 @@ def test_committed_runs_give_a_finding_for_every_claim_and_files_with_provenance
     assert about["runs"] and about["commits"]
     numbers = pd.read_csv(tmp_path / "claims.csv")
     line = numbers[(numbers["claim"] == "channels-dice")].iloc[0]
-    effects = report.effects(given.runs).set_index(["variant", "metric"])
+    effects = tables.effects(given.runs).set_index(["variant", "metric"])
     assert line["difference"] == pytest.approx(effects.loc[("LC-1", "dice"), "ours"])
     assert line["paper"] == pytest.approx(effects.loc[("LC-1", "dice"), "paper"])
     summary = claims.summary(given, findings)
@@ -179,7 +189,7 @@ def test_committed_runs_give_a_finding_for_every_claim_and_files_with_provenance
 
 def test_runs_that_are_not_there_are_named_with_the_command_that_makes_them(tmp_path, capsys):
     assert claims.main(["--out", str(tmp_path), "--cohort", "embedded", "--preset", "demo"]) == 2
-    assert "python -m lumirlib.sweep --rows" in capsys.readouterr().err
+    assert "python -m lumirlib.study.sweep --rows" in capsys.readouterr().err
     with pytest.raises(ValueError, match="metric must be one of"):
         Check("LK", "backbone", "seconds")
     with pytest.raises(ValueError, match="expect must be one of"):
@@ -192,7 +202,7 @@ def test_readme_shows_the_verdicts_of_the_committed_runs():
     _, start, rest = readme.partition(claims.MARKERS[0])
     text, end, _ = rest.partition(claims.MARKERS[1])
     assert start and end
-    assert text.strip() == claims.summary(given, judge(given)), "python -m lumirlib.claims --write"
+    assert text.strip() == claims.summary(given, judge(given)), "python -m lumirlib.study.report.claims --write"
 
 
 def test_the_jacobian_determinant_of_a_linear_map_is_its_determinant():

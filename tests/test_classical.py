@@ -15,7 +15,7 @@ import torch
 from lumirlib import spatial
 from lumirlib.methods import classical
 from lumirlib.methods.classical import CLASSICAL, AntsSyN, ConvexAdam, Greedy
-from lumirlib.methods.released import MethodUnavailableError, grid_affine
+from lumirlib.methods.external import MethodUnavailableError, grid_affine
 
 SHAPE = (40, 56, 48)
 INSIDE = (..., slice(4, -4), slice(4, -4), slice(4, -4))

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lumirlib import cli, prepare
-from lumirlib.data.embedded import frame_affine, template_in_frame
+from lumirlib import cli
+from lumirlib.data.frame import frame_affine, template_in_frame
 from lumirlib.data.nifti import write_nifti
+from lumirlib.scans import prepare
+from lumirlib.scans.scan import as_scanned
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -111,7 +113,7 @@ def test_commands_of_the_readme_on_own_scans_work_as_they_stand(tmp_path, monkey
     monkeypatch.setattr(prepare, "brain_mask", lambda scan, device: scan.values > 0)
     monkeypatch.setattr(prepare, "TEMPLATE_MM", 4)
     for number in range(2):
-        array, affine, _ = prepare.as_scanned(
+        array, affine, _ = as_scanned(
             template_in_frame(4) * 800, frame_affine(4), (4 * number, 0, 5), orientation="LIA", spacing_mm=(4, 5, 4)
         )
         write_nifti(tmp_path / "scans" / f"person{number}.nii.gz", array, affine)

@@ -14,8 +14,8 @@ import nbformat
 import psutil
 import pytest
 
-from lumirlib import cluster, sweep
-from lumirlib.training import load_checkpoint
+from lumirlib.study import jobs, slurm, sweep
+from lumirlib.training.checkpoints import load_checkpoint
 
 pytest.importorskip("submitit", reason='sweeps on a cluster need submitit: pip install "lumirlib[slurm]"')
 
@@ -34,9 +34,9 @@ with Path(out, f"{variant}-{seed}.txt").open("a") as file:
 #: Trains, and notes the epochs that it starts and ends at.
 TRAINING = """
 from pathlib import Path
-from lumirlib.study import AblationRun
+from lumirlib.study.run import Run
 from lumirlib.training import load_checkpoint
-run = AblationRun.prepare(variant, preset, cohort, seed, "", out, "cpu", options)
+run = Run.prepare(variant, preset, cohort, seed, "", out, "cpu", options)
 last = run.out / "checkpoints" / run.config.run / "last.pt"
 with Path(out, "epochs.txt").open("a") as file:
     print(load_checkpoint(last)["state"]["epoch"] if last.exists() else 0, file=file)
@@ -64,15 +64,15 @@ def planned(tmp_path, rows=("backbone", "LK"), code=SMALL, **changes):
     out.mkdir(exist_ok=True)
     given = {"cohort": "embedded", **changes}
     notebook = write_notebook(tmp_path / "small.ipynb", code)
-    runs = sweep.plan(list(rows), [0], "smoke", data_root="", out=str(out), **given)
+    runs = jobs.plan(list(rows), [0], "smoke", data_root="", out=str(out), **given)
     return [replace(run, notebook=notebook) for run in runs]
 
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "LATE_SECONDS", 2.0)
+    monkeypatch.setattr(slurm, "LATE_SECONDS", 2.0)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
-    return cluster.Queue(tmp_path / "out" / "slurm", "local", poll_seconds=0.2)
+    return slurm.Queue(tmp_path / "out" / "slurm", "local", poll_seconds=0.2)
 
 
 def until(condition, seconds=60):
@@ -111,10 +111,10 @@ def test_ctrl_c_leaves_the_jobs_at_work_and_the_same_command_comes_back_to_them(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(cluster.time, "sleep", press)
+        patched.setattr(slurm.time, "sleep", press)
         queue.wait(runs)
     assert f"scancel {' '.join(ids)}" in "".join(capsys.readouterr())
-    again = cluster.Queue(queue.folder, "local", poll_seconds=0.2)
+    again = slurm.Queue(queue.folder, "local", poll_seconds=0.2)
     again.submit(runs, {})
     assert "2 runs, 0 finished before, 2 submitted before\n" in capsys.readouterr().out
     assert [again.job_id(run) for run in runs] == ids and again.live(runs) == runs
@@ -240,7 +240,7 @@ def test_on_slurm_a_filter_waits_for_its_base_and_falls_with_it(tmp_path):
     code = SMALL.replace('variant == "LK"', 'variant == "CA"')
     runs = planned(tmp_path, ["backbone", "CA", "BF-post", "CA+BF-post"], code)
     (tmp_path / "out" / "go").touch()
-    queue = cluster.Queue(tmp_path / "out" / "slurm", poll_seconds=1)
+    queue = slurm.Queue(tmp_path / "out" / "slurm", poll_seconds=1)
     queue.submit(runs, {"cpus_per_task": 1})
     broken = queue.wait(runs)
     assert [Path(output).name.split("_")[0] for output in broken] == ["CA", "CA-BF-post"]

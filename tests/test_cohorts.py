@@ -14,10 +14,11 @@ import torch
 from small_cohorts import SMALL_SHAPE, smooth_blob, write_small_cohort
 
 from lumirlib import evaluation, load_cohort, metrics, spatial
-from lumirlib.data import embedded
+from lumirlib.data import embedded, frame
 from lumirlib.data.nifti import read_nifti, read_volume, write_nifti
-from lumirlib.labels import LUMIR_LABELS
-from lumirlib.study import AblationRun
+from lumirlib.metrics.labels import LUMIR_LABELS
+from lumirlib.study import results
+from lumirlib.study.run import Run
 
 
 def rewrite(path, change):
@@ -157,7 +158,7 @@ def test_joined_cohorts_read_the_caches_of_their_parts(tmp_path):
 def test_figures_of_joined_cohorts_say_what_was_trained_on(tmp_path):
     one, two = write_joinable(tmp_path)
     path = rewrite(two, lambda content: content.update(simulated=True))
-    run = AblationRun.prepare("backbone", "smoke", f"{one}+{path}", engine="cpu", out=str(tmp_path),
+    run = Run.prepare("backbone", "smoke", f"{one}+{path}", engine="cpu", out=str(tmp_path),
                               options={"resolution_mm": 1, "levels": 2})  # fmt: skip
     assert "simulated people, 1 mm: not a LUMIR result; trained on one and embedded" in run.title
     assert "3 training scans of 'one' and 2 training scans of 'two', 3 pairs" in run.describe()
@@ -165,7 +166,7 @@ def test_figures_of_joined_cohorts_say_what_was_trained_on(tmp_path):
     assert (
         run._trained_on().startswith("images of 3 people, one, ") and "; images of 2 people, two, " in run._trained_on()
     )
-    assert evaluation.data_title("lumir+brains", "B", False, 1) == "B, 1 mm: not LUMIR; trained on lumir and brains"
+    assert results.data_title("lumir+brains", "B", False, 1) == "B, 1 mm: not LUMIR; trained on lumir and brains"
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_landmarks_that_do_not_fit_are_named_before_anything_is_trained(small_co
     cohort = load_cohort(small_cohort_json)
     cohort.validation_pairs[0].moving.landmarks.write_text(json.dumps(landmarks))
     with pytest.raises(ValueError, match=message) as caught:
-        AblationRun.prepare(preset="smoke", cohort=str(small_cohort_json), options={"resolution_mm": 1})
+        Run.prepare(preset="smoke", cohort=str(small_cohort_json), options={"resolution_mm": 1})
     assert "SMALL_0101" in str(caught.value)
 
 
@@ -569,14 +570,14 @@ def test_people_depend_on_their_seed_alone():
 
 def test_a_person_is_the_same_at_every_resolution():
     population = embedded.EmbeddedPopulation()
-    people = {mm: embedded.make_person(population, 5, mm) for mm in embedded.RESOLUTIONS_MM}
-    for fine, coarse in pairwise(embedded.RESOLUTIONS_MM):
+    people = {mm: embedded.make_person(population, 5, mm) for mm in frame.RESOLUTIONS_MM}
+    for fine, coarse in pairwise(frame.RESOLUTIONS_MM):
         for label, place in people[fine][2].items():
             assert np.allclose((np.array(place) - 0.5) / 2, people[coarse][2][label], atol=1e-3)
         labels = torch.from_numpy(people[fine][1])[None, None]
         reduced = spatial.majority_label(labels, 2)[0, 0].numpy()
         assert (reduced == people[coarse][1]).mean() > 0.97
-    assert people[1][0].shape == embedded.FRAME_SHAPE
+    assert people[1][0].shape == frame.FRAME_SHAPE
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, monkeypatch):

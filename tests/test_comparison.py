@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lumirlib.comparison import bootstrap_over_people, compare_rows, verdict
+from lumirlib.study.report.statistics import bootstrap_over_people, compare_rows, verdict
 
 PEOPLE = [f"P{number}" for number in range(8)]
 PAIRS = list(itertools.permutations(PEOPLE, 2))

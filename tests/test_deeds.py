@@ -13,7 +13,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from lumirlib import spatial
-from lumirlib._compiled import compiled
+from lumirlib._numba import compiled
 from lumirlib.methods import _deeds_kernels as kernels
 from lumirlib.methods.deeds import Deeds, make_consistent, resample
 

@@ -17,10 +17,11 @@ import pytest
 import yaml
 from small_cohorts import smooth_blob, write_small_cohort
 
-from lumirlib import budget, evaluation, load_cohort, methods, sweep, variants
+from lumirlib import evaluation, load_cohort, methods
 from lumirlib.data.nifti import write_nifti
-from lumirlib.methods import parse_row
-from lumirlib.presets import get_preset
+from lumirlib.methods import parse_row, variants
+from lumirlib.methods.presets import get_preset
+from lumirlib.study import costs, sweep
 
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11, as requirements.txt does")
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +141,7 @@ def test_every_command_of_the_documentation_is_accepted(page, command, monkeypat
         loaded = importlib.import_module(module)
         if module.startswith("lumirlib."):
             check_program(lambda: loaded.main(arguments), arguments, monkeypatch)
-        if module == "lumirlib.sweep" and not {"--help", "WIDE+CA"} & set(
+        if module == "lumirlib.study.sweep" and not {"--help", "WIDE+CA"} & set(
             arguments
         ):  # docs/extending.md makes that row
             assert sweep.main([*arguments, "--dry-run", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
@@ -171,7 +172,7 @@ def test_every_program_of_the_documentation_is_run_by_a_test():
 
 
 def test_budget_is_printed_as_the_readme_has_it(capsys):
-    assert budget.main(["--out", str(ROOT / "results")]) == 0
+    assert costs.budget_main(["--out", str(ROOT / "results")]) == 0
     printed = capsys.readouterr().out.strip()
     assert printed and printed in text_of(ROOT / "README.md")
 

@@ -12,22 +12,20 @@ import pytest
 import torch
 from small_cohorts import write_small_cohort
 
-from lumirlib import training
-from lumirlib.engine import Engine
-from lumirlib.study import AblationRun
+from lumirlib.study.run import Run
+from lumirlib.training import trainer
+from lumirlib.training.engine import Engine
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lumirlib.train"]
 TINY = {"resolution_mm": 1, "channel_divisor": 16, "levels": 3, "batch_size": 2}
 
 
 def prepare(cohort_json, out, variant="backbone", engine="cpu", **options):
-    return AblationRun.prepare(
-        variant, "smoke", str(cohort_json), out=str(out), engine=engine, options={**TINY, **options}
-    )
+    return Run.prepare(variant, "smoke", str(cohort_json), out=str(out), engine=engine, options={**TINY, **options})
 
 
 def weights(run, name="last.pt"):
-    return training.load_checkpoint(run.out / "checkpoints" / run.config.run / name)["model"]
+    return trainer.load_checkpoint(run.out / "checkpoints" / run.config.run / name)["model"]
 
 
 def same_weights(first, second):
@@ -86,7 +84,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(small_cohort_json, tmp_p
     run = prepare(small_cohort_json, tmp_path, batch_size=3)
     monkeypatch.setattr(Engine, "world_size", 2)
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 2 processes that share it, got 3"):
-        training.Trainer(run.config, run.cohort, tmp_path, run.engine)
+        trainer.Trainer(run.config, run.cohort, tmp_path, run.engine)
 
 
 def test_what_breaks_in_one_of_several_processes_is_told(small_cohort_json, tmp_path):
@@ -173,7 +171,7 @@ import json, os, sys, time
 from pathlib import Path
 import numpy as np
 import torch
-from lumirlib.study import AblationRun
+from lumirlib.study.run import Run
 
 cohort, out, checkpoint, options, ahead = *sys.argv[1:4], json.loads(sys.argv[4]), float(sys.argv[5])
 torch.set_num_threads(1)
@@ -186,7 +184,7 @@ for number in range(20):  # children of one process that has everything imported
     before, child = written(), os.fork()
     if child == 0:
         try:
-            run = AblationRun.prepare("backbone", "smoke", cohort, out=out, engine="cpu", options=options)
+            run = Run.prepare("backbone", "smoke", cohort, out=out, engine="cpu", options=options)
             run.train(progress=False)
         finally:
             os._exit(0 if sys.exc_info()[0] is None else 1)
@@ -213,7 +211,7 @@ def test_killed_twenty_times_at_random_moments_a_run_ends_in_the_same_weights(tm
     words = [str(cohort), str(cut.out), str(last), json.dumps(options), str(4 * epoch_seconds)]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    epochs = training.load_checkpoint(last)["state"]["epoch"]
+    epochs = trainer.load_checkpoint(last)["state"]["epoch"]
     assert 0 < epochs < 150
     resumed = cut.train(progress=False)
     assert same_weights(weights(whole), weights(cut))

@@ -10,7 +10,11 @@ import pytest
 import torch
 
 import lumirlib
-from lumirlib import evaluation, figures, metrics, report, spatial
+from lumirlib import evaluation, metrics, plots, spatial
+from lumirlib.metrics.pair import NDV_MASKS
+from lumirlib.study import results
+from lumirlib.study.paper import paper_table
+from lumirlib.study.report import tables
 
 matplotlib.use("Agg")
 SHAPE = (12, 14, 16)
@@ -54,7 +58,7 @@ def test_ndv_is_masked_by_the_moving_image_or_by_the_fixed_one(embedded_cohort):
     folded = torch.zeros(1, 3, *embedded_cohort.shape)
     folded[0, 0, :20:2] = 1.5
     found = {}
-    for mask in evaluation.NDV_MASKS:
+    for mask in NDV_MASKS:
         image = embedded_cohort.image(getattr(pair, mask))
         found[mask] = evaluation.score_displacement(embedded_cohort, pair, folded, mask)["ndv_percent"]
         assert found[mask] == metrics.ndv_percent(folded, image > 0)
@@ -84,15 +88,15 @@ def test_summary_takes_the_population_std_and_counts_pairs_that_have_a_value():
 
 
 def test_provenance_beside_a_table_always_belongs_to_it(tmp_path, monkeypatch):
-    path = evaluation.write_results(long_table(0.5), tmp_path / "run.csv", {"commit": "first"})
+    path = results.write_results(long_table(0.5), tmp_path / "run.csv", {"commit": "first"})
     assert path.with_suffix(".json").is_file()
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "write_json", killed)
+    monkeypatch.setattr(results, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluation.write_results(long_table(0.9), path, {"commit": "second"})
+        results.write_results(long_table(0.9), path, {"commit": "second"})
     assert not path.with_suffix(".json").exists()  # the first run's would now be untrue
 
 
@@ -111,15 +115,15 @@ HISTORY = pd.DataFrame({"epoch": [0, 1, 2], "val_dice": [0.5, 0.6, 0.58], "loss"
 
 
 def test_the_papers_numbers_are_carried_whole():
-    assert len(report.paper_table(1)) == 7 and len(report.paper_table(2)) == 8
-    backbone = report.paper_table(2).set_index("method").loc["backbone"]
+    assert len(paper_table(1)) == 7 and len(paper_table(2)) == 8
+    backbone = paper_table(2).set_index("method").loc["backbone"]
     assert backbone[["val_dice", "dice", "tre_mm", "ndv_percent", "hd95_mm"]].tolist() == [
         76.50, 77.31, 2.3753, 0.2177, 3.3437,
     ]  # fmt: skip
 
 
 def test_table_sets_ours_beside_the_paper_in_the_papers_units():
-    table = report.beside_the_paper("backbone", long_table(0.7, 0.01), long_table(0.5, 0.02), 0.6, 0.5)
+    table = tables.compare_with_paper("backbone", long_table(0.7, 0.01), long_table(0.5, 0.02), 0.6, 0.5)
     ours, paper = table.loc[("backbone", "ours")], table.loc[("backbone", "paper")]
     assert ours.tolist() == pytest.approx([60, 70, 1, 3.0, 0.1, 4.0])
     assert paper["Dice (%)"] == 77.31
@@ -131,7 +135,7 @@ def test_table_sets_ours_beside_the_paper_in_the_papers_units():
 
 
 def test_a_combination_that_the_paper_never_ran_has_an_empty_paper_row():
-    table = report.beside_the_paper("LC-2+LK", long_table(0.7), long_table(0.5), 0.6, 0.5)
+    table = tables.compare_with_paper("LC-2+LK", long_table(0.7), long_table(0.5), 0.6, 0.5)
     assert table.loc[("LC-2+LK", "paper")].isna().all()
     assert table.loc[("LC-2+LK", "ours"), "Dice (%)"] == pytest.approx(70)
 
@@ -146,7 +150,7 @@ def close_figures():
 
 
 def test_curves_show_loss_dice_and_ndv_with_the_level_before_registration():
-    figure = figures.curves_figure(HISTORY, "title")
+    figure = plots.curves_figure(HISTORY, "title")
     loss, dice, ndv = figure.axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 1.0], [2, 0.9]]
     assert dice.lines[0].get_ydata().tolist() == pytest.approx([50, 60, 58])
@@ -156,7 +160,7 @@ def test_curves_show_loss_dice_and_ndv_with_the_level_before_registration():
 
 
 def test_metrics_figure_draws_each_pair_and_their_mean():
-    figure = figures.metrics_figure(long_table(0.5, 0.1), long_table(0.7, 0.1), "title")
+    figure = plots.metrics_figure(long_table(0.5, 0.1), long_table(0.7, 0.1), "title")
     dice = figure.axes[0]
     assert dice.lines[-1].get_ydata().tolist() == pytest.approx([50, 70])
     assert dice.get_title() == "2 pairs" and dice.get_ylabel() == "Dice (%)"
@@ -164,8 +168,8 @@ def test_metrics_figure_draws_each_pair_and_their_mean():
 
 def test_representative_pairs_are_the_easiest_the_median_and_the_hardest():
     dices = pd.DataFrame({"pair": list("abcde"), "metric": "dice", "value": [0.5, 0.9, 0.1, 0.6, 0.3]})
-    assert figures.representative_pairs(dices) == ["b", "a", "c"]
-    assert figures.representative_pairs(dices[:1]) == ["a"]
+    assert plots.representative_pairs(dices) == ["b", "a", "c"]
+    assert plots.representative_pairs(dices[:1]) == ["a"]
 
 
 def test_pair_figure_warps_and_draws_the_grid_where_the_displacement_moves_it():
@@ -173,7 +177,7 @@ def test_pair_figure_warps_and_draws_the_grid_where_the_displacement_moves_it():
     displacement = torch.zeros(1, 3, *SHAPE)
     displacement[:, 0] = 1.0
     _, axes = plt.subplots(1, 5)
-    figures.plot_pair(axes, image, image, displacement, spacing_mm=4.0, slice_index=5)
+    plots.plot_pair(axes, image, image, displacement, spacing_mm=4.0, slice_index=5)
     shown = axes[2].images[0].get_array()
     assert np.allclose(shown[:, :-1], image[0, 0, 1:, :, 5].T, atol=1e-5)
     first = axes[4].collections[0].get_segments()[0]
@@ -184,5 +188,5 @@ def test_pair_figure_warps_and_draws_the_grid_where_the_displacement_moves_it():
 def test_motion_of_zero_displacement_draws_no_streamline():
     image = torch.rand(1, 1, *SHAPE)
     _, ax = plt.subplots()
-    figures.plot_motion(ax, torch.zeros(1, 3, *SHAPE), image, 5, 1.0)
+    plots.plot_motion(ax, torch.zeros(1, 3, *SHAPE), image, 5, 1.0)
     assert not ax.collections

@@ -31,15 +31,18 @@ from matplotlib.figure import Figure
 from small_cohorts import smooth_blob, write_small_cohort
 from tqdm.auto import tqdm
 
-from lumirlib import evaluation, files, load_cohort, parse_variant, submission, sweep, training
+from lumirlib import files, load_cohort, parse_variant
 from lumirlib import train as train_command
-from lumirlib.checkpoints import load_checkpoint, save_checkpoint
 from lumirlib.data.nifti import read_volume, write_nifti
-from lumirlib.engine import Engine
-from lumirlib.evaluation import write_results
 from lumirlib.files import check_writable, read_json, write_atomically, write_json
-from lumirlib.presets import PRESETS
-from lumirlib.study import AblationRun
+from lumirlib.methods.presets import PRESETS
+from lumirlib.study import jobs, results, submission, sweep
+from lumirlib.study.results import write_results
+from lumirlib.study.run import Run
+from lumirlib.training import trainer
+from lumirlib.training.checkpoints import load_checkpoint, save_checkpoint
+from lumirlib.training.config import make_config
+from lumirlib.training.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import reliability
@@ -130,7 +133,7 @@ def test_a_result_and_its_provenance_belong_together_whenever_their_writer_is_ki
     def check():
         if not path.with_suffix(".json").is_file():  # the moment between both: no result
             return
-        table, about = evaluation.read_results(path)
+        table, about = results.read_results(path)
         assert len(table) == 200 and set(table["value"]) == {about["value"]}
         found.append(about["value"])
 
@@ -220,7 +223,7 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_not_finished(tmp_path, monk
     """Runs are stand-ins that write a file and wait, started by the sweep as its own are."""
     target = tmp_path / "out"
     (target / "runs").mkdir(parents=True)
-    planned = sweep.plan(["backbone", "LK", "CA"], [0, 1], "smoke", "embedded", "", str(target))
+    planned = jobs.plan(["backbone", "LK", "CA"], [0, 1], "smoke", "embedded", "", str(target))
     if launcher == "notebook":
         cells = [nbformat.v4.new_code_cell('variant, seed, out = "", 0, ""', metadata={"tags": ["parameters"]}),
                  nbformat.v4.new_code_cell(WAITS)]  # fmt: skip
@@ -231,8 +234,8 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_not_finished(tmp_path, monk
     else:
         runs = [replace(run, launcher="train", output=run.output.with_suffix(".txt")) for run in planned]
         script = "import time; print('begin', flush=True); time.sleep(0.05); print('end')"
-        monkeypatch.setattr(sweep.SweepRun, "command", lambda self, output: [sys.executable, "-S", "-c", script])
-        monkeypatch.setattr(sweep.SweepRun, "is_finished", lambda self: self.output.exists())
+        monkeypatch.setattr(jobs.SweepRun, "command", lambda self, output: [sys.executable, "-S", "-c", script])
+        monkeypatch.setattr(jobs.SweepRun, "is_finished", lambda self: self.output.exists())
 
     def work():
         sweep.run_sweep(runs, jobs=2)
@@ -259,13 +262,13 @@ SWEEP = """
 import sys
 from pathlib import Path
 from dataclasses import replace
-from lumirlib import sweep
+from lumirlib.study import jobs, sweep
 
 out = sys.argv[1]
 script = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)"
-sweep.SweepRun.command = lambda self, output: [sys.executable, "-S", "-c", script, str(output) + ".started"]
-sweep.SweepRun.is_finished = lambda self: False
-planned = sweep.plan(["backbone", "LK", "CA"], [0], "smoke", "embedded", "", out)
+jobs.SweepRun.command = lambda self, output: [sys.executable, "-S", "-c", script, str(output) + ".started"]
+jobs.SweepRun.is_finished = lambda self: False
+planned = jobs.plan(["backbone", "LK", "CA"], [0], "smoke", "embedded", "", out)
 sweep.run_sweep([replace(run, launcher="train", output=run.output.with_suffix(".txt")) for run in planned], jobs=2)
 """
 
@@ -413,8 +416,8 @@ def test_a_results_folder_that_cannot_be_written_is_told_before_anything_is_trai
         read_only(monkeypatch, out)
     else:
         out.write_text("a file")
-    monkeypatch.setattr(training.Trainer, "run", lambda self: pytest.fail("it has been trained"))
-    run = AblationRun.prepare("backbone", "smoke", str(small_cohort_json), out=str(out), engine="cpu", options=OPTIONS)
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: pytest.fail("it has been trained"))
+    run = Run.prepare("backbone", "smoke", str(small_cohort_json), out=str(out), engine="cpu", options=OPTIONS)
     with pytest.raises(OSError, match=rf"cannot write: .*{out.name}") as caught:
         run.train(progress=False)
     assert is_ours(caught.value)
@@ -451,7 +454,9 @@ def test_a_sweep_into_a_folder_that_cannot_be_written_ends_with_a_sentence(tmp_p
     (tmp_path / "out").write_text("a file")
     assert sweep.main(["--rows", "backbone", "--preset", "smoke", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "python -m lumirlib.sweep: [Errno" in said and str(tmp_path / "out") in said and "Traceback" not in said
+    assert (
+        "python -m lumirlib.study.sweep: [Errno" in said and str(tmp_path / "out") in said and "Traceback" not in said
+    )
     TALLY.count("results folder that cannot be written", "told before training")
 
 
@@ -491,7 +496,7 @@ def test_a_papermill_run_that_is_interrupted_ends_in_the_same_figures_when_it_is
         subprocess.run(command, check=True, capture_output=True, env=environment)
         (log,) = (out / "logs").glob("*.csv")
         (path,) = (out / "metrics").glob("backbone*.csv")
-        table, about = evaluation.read_results(path)
+        table, about = results.read_results(path)
         figures = table[table["metric"] != "seconds"].set_index(["pair", "metric"])["value"]
         found.append((figures, about["best_epoch"], pd.read_csv(log)[["epoch", "loss", "val_dice"]]))
     pd.testing.assert_series_equal(found[0][0], found[1][0])
@@ -505,8 +510,8 @@ def test_a_papermill_run_that_is_interrupted_ends_in_the_same_figures_when_it_is
 
 def weights_of(cohort, out: Path, row: str, engine: Engine) -> dict:
     preset = replace(PRESETS["smoke"], resolution_mm=1, epochs=1, steps_per_epoch=2, channel_divisor=16, levels=2)
-    config = training.make_config(parse_variant(row), preset, cohort, 0, head_channels=4)
-    return load_checkpoint(training.train(config, cohort, out, engine, progress=False).checkpoint)["model"]
+    config = make_config(parse_variant(row), preset, cohort, 0, head_channels=4)
+    return load_checkpoint(trainer.train(config, cohort, out, engine, progress=False).checkpoint)["model"]
 
 
 @pytest.mark.parametrize("row", ["backbone", "LK+BF", "LC-2+CA"])
@@ -537,7 +542,7 @@ def test_the_switch_is_on_for_its_run_alone_and_stands_in_the_command(small_coho
         assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
     runs = [
-        AblationRun.prepare("backbone", "smoke", str(small_cohort_json), out=str(tmp_path), options=OPTIONS,
+        Run.prepare("backbone", "smoke", str(small_cohort_json), out=str(tmp_path), options=OPTIONS,
                             engine=Engine("cpu", deterministic=on))
         for on in (False, True)
     ]  # fmt: skip

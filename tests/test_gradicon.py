@@ -7,10 +7,10 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from lumirlib import spatial
 from lumirlib.losses import gaussian_smooth
-from lumirlib.methods.gradicon import GradICON, gaussian_lncc_loss, gradicon_loss
+from lumirlib.methods.base import PAPER
+from lumirlib.methods.gradicon import GradICON, GradICONNetwork, gaussian_lncc_loss, gradicon_loss
+from lumirlib.methods.presets import get_preset
 from lumirlib.metrics import inverse_consistency_error
-from lumirlib.models.gradicon import GradICONNetwork
-from lumirlib.presets import PAPER, get_preset
 
 SHAPE = (9, 12, 15)
 

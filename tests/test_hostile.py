@@ -21,11 +21,13 @@ from faults import TALLY, at_most, is_ours
 from papermill.translators import PythonTranslator
 from small_cohorts import write_small_cohort
 
-from lumirlib import load_cohort, submission, sweep, training
-from lumirlib.checkpoints import CHECKPOINT_FORMAT, load_checkpoint
-from lumirlib.engine import Engine
+from lumirlib import load_cohort
 from lumirlib.evaluation import zero_displacement
-from lumirlib.study import AblationRun
+from lumirlib.study import jobs, submission, sweep
+from lumirlib.study.run import Run
+from lumirlib.training import weights
+from lumirlib.training.checkpoints import CHECKPOINT_FORMAT, load_checkpoint
+from lumirlib.training.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,7 +58,7 @@ def mark(tmp_path):
 def test_a_checkpoint_with_code_is_refused_and_not_run(tmp_path, mark, zipped):
     path = tmp_path / "code.pt"
     torch.save({"format": CHECKPOINT_FORMAT, "model": Runs(mark)}, path, _use_new_zipfile_serialization=zipped)
-    for read in (load_checkpoint, training.load_model):
+    for read in (load_checkpoint, weights.load_model):
         with pytest.raises(ValueError, match=r"cannot read .*code\.pt as a checkpoint"):
             read(path)
 
@@ -123,7 +125,7 @@ def with_members(good, path: Path, members: dict[str, bytes], method: int = zipf
     return path
 
 
-def findings(good, path: Path) -> list[submission.Finding]:
+def findings(good, path: Path) -> list[submission.Problem]:
     with at_most(200):
         return submission.validate_submission(path, *good[:2], progress=False)
 
@@ -200,11 +202,11 @@ def test_parameters_are_refused_or_stay_one_word(tmp_path, mark):
     for text in hostile(mark):
         for name in ("variant", "preset", "cohort", "engine"):
             with pytest.raises((ValueError, FileNotFoundError)) as caught:
-                AblationRun.prepare(**{"cohort": "none.json", "engine": "cpu", name: text}, out=str(tmp_path / "out"))
+                Run.prepare(**{"cohort": "none.json", "engine": "cpu", name: text}, out=str(tmp_path / "out"))
             assert is_ours(caught.value)
         for options in ({"similarity": text}, {text: 1}, {"epochs": text}):
             with pytest.raises(ValueError, match=r"similarity|unknown option|epochs"):
-                AblationRun.prepare(cohort="none.json", engine="cpu", options=options, out=str(tmp_path / "out"))
+                Run.prepare(cohort="none.json", engine="cpu", options=options, out=str(tmp_path / "out"))
         with pytest.raises(ValueError, match="precision must be one of"):
             Engine("cpu", precision=text)
 
@@ -212,7 +214,7 @@ def test_parameters_are_refused_or_stay_one_word(tmp_path, mark):
 def test_the_command_in_provenance_is_quoted_for_a_shell(tmp_path, mark):
     folder = tmp_path / f"x; touch {mark.name} #'\"$(touch {mark.name})"
     cohort = write_small_cohort(folder, training=2, validation=2)
-    run = AblationRun.prepare(
+    run = Run.prepare(
         "backbone", "smoke", str(cohort), data_root=str(folder), out=str(tmp_path / "a b;c"), engine="cpu",
         options={"resolution_mm": 1, "levels": 2},
     )  # fmt: skip
@@ -223,7 +225,7 @@ def test_the_command_in_provenance_is_quoted_for_a_shell(tmp_path, mark):
     assert ";" not in run.config.run and "$" not in run.config.run and "/" not in run.config.run
 
 
-@pytest.mark.parametrize("launcher", sweep.LAUNCHERS)
+@pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
 def test_a_sweep_hands_each_parameter_to_its_process_as_one_word_without_a_shell(tmp_path, mark, monkeypatch, launcher):
     calls = []
 
@@ -235,7 +237,7 @@ def test_a_sweep_hands_each_parameter_to_its_process_as_one_word_without_a_shell
     monkeypatch.setattr(sweep.subprocess, "Popen", popen)
     for text in hostile(mark):
         parameters = {"variant": "backbone", "seed": "0", "preset": "smoke", "cohort": text}
-        run = sweep.SweepRun(Path("run_ablation.ipynb"), tmp_path / "out.ipynb", parameters, {}, launcher)
+        run = jobs.SweepRun(Path("run_ablation.ipynb"), tmp_path / "out.ipynb", parameters, {}, launcher)
         with pytest.raises(InterruptedError):
             run.execute(1)
         (place,) = (index for index, word in enumerate(calls[-1]) if word == text)
@@ -267,7 +269,7 @@ FORBIDDEN = {
     "loads_pickle",
 }
 #: submitit's own files of the user's own jobs, see docs/reliability.md.
-ALLOWED = {("cluster.py", "pickle_load")}
+ALLOWED = {("slurm.py", "pickle_load")}
 
 
 def sources() -> list[tuple[str, ast.AST]]:

@@ -10,11 +10,14 @@ import pytest
 import torch
 from test_training import small_run
 
-from lumirlib import build_model, costs, parse_variant, training
-from lumirlib.instance_optimization import InstanceOptimization
+from lumirlib import build_model, parse_variant
 from lumirlib.methods import parse_row
-from lumirlib.presets import get_preset
-from lumirlib.sweep import needs_another, plan
+from lumirlib.methods.instance_optimization import InstanceOptimization
+from lumirlib.methods.presets import get_preset
+from lumirlib.study import costs
+from lumirlib.study.jobs import plan
+from lumirlib.study.paper import uses_other_weights
+from lumirlib.training import trainer
 
 SHAPE = (9, 12, 15)
 PRESET = get_preset("smoke", window=3)
@@ -101,7 +104,7 @@ def test_a_row_with_it_uses_the_weights_of_the_row_without(tmp_path):
     assert parse_variant("backbone+io").name == "IO"
     assert parse_variant("BF-post+IO").trained() == parse_variant("backbone")
     assert parse_variant("CA+BF+IO", instance_learning_rate=0.3).trained() == parse_variant("CA+BF")
-    assert needs_another("LC-2+IO") and not needs_another("LC-2")
+    assert uses_other_weights("LC-2+IO") and not uses_other_weights("LC-2")
     planned = plan(["IO", "backbone"], [0], "demo", "embedded", "", str(tmp_path))
     assert [run.row for run in planned] == ["backbone", "IO"]
 
@@ -111,7 +114,7 @@ def test_a_row_with_it_is_evaluated_behind_the_trained_checkpoint_and_states_its
 ):
     plain = small_run(small_cohort_json, tmp_path).train(progress=False)
     run = small_run(small_cohort_json, tmp_path, variant="IO", instance_steps=3, instance_tolerance=0)
-    monkeypatch.setattr(training.Trainer, "_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(trainer.Trainer, "_step", lambda *_: pytest.fail("trained again"))
     result = run.train(progress=False)
     assert result.checkpoint == plain.checkpoint and result.val_dice != plain.val_dice
     run.evaluate(result, progress=False)

@@ -7,7 +7,7 @@ from test_training import small_run
 from lumirlib import build_model, parse_variant
 from lumirlib.data import intensity
 from lumirlib.data.intensity import draw_intensity_map, randomize_intensity
-from lumirlib.presets import get_preset
+from lumirlib.methods.presets import get_preset
 
 SHAPE = (9, 8, 7)
 

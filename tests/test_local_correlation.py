@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from lumirlib import build_model, costs, parse_variant
+from lumirlib import build_model, parse_variant
+from lumirlib.methods.presets import get_preset
 from lumirlib.models import RegistrationNetwork
 from lumirlib.models.local_correlation import CorrelationAttention, local_correlation, window_offsets
-from lumirlib.presets import get_preset
+from lumirlib.study import costs
 
 SHAPE = (5, 6, 7)
 NAMES = ["CORR", "CORR-att", "LC-2+CA+BF+CORR", "LK+CORR-att"]

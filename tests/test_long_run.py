@@ -7,8 +7,8 @@ import pytest
 from faults import TALLY
 
 from lumirlib import load_cohort
-from lumirlib.engine import Engine
-from lumirlib.presets import get_preset
+from lumirlib.methods.presets import get_preset
+from lumirlib.training.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import long_run

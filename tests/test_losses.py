@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lumirlib import losses
+from lumirlib import losses, spatial
+from lumirlib.losses.similarity import _ncc_in_parts
 
 SHAPE = (11, 12, 13)
 
@@ -77,8 +78,8 @@ def zero_background(seed, shape=SHAPE):
 
 def in_parts(first, second, window):
     """What the other devices compute, here on the CPU."""
-    loss, by_first = losses._ncc_in_parts(first, second, window, True)
-    return loss, by_first, losses._ncc_in_parts(second, first, window, True)[1]
+    loss, by_first = _ncc_in_parts(first, second, window, True)
+    return loss, by_first, _ncc_in_parts(second, first, window, True)[1]
 
 
 def compiled(first, second, window):
@@ -296,7 +297,7 @@ def test_registration_loss_adds_the_levels_with_halving_weights():
     for level, (m, f) in enumerate(
         zip(losses.gaussian_pyramid(moving, shapes), losses.gaussian_pyramid(fixed, shapes), strict=True)
     ):
-        warped = losses.spatial.warp(m, displacements[level])
+        warped = spatial.warp(m, displacements[level])
         similarity += float(losses.ncc_loss(warped, f, 5)) / 2**level
         smoothness += float(losses.diffusion_loss(velocities[level])) / 2**level
     assert float(terms["similarity"]) == pytest.approx(similarity, rel=1e-6)
@@ -309,10 +310,10 @@ def test_a_call_in_inference_mode_does_not_spoil_a_later_training():
     image = torch.rand(1, 1, *shape, dtype=torch.float64)
     with torch.inference_mode():
         losses.gaussian_pyramid(image, [shape, (5, 5, 7)])
-        losses.spatial.warp(image, torch.zeros(1, 3, *shape, dtype=torch.float64))
+        spatial.warp(image, torch.zeros(1, 3, *shape, dtype=torch.float64))
     field = torch.zeros(1, 3, *shape, dtype=torch.float64, requires_grad=True)
     terms = losses.registration_loss(image, image.flip(2), [field], [field], window=3)
-    smooth = losses.gaussian_smooth(losses.spatial.warp(image, field))
+    smooth = losses.gaussian_smooth(spatial.warp(image, field))
     (terms["total"] + smooth.mean()).backward()
     assert field.grad.abs().max() > 0
 

@@ -9,13 +9,18 @@ import pandas as pd
 import pytest
 import torch
 
-from lumirlib import costs, figures, load_cohort, methods, report, sweep, tables, training
-from lumirlib.engine import Engine
-from lumirlib.methods.released import MethodUnavailableError
-from lumirlib.presets import PAPER, PRESETS, split_options
-from lumirlib.rows import Baseline, Tool
-from lumirlib.study import AblationRun
-from lumirlib.training import Trainer, make_config
+from lumirlib import load_cohort, methods, plots
+from lumirlib.methods.base import PAPER, Baseline, Tool
+from lumirlib.methods.external import MethodUnavailableError
+from lumirlib.methods.presets import PRESETS, split_options
+from lumirlib.study import costs, paper
+from lumirlib.study.report import publish, tables
+from lumirlib.study.report.runs import load_runs
+from lumirlib.study.run import Run
+from lumirlib.training import pairs, trainer
+from lumirlib.training.config import make_config
+from lumirlib.training.engine import Engine
+from lumirlib.training.trainer import Trainer
 
 RETRAINED = ("TransMorph", "uniGradICON", "SynthMorph", "VoxelMorph")
 CPU = Engine("cpu")
@@ -35,17 +40,17 @@ def config_for(name, cohort, seed=0):
 
 
 def prepare(name, small_cohort_json, out, **options):
-    return AblationRun.prepare(
+    return Run.prepare(
         name, "smoke", str(small_cohort_json), out=str(out), engine="cpu",
         options={"resolution_mm": 1, "channel_divisor": 16, **options},
     )  # fmt: skip
 
 
 def test_every_row_of_table_1_has_a_method():
-    table = report.paper_table(1)["method"].tolist()
-    assert sweep.rows_of_table(1) == ["TransMorph", "uniGradICON", "SynthMorph", "VoxelMorph", "deedsBCV", "LC-2"]
-    assert len(table) == len(sweep.rows_of_table(1)) + 1 and "Zero Displacement" in table
-    for name in sweep.rows_of_table(1):
+    table = paper.paper_table(1)["method"].tolist()
+    assert paper.rows_of_table(1) == ["TransMorph", "uniGradICON", "SynthMorph", "VoxelMorph", "deedsBCV", "LC-2"]
+    assert len(table) == len(paper.rows_of_table(1)) + 1 and "Zero Displacement" in table
+    for name in paper.rows_of_table(1):
         assert methods.parse_row(name).name == name
 
 
@@ -86,7 +91,7 @@ def test_a_method_keeps_the_presets_number_of_steps_and_has_its_own_weights_of_t
 @pytest.mark.parametrize("name", RETRAINED)
 def test_every_network_trains_and_a_stopped_run_ends_in_the_same_weights(name, cohort, tmp_path, monkeypatch):
     config = config_for(name, cohort)
-    whole = training.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
+    whole = trainer.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
     assert len(whole.history) == 3 and np.isfinite(whole.history["val_dice"]).all()
     again = Trainer(config, cohort, tmp_path / "stopped", CPU, progress=False)
     step, taken = again._step, []
@@ -101,9 +106,9 @@ def test_every_network_trains_and_a_stopped_run_ends_in_the_same_weights(name, c
     monkeypatch.setattr(again, "_step", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         again.run()
-    training.train(config, cohort, tmp_path / "stopped", "cpu", progress=False)
+    trainer.train(config, cohort, tmp_path / "stopped", "cpu", progress=False)
     first, second = (
-        training.load_checkpoint(tmp_path / where / "checkpoints" / config.run / "last.pt")["model"]
+        trainer.load_checkpoint(tmp_path / where / "checkpoints" / config.run / "last.pt")["model"]
         for where in ("whole", "stopped")
     )
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -112,17 +117,17 @@ def test_every_network_trains_and_a_stopped_run_ends_in_the_same_weights(name, c
 def test_a_method_that_trains_on_labels_takes_simulated_ones_where_scans_have_none(small_cohort_json, embedded_cohort):
     row = methods.parse_row("SynthMorph")
     cohort = load_cohort(small_cohort_json)
-    assert training.training_source(row, cohort) is cohort  # its training scans have labels
+    assert pairs.training_source(row, cohort) is cohort  # its training scans have labels
     bare = replace(embedded_cohort, train=tuple(replace(subject, labels=None) for subject in embedded_cohort.train))
-    source = training.training_source(row, bare)
+    source = pairs.training_source(row, bare)
     assert source is not bare and source.simulated and all(subject.labels for subject in source.train)
-    assert training.training_source(methods.parse_row("VoxelMorph"), bare) is bare
+    assert pairs.training_source(methods.parse_row("VoxelMorph"), bare) is bare
     assert not {subject.name for subject in source.train} & {
         subject.name for pair in source.validation_pairs for subject in (pair.fixed, pair.moving)
     }
     small = replace(cohort, train=tuple(replace(subject, labels=None) for subject in cohort.train), resolution_mm=4)
     with pytest.raises(ValueError, match=r"SynthMorph trains on label volumes, which the training scans of .* lack"):
-        training.training_source(row, small)
+        pairs.training_source(row, small)
 
 
 def test_a_run_of_deeds_trains_nothing_and_is_scored_like_any_other(small_cohort_json, tmp_path):
@@ -135,7 +140,7 @@ def test_a_run_of_deeds_trains_nothing_and_is_scored_like_any_other(small_cohort
     assert np.isfinite(table.query("metric == 'dice'")["value"]).all()
     facts = json.loads(run.metrics_path.with_suffix(".json").read_text())
     assert (facts["parameters"], facts["trained_on"], facts["weights"]) == (0, "nothing", None)
-    assert figures.pairs_figure(result.model, run.cohort, [run.pairs[0].name], run.title).axes
+    assert plots.pairs_figure(result.model, run.cohort, [run.pairs[0].name], run.title).axes
     assert run.inverse_consistency(result, 1)["when"].tolist() == ["as run"]
     with pytest.raises(ValueError, match="deedsBCV is not trained"):
         Trainer(run.config, run.cohort, tmp_path, CPU)
@@ -191,8 +196,8 @@ def test_training_costs_are_measured_by_a_rows_own_loss():
 
 
 def test_more_pairs_than_scans_are_drawn_in_another_order(cohort):
-    few = list(training.epoch_pairs(cohort.train, 0, 0))
-    many = list(training.epoch_pairs(cohort.train, 0, 0, limit=10))
+    few = list(pairs.epoch_pairs(cohort.train, 0, 0))
+    many = list(pairs.epoch_pairs(cohort.train, 0, 0, limit=10))
     assert len(few) == 4 and many[:4] == few and len(many) == 10
     assert sorted(pair.moving.name for pair in many[4:8]) == sorted(pair.moving.name for pair in few)
     assert all(pair.fixed != pair.moving for pair in many)
@@ -214,25 +219,25 @@ def test_table_1_sets_our_rows_beside_the_papers_under_its_names(tmp_path):
             preset, _ = split_options("demo", methods.parse_row(name), {})
             about |= {"options": asdict(preset.apply(methods.parse_row(name))), "preset": asdict(preset),
                       "val_dice": 0.7, "val_dice_before": 0.5}  # fmt: skip
-        training.write_atomically(
+        trainer.write_atomically(
             tmp_path / "metrics" / f"{about['run']}.csv", lambda to, rows=table: rows.to_csv(to, index=False)
         )
         (tmp_path / "metrics" / f"{about['run']}.json").write_text(json.dumps(about))
-    runs = report.load_runs(tmp_path, sweep.table_rows(["table1"]))
+    runs = load_runs(tmp_path, paper.table_rows(["table1"]))
     assert runs.variants == ("VoxelMorph", "deedsBCV", "LC-2")
     assert runs.missing == ("TransMorph", "uniGradICON", "SynthMorph")
-    table = report.table1(runs).set_index(["method", "metric"])
+    table = tables.table1(runs).set_index(["method", "metric"])
     assert table.loc[("next-gen-nn", "dice"), "paper"] == 77.34
     assert table.loc[("next-gen-nn", "dice"), "ours"] == pytest.approx(70 * 1.3025, abs=1e-6)
     assert table.loc[("Zero Displacement", "dice"), "paper"] == 56.57
     assert table.loc[("VoxelMorph", "tre_mm"), "difference"] == pytest.approx(3 * 1.1025 - 3.1545)
-    text = tables.publish_table(1, runs, tmp_path / "tables" / "table1")
+    text = publish.publish_table(1, runs, tmp_path / "tables" / "table1")
     assert "next-gen-nn (LC-2) (sc:16)" in text and "not a LUMIR result" in text and "Val Dice" not in text
     assert (tmp_path / "tables" / "table1.tex").read_text().count("VoxelMorph") == 1
-    tables.publish_ranks(runs, tmp_path / "tables" / "ranks")
+    publish.publish_ranks(runs, tmp_path / "tables" / "ranks")
     ranks = pd.read_csv(tmp_path / "tables" / "ranks.csv", index_col="method")
     assert "other teams' published figures are of LUMIR's own pairs" in (tmp_path / "tables" / "ranks.md").read_text()
-    tables.publish_ranks(replace(runs, facts=runs.facts.assign(cohort="lumir")), tmp_path / "tables" / "lumir")
+    publish.publish_ranks(replace(runs, facts=runs.facts.assign(cohort="lumir")), tmp_path / "tables" / "lumir")
     among = pd.read_csv(tmp_path / "tables" / "lumir.csv", index_col="method")
     assert math.isnan(among.loc["SITReg-v2 (published)", "weighted"]) and len(among) == 3 + 7 + 7
     # six pairs, each of them better in Dice and worse in TRE: p = 1/32, and times 3 for three comparisons not below 5 %

@@ -9,8 +9,8 @@ import surface_distance
 import torch
 
 from lumirlib import metrics, spatial
-from lumirlib.labels import LUMIR_LABELS
 from lumirlib.metrics import jacobian, surface
+from lumirlib.metrics.labels import LUMIR_LABELS
 
 SHAPE = (5, 6, 7)
 

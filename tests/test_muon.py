@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lumirlib import build_model, losses, muon, parse_variant
-from lumirlib.checkpoints import load_optimizer
-from lumirlib.presets import get_preset
-from lumirlib.training import make_optimizer
+from lumirlib import build_model, losses, parse_variant
+from lumirlib.methods.presets import get_preset
+from lumirlib.training import muon
+from lumirlib.training.checkpoints import load_optimizer
+from lumirlib.training.trainer import make_optimizer
 
 
 def random(*shape, seed=0):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lumirlib import build_model, metrics, parse_variant
-from lumirlib.ndv_loss import DENSE, ndv_loss
-from lumirlib.ndv_loss import _folded_voxels as folded_voxels
-from lumirlib.presets import get_preset
+from lumirlib.losses.ndv import DENSE, ndv_loss
+from lumirlib.losses.ndv import _folded_voxels as folded_voxels
+from lumirlib.methods.presets import get_preset
 
 
 def rough(shape=(5, 6, 7), scale=1.5, dtype=torch.float64, batch=1):
@@ -47,7 +47,7 @@ def test_the_gradient_of_few_folded_voxels_is_that_of_all(scale, monkeypatch):
     share = float(folded_voxels(displacement).double().mean())
     assert (share == 0) if scale < 0.1 else (share < DENSE) if scale == 0.15 else share > 0
     found = torch.autograd.grad(ndv_loss(displacement), displacement)[0]
-    monkeypatch.setattr("lumirlib.ndv_loss.DENSE", -1.0)
+    monkeypatch.setattr("lumirlib.losses.ndv.DENSE", -1.0)
     loss = ndv_loss(displacement)
     assert torch.allclose(found, torch.autograd.grad(loss, displacement)[0], rtol=1e-12, atol=1e-15)
     assert (found != 0).any() == (scale > 0.1) and float(loss.detach()) == pytest.approx(

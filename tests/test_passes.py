@@ -10,12 +10,13 @@ import torch
 from test_backbone import ConstantVelocity, known_velocity
 from torch import nn
 
-from lumirlib import build_model, costs, losses, parse_variant, spatial
-from lumirlib.instance_optimization import InstanceOptimization
+from lumirlib import build_model, losses, parse_variant, spatial
+from lumirlib.methods.instance_optimization import InstanceOptimization
+from lumirlib.methods.presets import get_preset, split_options
 from lumirlib.models import RegistrationNetwork
 from lumirlib.models.backbone import join_levels, join_velocities
-from lumirlib.presets import get_preset, split_options
-from lumirlib.training import first_non_finite
+from lumirlib.study import costs
+from lumirlib.training.divergence import first_non_finite
 
 SHAPE = (9, 8, 7)
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lumirlib import load_cohort, prepare
-from lumirlib.data.embedded import FRAME_SHAPE, frame_affine, template_in_frame
+from lumirlib import load_cohort
+from lumirlib.data.frame import FRAME_SHAPE, frame_affine, template_in_frame
 from lumirlib.data.nifti import read_volume, write_nifti
+from lumirlib.scans import prepare
+from lumirlib.scans.folder import prepare_folder
+from lumirlib.scans.scan import as_scanned, read_scan, sample_world, transform
 
 RAMP = (0.7, -0.4, 0.25, 60.0)  # along world x, y, z, and at the origin
 
@@ -18,12 +21,12 @@ RAMP = (0.7, -0.4, 0.25, 60.0)  # along world x, y, z, and at the origin
 def ramp_scan(tmp_path, orientation="LIA", rotation=(10.0, -15.0, 20.0)):
     """A scan whose value is a linear function of its world, which trilinear interpolation keeps."""
     empty = torch.zeros(1, 1, 20, 22, 24)
-    shape_of, affine, _ = prepare.as_scanned(empty, np.diag([2.0, 2, 2, 1]), rotation, (3, 4, 5), orientation)
+    shape_of, affine, _ = as_scanned(empty, np.diag([2.0, 2, 2, 1]), rotation, (3, 4, 5), orientation)
     grid = np.stack(np.meshgrid(*map(np.arange, shape_of.shape), indexing="ij"), -1)
     world = grid @ affine[:3, :3].T + affine[:3, 3]
     path = tmp_path / f"{orientation}.nii.gz"
     write_nifti(path, (world @ RAMP[:3] + RAMP[3]).astype(np.float32), affine)
-    return prepare.read_scan(path)
+    return read_scan(path)
 
 
 def ramp(points):
@@ -34,7 +37,7 @@ def points_inside(scan, count=200):
     generator = torch.Generator().manual_seed(0)
     share = torch.rand(1, 3, count, 1, 1, generator=generator, dtype=torch.float64)
     voxels = 1 + share * (torch.tensor(scan.shape).view(1, 3, 1, 1, 1) - 3)
-    return prepare.transform(scan.affine, voxels)
+    return transform(scan.affine, voxels)
 
 
 def small_brain():
@@ -47,7 +50,7 @@ def test_values_stand_at_their_place_in_the_world_whatever_the_order_of_the_axes
     scan = ramp_scan(tmp_path, orientation)
     assert nib.aff2axcodes(scan.affine) == tuple(orientation) or orientation not in ("RAS", "LIA")
     points = points_inside(scan)
-    values = prepare.sample_world(scan.values, scan.affine, points)
+    values = sample_world(scan.values, scan.affine, points)
     torch.testing.assert_close(values[:, 0].double(), ramp(points), atol=1e-3, rtol=0)
 
 
@@ -56,10 +59,10 @@ def test_affine_of_the_preparation_and_that_of_the_file_are_joined_exactly(tmp_p
     to_scan = np.array([[1.1, 0.1, 0, 3], [-0.1, 0.9, 0.05, -2], [0, 0.02, 1.05, 1], [0, 0, 0, 1]])
     prepared = prepare.PreparedScan(scan, scan.values, torch.ones_like(scan.values, dtype=torch.bool), to_scan, ())
     in_scan = points_inside(scan)
-    in_frame = prepare.transform(np.linalg.inv(to_scan), in_scan)
+    in_frame = transform(np.linalg.inv(to_scan), in_scan)
     by_hand = ramp(torch.einsum("ab,nbdhw->nadhw", torch.tensor(to_scan[:3, :3]), in_frame)
                    + torch.tensor(to_scan[:3, 3]).view(1, 3, 1, 1, 1)).clamp(min=0)  # fmt: skip
-    found = prepared.brain_at(prepare.transform(to_scan, in_frame))[:, 0].double()
+    found = prepared.brain_at(transform(to_scan, in_frame))[:, 0].double()
     torch.testing.assert_close(found, by_hand, atol=1e-3, rtol=0)
 
 
@@ -88,13 +91,13 @@ def test_intensities_are_those_of_the_cohorts():
 def test_pose_of_a_head_is_found(tmp_path):
     pytest.importorskip("SimpleITK")
     image, affine = small_brain()
-    array, seen_affine, pose = prepare.as_scanned(image, affine, (12, -9, 14), (9, -12, 15), "LIA", (3.5, 5.0, 4.0))
+    array, seen_affine, pose = as_scanned(image, affine, (12, -9, 14), (9, -12, 15), "LIA", (3.5, 5.0, 4.0))
     write_nifti(tmp_path / "a.nii.gz", array, seen_affine)
-    scan = prepare.read_scan(tmp_path / "a.nii.gz")
+    scan = read_scan(tmp_path / "a.nii.gz")
     found = prepare.affine_to_frame(scan.values, prepare.stripped_mask(scan), scan.affine)
     brain = torch.nonzero(template_in_frame(4)[0, 0] > 0.02).T.reshape(1, 3, -1, 1, 1)
-    places = prepare.transform(affine, brain)
-    apart = (prepare.transform(found, places) - prepare.transform(pose, places)).norm(dim=1)
+    places = transform(affine, brain)
+    apart = (transform(found, places) - transform(pose, places)).norm(dim=1)
     assert apart.mean() < 0.8  # voxels are of 4 mm; the search starts 15 mm and more from there
 
 
@@ -103,7 +106,7 @@ def test_bias_field_is_taken_out(tmp_path):
     image, affine = small_brain()
     along = torch.linspace(-0.6, 0.6, image.shape[3]).exp().view(1, 1, 1, -1, 1)
     write_nifti(tmp_path / "a.nii.gz", (image * along)[0, 0].numpy(), affine)
-    scan = prepare.read_scan(tmp_path / "a.nii.gz")
+    scan = read_scan(tmp_path / "a.nii.gz")
     mask = prepare.stripped_mask(scan)
     corrected = prepare.corrected_bias(scan, mask)
     white = image > 0.9 * image.max()
@@ -121,10 +124,10 @@ def test_brain_is_found_in_a_simulated_head(tmp_path):
     filled = (brain > 0.02).float()
     inner, outer = shape(filled, 9, 1, 4), shape(shape(filled, 9, 1, 4), 7, 1, 3)
     head = brain * 800 + (outer - inner) * 600  # a bright shell around a dark gap, as scalp around skull
-    array, seen, _ = prepare.as_scanned(head, affine, (0, 0, 8), (5, -5, 5), "PSR", (2.0, 2.5, 2.0))
+    array, seen, _ = as_scanned(head, affine, (0, 0, 8), (5, -5, 5), "PSR", (2.0, 2.5, 2.0))
     write_nifti(tmp_path / "head.nii.gz", array, seen)
-    scan = prepare.read_scan(tmp_path / "head.nii.gz")
-    truth = prepare.as_scanned(filled, affine, (0, 0, 8), (5, -5, 5), "PSR", (2.0, 2.5, 2.0))[0] > 0.5
+    scan = read_scan(tmp_path / "head.nii.gz")
+    truth = as_scanned(filled, affine, (0, 0, 8), (5, -5, 5), "PSR", (2.0, 2.5, 2.0))[0] > 0.5
     mask = prepare.brain_mask(scan)[0, 0].numpy()
     assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.9
 
@@ -148,7 +151,7 @@ def test_scan_that_cannot_be_used_is_named_with_what_is_wrong(tmp_path, change, 
         image = nib.Nifti1Image(array, None, image.header)
     nib.save(image, path)
     with pytest.raises(ValueError, match=message):
-        prepare.read_scan(path)
+        read_scan(path)
 
 
 def test_header_with_two_orientations_is_remarked(tmp_path):
@@ -157,7 +160,7 @@ def test_header_with_two_orientations_is_remarked(tmp_path):
     image.set_qform(np.diag([-1, 1, 1, 1]), 1)
     nib.save(image, tmp_path / "a.nii.gz")
     with pytest.warns(UserWarning, match="sform and qform differ"):
-        prepare.read_scan(tmp_path / "a.nii.gz")
+        read_scan(tmp_path / "a.nii.gz")
 
 
 def test_head_whose_skull_is_not_stripped_cannot_skip_that(tmp_path):
@@ -182,7 +185,7 @@ def folder(tmp_path):
     """Three brains that are prepared but for their grid, two of one file name, and a torn file."""
     image, affine = small_brain()
     for number, place in enumerate(("one/t1", "two/t1", "third_0000")):
-        array, seen, _ = prepare.as_scanned(image * (1 + number), affine, orientation="LIA", spacing_mm=(4, 5, 4))
+        array, seen, _ = as_scanned(image * (1 + number), affine, orientation="LIA", spacing_mm=(4, 5, 4))
         write_nifti(tmp_path / "scans" / f"{place}.nii.gz", array, seen)
     (tmp_path / "scans" / "torn.nii.gz").write_bytes((tmp_path / "scans" / "third_0000.nii.gz").read_bytes()[:5000])
     return tmp_path / "scans"
@@ -214,8 +217,8 @@ def test_folder_becomes_a_cohort_goes_on_where_it_stopped_and_names_what_it_left
 
 def test_folder_without_scans_and_numbers_that_do_not_fit_are_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        prepare.prepare_folder(tmp_path / "nothing", tmp_path / "out")
+        prepare_folder(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(ValueError, match="validation must be 0, or from 2 to the number of scans, 4; got 1"):
-        prepare.prepare_folder(folder, tmp_path / "out", prepare.STEPS, validation=1)
+        prepare_folder(folder, tmp_path / "out", prepare.STEPS, validation=1)
     with pytest.raises(ValueError, match="jobs must be a whole number from 1, got 0"):
-        prepare.prepare_folder(folder, tmp_path / "out", prepare.STEPS, jobs=0)
+        prepare_folder(folder, tmp_path / "out", prepare.STEPS, jobs=0)

@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from lumirlib import __version__, train
-from lumirlib.presets import PRESETS
+from lumirlib.methods.presets import PRESETS
 from lumirlib.provenance import project_root, results_folder
 
 ROOT = Path(__file__).resolve().parent.parent

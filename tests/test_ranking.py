@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lumirlib import difficulty, ranking
 from lumirlib.evaluation import evaluate_method, zero_displacement
+from lumirlib.study import paper
+from lumirlib.study.report import difficulty, figures, statistics
 
 
 def table(dice, tre=2.0, ndv=0.0, hd95=3.0, pairs=12):
@@ -27,20 +28,20 @@ STEPS = np.linspace(0, 0.1, 12)
 
 def test_holm_multiplies_the_smallest_by_their_number_and_keeps_the_order():
     # by hand: 0.01 * 4, 0.02 * 3, 0.03 * 2 -> 0.06 (not below the one before), 0.5 * 1
-    assert ranking.holm([0.03, 0.01, 0.5, 0.02]).tolist() == pytest.approx([0.06, 0.04, 0.5, 0.06])
-    assert ranking.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+    assert statistics.holm([0.03, 0.01, 0.5, 0.02]).tolist() == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert statistics.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
 
 
 def test_a_method_that_is_better_on_every_pair_is_found_so_and_one_that_is_alike_is_not():
     good, alike, bad = table(0.70 + STEPS), table(0.70 + STEPS[::-1]), table(0.60 + STEPS, tre=3 + STEPS)
-    tests = ranking.compare({"good": good, "alike": alike, "bad": bad}).set_index(["metric", "first", "second"])
+    tests = statistics.compare({"good": good, "alike": alike, "bad": bad}).set_index(["metric", "first", "second"])
     first = tests.loc[("dice", "good", "bad")]
     assert first["better"] == "good" and first["difference"] == pytest.approx(0.1) and first["pairs"] == 12
     assert first["p"] == pytest.approx(2 / 2**12)  # the smallest that twelve pairs can give
     assert tests.loc[("dice", "good", "alike"), "better"] == ""
     assert tests.loc[("tre_mm", "good", "bad"), "better"] == "good"  # less is better
     assert tests.loc[("ndv_percent", "good", "bad"), "p"] == 1  # no difference at all
-    ranks = ranking.rank({"bad": bad, "good": good, "alike": alike})
+    ranks = statistics.rank({"bad": bad, "good": good, "alike": alike})
     assert ranks.loc["good", ["dice", "tre_mm", "ndv_percent"]].tolist() == [1, 1, 1]
     assert ranks.loc["bad", ["dice", "tre_mm", "ndv_percent"]].tolist() == [3, 3, 1]
     assert ranks.index[-1] == "bad"
@@ -49,38 +50,38 @@ def test_a_method_that_is_better_on_every_pair_is_found_so_and_one_that_is_alike
 
 def test_a_lost_label_is_infinitely_bad_and_two_are_alike():
     lost = table(0.7, hd95=[math.inf] + [3.0] * 11)
-    tests = ranking.compare({"a": lost, "b": lost}).set_index("metric")
+    tests = statistics.compare({"a": lost, "b": lost}).set_index("metric")
     assert tests.loc["hd95_mm", "difference"] == 0
 
 
 def test_methods_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="two methods or more, got 1"):
-        ranking.compare({"a": table(0.7)})
+        statistics.compare({"a": table(0.7)})
     with pytest.raises(ValueError, match="a has several values of dice for one pair"):
-        ranking.compare({"a": pd.concat([table(0.7)] * 2), "b": table(0.7)})
+        statistics.compare({"a": pd.concat([table(0.7)] * 2), "b": table(0.7)})
     other = table(0.7).assign(pair="elsewhere" + table(0.7)["pair"])
     with pytest.raises(ValueError, match="a, b have no pair in common"):
-        ranking.compare({"a": table(0.7), "b": other})
+        statistics.compare({"a": table(0.7), "b": other})
 
 
 def test_snapshot_score_is_normalized_from_the_worst_to_the_best():
-    scores = ranking.snapshot_scores(
+    scores = statistics.snapshot_scores(
         {"best": table(0.8, 2, 0, 3), "middle": table(0.7, 2.5, 0.5, 3.5), "worst": table(0.6, 3, 1, 4)}
     )
     assert scores["score"].to_dict() == pytest.approx({"best": 1, "middle": 0.5, "worst": 0})
-    mixed = ranking.snapshot_scores({"a": table(0.8, 3, 0, 3), "b": table(0.6, 2, 0, 4)})
+    mixed = statistics.snapshot_scores({"a": table(0.8, 3, 0, 3), "b": table(0.6, 2, 0, 4)})
     # NDV is alike: full marks for both
     assert mixed["score"].to_dict() == pytest.approx({"a": 1 / 6 + 1 / 6 + 1 / 3, "b": 1 / 3 + 1 / 3})
     with pytest.raises(ValueError, match="a lack a metric that the score needs"):
-        ranking.snapshot_scores({"a": table(0.8).query("metric != 'tre_mm'"), "b": table(0.6)})
+        statistics.snapshot_scores({"a": table(0.8).query("metric != 'tre_mm'"), "b": table(0.6)})
 
 
 def test_published_rows_stand_beside_results_on_lumir_alone():
-    assert ranking.published().loc["SITReg-v2", ["dice", "tre_mm"]].tolist() == [0.7805, 2.3005]
-    assert ranking.published().loc["next-gen-nn", "dice"] == pytest.approx(0.7734)
+    assert paper.published().loc["SITReg-v2", ["dice", "tre_mm"]].tolist() == [0.7805, 2.3005]
+    assert paper.published().loc["next-gen-nn", "dice"] == pytest.approx(0.7734)
     with pytest.raises(ValueError, match="ours are of the cohort 'embedded' and cannot be placed among them"):
-        ranking.snapshot_scores({"ours": table(0.7)}, "embedded", with_published=True)
-    scores = ranking.snapshot_scores({"ours": table(0.9, 2.0, 0.0, 3.0)}, "lumir", with_published=True)
+        statistics.snapshot_scores({"ours": table(0.7)}, "embedded", with_published=True)
+    scores = statistics.snapshot_scores({"ours": table(0.9, 2.0, 0.0, 3.0)}, "lumir", with_published=True)
     assert scores.index[0] == "ours" and not scores["published"].iloc[0] and scores["published"].iloc[1:].all()
     assert len(scores) == 1 + 7 + 7 and scores.index[-1] == "VoxelMorph"  # it folds most
 
@@ -92,7 +93,7 @@ def test_the_command_line_ranks_result_files_and_refuses_what_cannot_be_ranked(t
         table(dice).to_csv(paths[-1], index=False)
         paths[-1].with_suffix(".json").write_text(json.dumps({"run": name, "cohort": cohort}))
     better, worse, foreign = map(str, paths)
-    assert ranking.main([better, worse]) == 0
+    assert statistics.main([better, worse]) == 0
     printed = capsys.readouterr().out
     assert "cohort embedded" in printed and printed.index("better") < printed.index("worse")
     for arguments, message in (
@@ -102,10 +103,12 @@ def test_the_command_line_ranks_result_files_and_refuses_what_cannot_be_ranked(t
         ([better, worse, "--published"], "ours are of the cohort 'embedded' and cannot be placed among them"),
         ([better], "two methods or more"),
     ):
-        assert ranking.main(arguments) == 2
+        assert statistics.main(arguments) == 2
         assert message in capsys.readouterr().err
     paths[1].write_text("a,b\n1,2\n")
-    assert ranking.main([better, worse]) == 2 and "lacks the column(s) metric, pair, value" in capsys.readouterr().err
+    assert (
+        statistics.main([better, worse]) == 2 and "lacks the column(s) metric, pair, value" in capsys.readouterr().err
+    )
 
 
 # difficulty ----------------------------------------------------------------------------------------------------------
@@ -136,6 +139,6 @@ def test_rank_correlations_are_those_of_ordered_columns():
     assert explained.loc["dice_before", ["dice", "gain", "pairs"]].tolist() == pytest.approx([1, -1, 4])
     assert explained.loc["brain_ratio", "dice"] == pytest.approx(-1)
     assert math.isnan(explained.loc["ventricle_ratio", "dice"]) and explained.loc["displacement_mm", "pairs"] == 2
-    figure = difficulty.difficulty_figure(found, "t")
+    figure = figures.difficulty_figure(found, "t")
     assert figure.axes[0].get_title() == "rank correlation +1.00"
     plt.close("all")

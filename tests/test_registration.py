@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from lumirlib import metrics, registration, spatial
-from lumirlib.data.embedded import frame_affine, template_in_frame
+from lumirlib import metrics, spatial
+from lumirlib.data.frame import frame_affine, template_in_frame
 from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume, write_nifti
-from lumirlib.labels import LUMIR_LABELS
-from lumirlib.prepare import STEPS, as_scanned, prepare_scan, read_scan, transform, world_slabs
-from lumirlib.presets import PRESETS
-from lumirlib.training import RunConfig, save_checkpoint
-from lumirlib.variants import parse_variant
+from lumirlib.methods.presets import PRESETS
+from lumirlib.methods.variants import parse_variant
+from lumirlib.metrics.labels import LUMIR_LABELS
+from lumirlib.scans import register
+from lumirlib.scans.prepare import STEPS, prepare_scan
+from lumirlib.scans.scan import as_scanned, read_scan, transform, world_slabs
+from lumirlib.training.checkpoints import save_checkpoint
+from lumirlib.training.config import RunConfig
+from lumirlib.training.registrar import choose_registrar
 
 TO_FIXED = np.array([[1.05, 0.1, 0.0, 4], [-0.1, 0.95, 0.05, -3], [0.0, -0.05, 1.1, 2], [0, 0, 0, 1.0]])
 TO_MOVING = np.array([[0.9, -0.2, 0.1, -6], [0.2, 1.0, 0.0, 5], [-0.1, 0.0, 1.05, 1], [0, 0, 0, 1.0]])
@@ -37,7 +41,7 @@ def some_points(count=50):
 
 
 def test_without_displacement_the_map_is_the_two_affines():
-    whole = registration.ScanMap(np.linalg.inv(TO_FIXED), torch.zeros(1, 3, 40, 56, 48), 4, TO_MOVING)
+    whole = register.ScanMap(np.linalg.inv(TO_FIXED), torch.zeros(1, 3, 40, 56, 48), 4, TO_MOVING)
     points = some_points()
     expected = transform(TO_MOVING @ np.linalg.inv(TO_FIXED), points)
     torch.testing.assert_close(whole(points), expected, atol=1e-9, rtol=0)
@@ -47,7 +51,7 @@ def test_without_displacement_the_map_is_the_two_affines():
 def test_displacement_in_voxels_of_its_grid_stands_between_the_affines_in_mm(resolution):
     shape = tuple(side // resolution for side in (160, 224, 192))
     voxels = torch.tensor([1.5, -2.0, 0.25]).view(1, 3, 1, 1, 1).expand(1, 3, *shape).contiguous()
-    whole = registration.ScanMap(np.linalg.inv(TO_FIXED), voxels, resolution, TO_MOVING)
+    whole = register.ScanMap(np.linalg.inv(TO_FIXED), voxels, resolution, TO_MOVING)
     points = some_points() * 3  # some lie outside the frame: there the border's displacement goes on
     moved = transform(np.linalg.inv(TO_FIXED), points) + voxels[:, :, :1, :1, :1].double() * resolution
     torch.testing.assert_close(whole(points), transform(TO_MOVING, moved), atol=1e-4, rtol=0)
@@ -55,7 +59,7 @@ def test_displacement_in_voxels_of_its_grid_stands_between_the_affines_in_mm(res
 
 def test_displacement_is_the_grids_own_at_its_voxels():
     field = wavy()
-    whole = registration.ScanMap(np.eye(4), field, 4, np.eye(4))
+    whole = register.ScanMap(np.eye(4), field, 4, np.eye(4))
     points = transform(frame_affine(4), spatial.identity_grid(field.shape[2:]))
     expected = points + field.double() * 4  # its axes are the world's
     torch.testing.assert_close(whole(points), expected, atol=1e-3, rtol=0)
@@ -67,7 +71,7 @@ def test_moving_image_is_interpolated_once(tmp_path):
     fixed = noise_scan(tmp_path / "fixed.nii", affine)
     moving = noise_scan(tmp_path / "moving.nii", affine, seed=1)
     shift = torch.tensor([0.5, -0.25, 0.25]).view(1, 3, 1, 1, 1).expand(1, 3, 40, 56, 48).contiguous()  # 2, -1, 1 mm
-    warped, displacement = registration.ScanMap(np.eye(4), shift, 4, np.eye(4)).on_scan(fixed, moving)
+    warped, displacement = register.ScanMap(np.eye(4), shift, 4, np.eye(4)).on_scan(fixed, moving)
     torch.testing.assert_close(warped[:, :, :-2, 1:, :-1], moving.values[:, :, 2:, :-1, 1:], atol=2e-3, rtol=0)
     assert warped[:, :, -2:].abs().max() < 2e-3
     expected = torch.tensor([2.0, -1, 1]).view(1, 3, 1, 1, 1).expand_as(displacement)
@@ -81,8 +85,8 @@ def test_files_carry_the_fixed_scans_space_and_itk_reads_the_same_map(tmp_path):
     for name, turn, codes in (("fixed", (10, -20, 15), "LIA"), ("moving", (-5, 8, -12), "PSR")):
         array, affine, _ = as_scanned(empty, np.diag([2.0, 2, 2, 1]), turn, (5, -4, 3), codes, (1.8, 2.4, 2.0))
         scans.append(noise_scan(tmp_path / f"{name}.nii.gz", affine, array.shape, seed=len(scans)))
-    whole = registration.ScanMap(np.eye(4), wavy(size=0.4), 4, np.eye(4))
-    files = registration._write(whole, *scans, tmp_path)
+    whole = register.ScanMap(np.eye(4), wavy(size=0.4), 4, np.eye(4))
+    files = register._write(whole, *scans, tmp_path)
     warped, affine = read_volume(files["warped"])
     np.testing.assert_allclose(affine, scans[0].affine, atol=1e-5)
 
@@ -135,14 +139,14 @@ def test_jacobian_determinant_of_known_maps():
 )
 def test_choice_of_what_registers_is_explained(arguments, message):
     with pytest.raises(ValueError, match=message):
-        registration.choose_registrar(**arguments)
+        choose_registrar(**arguments)
 
 
 def test_run_that_is_not_there_is_named_with_those_that_are(tmp_path):
     (tmp_path / "checkpoints" / "LK_1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "LK_1" / "best.pt").touch()
     with pytest.raises(FileNotFoundError, match=r"no trained run 'LK_2' in .*, which has LK_1; train a network first"):
-        registration.choose_registrar(run="LK_2", results=tmp_path)
+        choose_registrar(run="LK_2", results=tmp_path)
 
 
 def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_path, capsys):
@@ -157,7 +161,7 @@ def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_p
         write_nifti(tmp_path / f"{name}.nii.gz", array, affine)
     paths = [str(tmp_path / f"{name}.nii.gz") for name in ("fixed", "moving")]
     arguments = [*paths, "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "run" / "best.pt"), "--quiet"]
-    assert registration.main([*arguments, "--skip", *STEPS]) == 0
+    assert register.main([*arguments, "--skip", *STEPS]) == 0
     assert "ncc_affine" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "warped.nii.gz", "displacement.nii.gz", "transform.nii.gz", "qc.png", "qc.pdf", "registration.json",
@@ -170,12 +174,12 @@ def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_p
     images = [torch.nn.functional.avg_pool3d(scan.in_frame, 4) / 255 for scan in scans]
     with torch.no_grad():
         field = model.eval()(*images)
-    whole = registration.ScanMap(np.eye(4), field, 4, np.eye(4))
+    whole = register.ScanMap(np.eye(4), field, 4, np.eye(4))
     warped, _ = whole.on_scan(scans[0].scan, scans[1].scan)
     written, affine = read_volume(tmp_path / "out" / "warped.nii.gz")
     np.testing.assert_allclose(written, warped[0, 0].numpy(), atol=1e-3)
     np.testing.assert_allclose(affine, scans[0].scan.affine, atol=1e-4)
-    assert registration.main([paths[0], str(tmp_path / "no.nii.gz"), "--out", "x", "--method", "affine"]) == 2
+    assert register.main([paths[0], str(tmp_path / "no.nii.gz"), "--out", "x", "--method", "affine"]) == 2
     assert "no such NIfTI file" in capsys.readouterr().err
 
 
@@ -191,7 +195,7 @@ def test_real_scan_that_is_turned_and_on_another_grid_registers_as_well_as_the_o
     ]
     originals = [read_scan(root / "imagesVal" / name) for name in names]
     grid = originals[0].affine
-    registrar = registration.choose_registrar(method="deedsBCV", resolution_mm=4)
+    registrar = choose_registrar(method="deedsBCV", resolution_mm=4)
     turned, poses = [], []
     for scan, turn, shift in zip(originals, ((9, -12, 14), (-13, 8, 10)), ((15, -9, 12), (-14, 20, 6)), strict=True):
         array, affine, pose = as_scanned(scan.values, scan.affine, turn, shift, "LIA", (0.9, 1.2, 1.0))
@@ -202,7 +206,7 @@ def test_real_scan_that_is_turned_and_on_another_grid_registers_as_well_as_the_o
     def dice(paths, skip, poses):
         scans = [prepare_scan(path, skip) for path in paths]
         field = registrar.displacement(*(scan.in_frame for scan in scans), "cpu")
-        whole = registration.ScanMap(np.linalg.inv(scans[0].to_scan), field, 4, scans[1].to_scan)
+        whole = register.ScanMap(np.linalg.inv(scans[0].to_scan), field, 4, scans[1].to_scan)
         warped = torch.zeros_like(labels[0])
         to_moving = np.linalg.inv(poses[1] @ grid)
         for planes, points in world_slabs(labels[0].shape[2:], grid):

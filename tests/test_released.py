@@ -19,17 +19,15 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from lumirlib import spatial
+from lumirlib.methods.external import MethodUnavailableError, grid_affine, run_program
 from lumirlib.methods.released import (
     RELEASED,
-    MethodUnavailableError,
     ReleasedDeeds,
     ReleasedSynthMorph,
     ReleasedUniGradICON,
     deeds_to_voxel,
-    grid_affine,
     icon_to_voxel,
     ras_to_voxel,
-    run_program,
 )
 
 SHAPE = (21, 26, 31)

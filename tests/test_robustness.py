@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from lumirlib import presets, robustness
-from lumirlib.evaluation import read_table
-from lumirlib.presets import get_preset
-from lumirlib.robustness import ALTERATIONS, change_gamma, invert_contrast, remove_tissue, thicken_slices
-from lumirlib.study import AblationRun
+from lumirlib.methods import presets
+from lumirlib.methods.presets import get_preset
+from lumirlib.study import robustness
+from lumirlib.study.results import read_table
+from lumirlib.study.robustness import ALTERATIONS, change_gamma, invert_contrast, remove_tissue, thicken_slices
+from lumirlib.study.run import Run
 
 
 def ball(shape=(50, 60, 70), radius=24):
@@ -71,7 +72,7 @@ def trained(small_cohort_json, tmp_path, monkeypatch, capsys):
     small = replace(get_preset("smoke"), resolution_mm=1, levels=2, epochs=1, evaluation_pairs=None)
     monkeypatch.setitem(presets.PRESETS, "smoke", small)
     words = ["--seeds", "0", "--preset", "smoke", "--cohort", str(small_cohort_json), "--out", str(tmp_path)]
-    run = AblationRun.prepare("backbone", "smoke", str(small_cohort_json), out=str(tmp_path), engine="cpu")
+    run = Run.prepare("backbone", "smoke", str(small_cohort_json), out=str(tmp_path), engine="cpu")
     assert robustness.main(["--rows", "backbone", *words]) == 2
     assert "backbone with seed 0 is not trained yet" in capsys.readouterr().err
     return words, run, run.train(progress=False)

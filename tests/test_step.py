@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from lumirlib import build_model, parse_variant, spatial
-from lumirlib.models.layout import Conv3d, compile_model, place
-from lumirlib.models.normalization import instance_norm_prelu
-from lumirlib.presets import get_preset
+from lumirlib.methods.presets import get_preset
+from lumirlib.models.layers import Conv3d, compile_model, instance_norm_prelu, place
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import plain

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from lumirlib import conventions, spatial, submission
+from lumirlib import spatial
+from lumirlib.data import field_formats
 from lumirlib.evaluation import evaluate_method, zero_displacement
+from lumirlib.study import submission
 
 SHAPE = (5, 6, 7)
 #: Voxels of 2, 3 and 1.5 mm, axes permuted and turned: i runs to the left, j upwards, k to the front.
@@ -27,13 +29,13 @@ def random_displacement(shape=SHAPE, seed=0):
 
 def test_layouts_keep_each_component_and_voxel():
     ours = random_displacement()
-    last = conventions.voxel_to_channels_last(ours)
+    last = field_formats.voxel_to_channels_last(ours)
     assert last.shape == (*SHAPE, 3) and last[1, 2, 3, 0] == ours[0, 0, 1, 2, 3]
     for back in (
-        conventions.channels_last_to_voxel(last),
-        conventions.channels_first_to_voxel(ours[0].numpy()),
-        conventions.voxelmorph_to_voxel(ours),
-        conventions.voxelmorph_to_voxel(last[None]),
+        field_formats.channels_last_to_voxel(last),
+        field_formats.channels_first_to_voxel(ours[0].numpy()),
+        field_formats.voxelmorph_to_voxel(ours),
+        field_formats.voxelmorph_to_voxel(last[None]),
     ):
         assert torch.equal(back, ours)
 
@@ -41,40 +43,43 @@ def test_layouts_keep_each_component_and_voxel():
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_grid_sample_units_give_what_grid_sample_warps(align_corners):
     ours, image = random_displacement(), torch.rand(1, 1, *SHAPE, generator=torch.Generator().manual_seed(1))
-    flow = conventions.voxel_to_grid_sample(ours, align_corners)
+    flow = field_formats.voxel_to_grid_sample(ours, align_corners)
     assert flow.shape == (1, *SHAPE, 3)
     identity = torch.nn.functional.affine_grid(torch.eye(3, 4)[None], [1, 1, *SHAPE], align_corners=align_corners)
     warped = torch.nn.functional.grid_sample(image, identity + flow, align_corners=align_corners)
     assert torch.allclose(warped, spatial.warp(image, ours), atol=1e-5)
-    assert torch.allclose(conventions.grid_sample_to_voxel(flow, align_corners), ours, atol=1e-6)
+    assert torch.allclose(field_formats.grid_sample_to_voxel(flow, align_corners), ours, atol=1e-6)
 
 
 def test_an_itk_field_moves_points_in_the_world_as_ours_moves_voxels():
     ours = random_displacement()
-    field = conventions.voxel_to_itk(ours, AFFINE)
+    field = field_formats.voxel_to_itk(ours, AFFINE)
     assert field.shape == (*SHAPE, 1, 3)
     voxel = np.array([1, 2, 3])
     moved = voxel + ours[0, :, 1, 2, 3].numpy()
     before, after = (AFFINE @ [*place, 1] for place in (voxel, moved))
     lps = (after - before)[:3] * [-1, -1, 1]
     assert field[1, 2, 3, 0] == pytest.approx(lps, abs=1e-5)
-    assert torch.allclose(conventions.itk_to_voxel(field, AFFINE), ours, atol=1e-5)
-    assert torch.allclose(conventions.itk_to_voxel(field[:, :, :, 0], AFFINE), ours, atol=1e-5)
+    assert torch.allclose(field_formats.itk_to_voxel(field, AFFINE), ours, atol=1e-5)
+    assert torch.allclose(field_formats.itk_to_voxel(field[:, :, :, 0], AFFINE), ours, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda: conventions.channels_last_to_voxel(np.zeros((3, 5, 6, 7))),
+            lambda: field_formats.channels_last_to_voxel(np.zeros((3, 5, 6, 7))),
             r"array must be \(D, H, W, 3\), got \(3, ",
         ),
-        (lambda: conventions.channels_first_to_voxel(np.zeros((5, 6, 7, 3))), r"array must be \(3, D, H, W\), got \(5"),
-        (lambda: conventions.voxelmorph_to_voxel(np.zeros((5, 6, 7, 3))), r"flow must be \(1, 3, D, H, W\) or"),
-        (lambda: conventions.grid_sample_to_voxel(torch.zeros(1, 3, 5, 6, 7)), r"flow must be \(1, D, H, W, 3\)"),
-        (lambda: conventions.itk_to_voxel(np.zeros((5, 6, 7)), AFFINE), r"field must be \(D, H, W, 3\)"),
-        (lambda: conventions.voxel_to_itk(random_displacement(), np.zeros((4, 4))), "affine must be an invertible"),
-        (lambda: conventions.voxel_to_channels_last(torch.zeros(2, 3, 5, 6, 7)), r"displacement must be \(1, 3, D"),
+        (
+            lambda: field_formats.channels_first_to_voxel(np.zeros((5, 6, 7, 3))),
+            r"array must be \(3, D, H, W\), got \(5",
+        ),
+        (lambda: field_formats.voxelmorph_to_voxel(np.zeros((5, 6, 7, 3))), r"flow must be \(1, 3, D, H, W\) or"),
+        (lambda: field_formats.grid_sample_to_voxel(torch.zeros(1, 3, 5, 6, 7)), r"flow must be \(1, D, H, W, 3\)"),
+        (lambda: field_formats.itk_to_voxel(np.zeros((5, 6, 7)), AFFINE), r"field must be \(D, H, W, 3\)"),
+        (lambda: field_formats.voxel_to_itk(random_displacement(), np.zeros((4, 4))), "affine must be an invertible"),
+        (lambda: field_formats.voxel_to_channels_last(torch.zeros(2, 3, 5, 6, 7)), r"displacement must be \(1, 3, D"),
     ],
 )
 def test_other_layouts_are_refused_by_name(call, message):
@@ -195,12 +200,12 @@ def findings(good, tmp_path, cohort, pairs, changes):
 @pytest.mark.parametrize(
     ("kind", "words", "mistake"),
     [
-        ("normalized", "grid_sample's normalized units", lambda u, c: conventions.voxel_to_grid_sample(u)[0]),
+        ("normalized", "grid_sample's normalized units", lambda u, c: field_formats.voxel_to_grid_sample(u)[0]),
         ("normalized", "-1 to 1 across the volume",
-         lambda u, c: conventions.voxel_to_grid_sample(u)[0].flip(-1)),
+         lambda u, c: field_formats.voxel_to_grid_sample(u)[0].flip(-1)),
         ("transposed", "in the order k, j, i instead of i, j, k", lambda u, c: u[0].flip(0).movedim(0, -1)),
         ("transposed", "in the order j, k, i instead of i, j, k", lambda u, c: u[0][[1, 2, 0]].movedim(0, -1)),
-        ("millimetres", "in mm along LPS axes", lambda u, c: conventions.voxel_to_itk(u, c.affine)[:, :, :, 0]),
+        ("millimetres", "in mm along LPS axes", lambda u, c: field_formats.voxel_to_itk(u, c.affine)[:, :, :, 0]),
         ("millimetres", "in mm instead of voxels", lambda u, c: u[0].movedim(0, -1) * c.resolution_mm),
         ("direction", "points the other way", lambda u, c: -u[0].movedim(0, -1)),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lumirlib import sweep
+from lumirlib.study import jobs, paper, sweep
 
 CODE = """
 variant, seed, options = "", -1, {}
@@ -27,14 +27,14 @@ def runs(tmp_path):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = tmp_path / "small.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebook)
-    planned = sweep.plan(["backbone", "LK"], [0], "smoke", "embedded", "", str(tmp_path / "out"))
+    planned = jobs.plan(["backbone", "LK"], [0], "smoke", "embedded", "", str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     return [replace(run, notebook=notebook) for run in planned]
 
 
 def test_table_2_is_planned_in_the_papers_order_with_every_seed(tmp_path):
-    assert sweep.rows_of_table(2) == ["backbone", "BF", "CA", "CA+BF", "LK", "LC-1", "LC-2"]
-    planned = sweep.plan(["table2"], [0, 1], "demo", "embedded", "", str(tmp_path))
+    assert paper.rows_of_table(2) == ["backbone", "BF", "CA", "CA+BF", "LK", "LC-1", "LC-2"]
+    planned = jobs.plan(["table2"], [0, 1], "demo", "embedded", "", str(tmp_path))
     assert [run.output.name for run in planned[:2]] == [
         "backbone_embedded_demo_seed0.ipynb", "backbone_embedded_demo_seed1.ipynb",
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_finished_run_of_other_options_is_run_again(runs):
 
 
 def test_filters_of_trained_weights_are_run_when_all_else_has_ended(tmp_path):
-    planned = sweep.plan(["BF-post", "backbone"], [0, 1], "demo", "embedded", "", str(tmp_path))
+    planned = jobs.plan(["BF-post", "backbone"], [0, 1], "demo", "embedded", "", str(tmp_path))
     assert [run.parameters["variant"] for run in planned] == ["backbone", "backbone", "BF-post", "BF-post"]
 
 
@@ -120,7 +120,7 @@ def test_a_run_that_is_finished_is_so_whatever_it_was_computed_on(runs):
 
 
 def test_a_notebook_counts_as_finished_until_the_row_of_its_name_is_another_one(runs, tmp_path, monkeypatch):
-    (run,) = sweep.plan(["LC-2"], [0], "demo", "embedded", "", str(tmp_path / "out"))
+    (run,) = jobs.plan(["LC-2"], [0], "demo", "embedded", "", str(tmp_path / "out"))
     run = replace(run, notebook=runs[0].notebook)
     assert run.execute(threads=1) == ""
     committed = Path(__file__).resolve().parent.parent / "results" / "metrics"
@@ -128,19 +128,19 @@ def test_a_notebook_counts_as_finished_until_the_row_of_its_name_is_another_one(
     for path in committed.glob("LC-2_embedded_demo_seed0_*"):
         shutil.copy(path, tmp_path / "out" / "metrics")
     assert run.is_finished()
-    later = replace(sweep.parse_row("LC-2"), passes=2)
-    monkeypatch.setattr(sweep, "parse_row", lambda name: later)
+    later = replace(jobs.parse_row("LC-2"), passes=2)
+    monkeypatch.setattr(jobs, "parse_row", lambda name: later)
     assert not run.is_finished()
 
 
 def test_the_launcher_train_takes_a_run_with_metrics_of_its_parameters_for_finished(tmp_path):
     arguments = {"preset": "demo", "cohort": "embedded", "data_root": "", "launcher": "train"}
     committed = str(Path(__file__).resolve().parent.parent / "results")
-    planned = sweep.plan(["LC-2"], [0, 2, 77], out=committed, **arguments)
+    planned = jobs.plan(["LC-2"], [0, 2, 77], out=committed, **arguments)
     assert [run.is_finished() for run in planned] == [True, True, False]
-    (other,) = sweep.plan(["LC-2"], [0], out=committed, options={"epochs": 9}, **arguments)
+    (other,) = jobs.plan(["LC-2"], [0], out=committed, options={"epochs": 9}, **arguments)
     assert not other.is_finished()
-    assert not sweep.plan(["LC-2"], [0], out=str(tmp_path), **arguments)[0].is_finished()
+    assert not jobs.plan(["LC-2"], [0], out=str(tmp_path), **arguments)[0].is_finished()
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from test_training import small_run
 
 from lumirlib import build_model, metrics, parse_variant, spatial, train
-from lumirlib.consistency_losses import group_consistency_loss, inverse_consistency_loss
-from lumirlib.presets import get_preset
+from lumirlib.losses.consistency import group_consistency_loss, inverse_consistency_loss
+from lumirlib.methods.presets import get_preset
 
 SHAPE = (9, 12, 15)
 PRESET = get_preset("smoke", window=3)

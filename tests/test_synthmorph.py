@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from lumirlib import metrics, spatial
-from lumirlib.data.synthesis import (
+from lumirlib.methods.base import PAPER
+from lumirlib.methods.presets import get_preset
+from lumirlib.methods.synthesis import (  # fmt: skip
     CORTEX_FROM,
     MIRRORED_PAIRS,
     SynthesisOptions,
@@ -16,12 +18,10 @@ from lumirlib.data.synthesis import (
     draw_contrast,
     random_deformation,
     synthesize,
-)  # fmt: skip
-from lumirlib.figures import synthesis_figure
-from lumirlib.labels import LUMIR_LABELS
-from lumirlib.methods.synthmorph import SynthMorph, soft_dice_loss
-from lumirlib.models.synthmorph import SynthMorphNetwork
-from lumirlib.presets import PAPER, get_preset
+)
+from lumirlib.methods.synthmorph import SynthMorph, SynthMorphNetwork, soft_dice_loss
+from lumirlib.metrics.labels import LUMIR_LABELS
+from lumirlib.study.report.figures import synthesis_figure
 
 SHAPE = (15, 18, 13)
 #: Nothing but a value per label.

@@ -13,13 +13,17 @@ import papermill
 import pytest
 import torch
 
-from lumirlib import build_model, costs, figures, folding, parse_variant, presets, report, tables
-from lumirlib.evaluation import write_results
-from lumirlib.folding import amplified_folding
+from lumirlib import build_model, parse_variant, plots
+from lumirlib.methods import presets
+from lumirlib.methods.presets import get_preset
 from lumirlib.models.backbone import CASCADES, join_velocities
-from lumirlib.presets import get_preset
 from lumirlib.provenance import project_root
-from lumirlib.study import AblationRun
+from lumirlib.study import costs, folding, results
+from lumirlib.study.folding import amplified_folding
+from lumirlib.study.report import figures, publish, tables
+from lumirlib.study.report.runs import load_runs
+from lumirlib.study.results import write_results
+from lumirlib.study.run import Run
 
 PAIRS = ("A_B", "B_A", "A_C")
 FACTS = {"cohort": "embedded", "cohort_name": "Embedded cohort (simulated)", "cohort_digest": "d" * 16,
@@ -59,20 +63,23 @@ def folder(tmp_path):
 
 @pytest.fixture
 def runs(folder):
-    return report.load_runs(folder, ["backbone", "LK", "LC-2"])
+    return load_runs(folder, ["backbone", "LK", "LC-2"])
 
 
 def test_runs_are_found_by_variant_preset_and_cohort_and_what_lacks_is_said(folder, runs):
     assert runs.variants == ("backbone", "LC-2") and runs.missing == ("LK",)
-    assert "Not run: LK" in runs.missing_note and "lumirlib.sweep --rows backbone LK LC-2 --preset demo" in runs.command
+    assert (
+        "Not run: LK" in runs.missing_note
+        and "lumirlib.study.sweep --rows backbone LK LC-2 --preset demo" in runs.command
+    )
     assert "simulated" in runs.title and "not a LUMIR result" in runs.title
     assert "3 pairs; 2 seed(s) a row" in runs.spread_note
     write_run(folder, "LK", 0, 0.7, preset="smoke", run="LK_smoke")
     write_run(folder, "LK", 0, 0.7, cohort="brains", run="LK_brains")
     options = asdict(get_preset("demo").apply(parse_variant("LK"))) | {"start_channels": 20}
     write_run(folder, "LK", 0, 0.7, options=options, run="LK_wide")
-    assert report.load_runs(folder, ["backbone", "LK"]).missing == ("LK",)
-    wide = report.load_runs(folder, ["LK"], options={"start_channels": 20})
+    assert load_runs(folder, ["backbone", "LK"]).missing == ("LK",)
+    wide = load_runs(folder, ["LK"], options={"start_channels": 20})
     assert wide.facts["run"].tolist() == ["LK_wide"] and "start_channels=20" in wide.title
 
 
@@ -81,24 +88,26 @@ def test_runs_of_an_earlier_version_without_later_options_count(folder):
     for name in ("bilateral_mode", "bilateral_sigma", "bilateral_sigma_range"):
         del options[name]
     write_run(folder, "CA", 0, 0.7, options=options)
-    assert report.load_runs(folder, ["CA"]).variants == ("CA",)
+    assert load_runs(folder, ["CA"]).variants == ("CA",)
 
 
 def test_runs_that_cannot_stand_in_one_table_are_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no run of LK; make them with: python -m lumirlib.sweep --rows LK"):
-        report.load_runs(folder, ["LK"])
+    with pytest.raises(
+        FileNotFoundError, match=r"no run of LK; make them with: python -m lumirlib.study.sweep --rows LK"
+    ):
+        load_runs(folder, ["LK"])
     write_run(folder, "LK", 0, 0.7, cohort_digest="e" * 16)
     with pytest.raises(ValueError, match="different states of the cohort 'embedded'"):
-        report.load_runs(folder, ["LK", "backbone"])
+        load_runs(folder, ["LK", "backbone"])
     with pytest.raises(ValueError, match="no zero displacement on the pairs of LK_seed0"):
-        report.load_runs(folder, ["LK"])
+        load_runs(folder, ["LK"])
     write_run(folder, "backbone", 0, 0.7, run="again")
     with pytest.raises(ValueError, match="several runs of one variant and seed: again, backbone_seed0"):
-        report.load_runs(folder, ["backbone"])
+        load_runs(folder, ["backbone"])
 
 
 def test_table_2_has_means_over_seeds_spread_and_difference_in_the_papers_units(runs):
-    table = report.table2(runs).set_index(["variant", "metric"])
+    table = tables.table2(runs).set_index(["variant", "metric"])
     backbone = table.loc[("backbone", "dice")]
     assert backbone[["paper", "ours", "difference", "seeds", "pairs"]].tolist() == pytest.approx(
         [77.31, 71, 71 - 77.31, 2, 3]
@@ -111,11 +120,11 @@ def test_table_2_has_means_over_seeds_spread_and_difference_in_the_papers_units(
 
 
 def test_brief_table_has_a_line_a_method_with_the_papers_figure_and_ours(runs):
-    brief = tables.brief_table(report.table2(runs)).set_index("method")
+    brief = publish.brief_table(tables.table2(runs)).set_index("method")
     assert brief.index.tolist() == ["Before Reg", "backbone", "backbone+LC-2"]
     assert brief.loc["backbone", "Dice (%): paper, ours"] == "77.31 · 71.00 ± 1.41"
     assert brief.loc["backbone+LC-2", "NDV (%): paper, ours"] == "0.0001 · 0.0000 ± 0.0000"
-    first = tables.brief_table(report.table1(runs))
+    first = publish.brief_table(tables.table1(runs))
     assert first["method"].tolist() == ["Zero Displacement", "backbone", "next-gen-nn (LC-2)"]
     assert first.loc[1, "Dice (%): paper, ours"] == "– · 71.00 ± 1.41"
 
@@ -123,12 +132,12 @@ def test_brief_table_has_a_line_a_method_with_the_papers_figure_and_ours(runs):
 def test_what_a_results_folder_holds_is_listed_with_real_data_first(folder, tmp_path):
     write_run(folder, "LK", 0, 0.7, cohort="brains", simulated=False, run="LK_brains")
     write_run(folder, "LK", 0, 0.7, set_besides={"epochs": 6}, run="LK_short")
-    found = report.studies(folder)
+    found = results.studies(folder)
     assert found["cohort"].tolist() == ["brains", "embedded", "embedded"]
     assert found["set_besides"].tolist() == ["", "", "epochs=6"]
     assert found[["rows", "seeds", "runs"]].to_numpy().tolist() == [[1, 1, 1], [2, 2, 4], [1, 1, 1]]
     assert found.loc[1, "methods"] == "LC-2, backbone"
-    assert report.studies(tmp_path / "nothing").empty
+    assert results.studies(tmp_path / "nothing").empty
 
 
 def test_runs_of_an_earlier_version_without_validation_dice_before_are_shown(folder):
@@ -136,13 +145,13 @@ def test_runs_of_an_earlier_version_without_validation_dice_before_are_shown(fol
         about = json.loads(path.read_text())
         about.pop("val_dice_before", None)
         path.write_text(json.dumps(about))
-    table = report.table2(report.load_runs(folder, ["backbone"])).set_index(["variant", "metric"])
+    table = tables.table2(load_runs(folder, ["backbone"])).set_index(["variant", "metric"])
     assert np.isnan(table.loc[("Before Reg", "val_dice"), "ours"])
     assert table.loc[("Before Reg", "dice"), "ours"] == pytest.approx(50)
 
 
 def test_best_figures_are_bold_and_ties_of_all_are_not(runs):
-    shown = tables.readable_table(report.table2(runs))
+    shown = publish.readable_table(tables.table2(runs))
     ours = shown[shown["whose"] == "ours"]
     assert ours["Dice (%)"].tolist() == ["50.00", "71.00 (1.41)", "**72.00** (0.94)"]
     assert ours["TRE (mm)"].tolist() == ["5.0000", "3.0000 (0.0000)", "3.0000 (0.0000)"]
@@ -152,9 +161,9 @@ def test_best_figures_are_bold_and_ties_of_all_are_not(runs):
 
 
 def test_differences_are_paired_by_pair_and_seed(runs):
-    differences = report.paired_differences(runs).set_index(["metric", "seed", "pair"])["difference"]
+    differences = tables.paired_differences(runs).set_index(["metric", "seed", "pair"])["difference"]
     assert differences["dice"].to_numpy() == pytest.approx([1, -1, 4, 1, 0, 1])
-    effect = report.effects(runs).set_index("metric")
+    effect = tables.effects(runs).set_index("metric")
     assert effect.loc["dice", "ours"] == pytest.approx(1.0)
     assert effect.loc["dice", "paper"] == pytest.approx(77.34 - 77.31)
     assert effect.loc["dice", "better_pairs"] == pytest.approx(2 / 3)
@@ -162,28 +171,28 @@ def test_differences_are_paired_by_pair_and_seed(runs):
     assert effect.loc["ndv_percent", ["ours", "better_pairs"]].tolist() == pytest.approx([-0.3, 1.0])
     assert effect.loc["tre_mm", "better_pairs"] == 0
     with pytest.raises(ValueError, match=r"reference must be one of the runs .backbone, LC-2.; got 'LK'"):
-        report.effects(runs, "LK")
+        tables.effects(runs, "LK")
 
 
 def test_a_filter_behind_trained_weights_is_set_beside_the_papers_bf(folder):
     write_run(folder, "BF-post", 0, 0.7)
-    table = report.table2(report.load_runs(folder, ["backbone", "BF-post"])).set_index(["variant", "metric"])
+    table = tables.table2(load_runs(folder, ["backbone", "BF-post"])).set_index(["variant", "metric"])
     assert table.loc[("BF-post", "dice"), ["method", "paper"]].tolist() == ["backbone+BF-post", 77.34]
 
 
 def test_tables_are_written_in_three_forms_with_their_provenance(runs, tmp_path):
-    text = tables.publish_table(2, runs, tmp_path / "tables" / "table2")
+    text = publish.publish_table(2, runs, tmp_path / "tables" / "table2")
     csv, md, tex, about = ((tmp_path / "tables" / f"table2.{end}").read_text() for end in ("csv", "md", "tex", "json"))
     assert md == text and "**72.00** (0.94)" in md and md.startswith("**Table 2, paper and ours (simulated people")
     assert r"\textbf{72.00} (0.94)" in tex and r"Dice (\%)" in tex and r"\caption{Table 2" in tex and "±" not in tex
     assert len(csv.splitlines()) == 1 + 3 * 6
     assert json.loads(about)["commits"] == ["c" * 40] and "backbone_seed1" in json.loads(about)["runs"]
-    changed = tables.publish_effects(runs, tmp_path / "effects")
+    changed = publish.publish_effects(runs, tmp_path / "effects")
     assert "+LC-2" in changed and "+1.00 (0.47), 67% better" in changed and "−0.3000" in changed
 
 
 def test_figures_of_many_runs_draw_every_pair_and_seed(runs, tmp_path):
-    figure = figures.variants_figure(runs, report.paired_differences(runs), runs.title)
+    figure = figures.variants_figure(runs, tables.paired_differences(runs), runs.title)
     assert len(figure.axes) == 8 and [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
         "backbone", "LC-2",
     ]  # fmt: skip
@@ -191,7 +200,7 @@ def test_figures_of_many_runs_draw_every_pair_and_seed(runs, tmp_path):
     diamonds = next(line for line in figure.axes[4].lines if line.get_marker() == "D")
     assert sorted(diamonds.get_xdata()) == pytest.approx([2 / 3, 4 / 3])
     assert "simulated" in figure.get_suptitle()
-    figures.save_figure(figure, tmp_path / "schemes")
+    plots.save_figure(figure, tmp_path / "schemes")
     assert (tmp_path / "schemes.png").read_bytes()[1:4] == b"PNG" and (tmp_path / "schemes.pdf").is_file()
 
 
@@ -228,12 +237,12 @@ def test_folding_is_measured_from_the_checkpoints_of_a_sweep(small_cohort_json, 
     monkeypatch.setitem(presets.PRESETS, "smoke", replace(get_preset("smoke"), resolution_mm=1, levels=2, epochs=1))
     assert folding.main(words) == 2
     assert "LC-1 with seed 0 is not trained yet" in capsys.readouterr().err
-    AblationRun.prepare("LC-1", "smoke", str(small_cohort_json), out=str(tmp_path)).train(progress=False)
+    Run.prepare("LC-1", "smoke", str(small_cohort_json), out=str(tmp_path)).train(progress=False)
     assert folding.main(words) == 0
-    measured = tables.read_measured(tmp_path, "folding", "small_smoke")
+    measured = results.read_measured(tmp_path, "folding", "small_smoke")
     assert set(measured.table["factor"]) == {1, 3} and set(measured.table["cascade"]) == set(CASCADES)
     assert str(tmp_path) not in json.dumps(measured.about) and measured.about["runs"][0].startswith("LC-1_small_smoke")
-    text = tables.publish_folding(measured, tmp_path / "folding_table")
+    text = publish.publish_folding(measured, tmp_path / "folding_table")
     assert "NDV (%), additive" in text and "×3" in text
     figures.folding_figure(measured.table, "t")
 
@@ -268,10 +277,12 @@ def test_costs_are_measured_in_turn_written_and_read(tmp_path, monkeypatch):
     assert np.isnan(table.loc["BF-post", "seconds_per_step"])  # a filter behind trained weights is not trained
     assert table.loc["backbone", "paper_parameters"] == 909_232
     assert table.loc["backbone", "training_mib"] > table.loc["backbone", "parameters"] * 16 / 2**20
-    text = tables.publish_costs(tables.read_measured(tmp_path, "costs", "smoke_cpu"), tmp_path / "costs_table")
+    text = publish.publish_costs(results.read_measured(tmp_path, "costs", "smoke_cpu"), tmp_path / "costs_table")
     assert "10x14x12 voxels" in text and "(1.00×)" in text
-    missing = tables.read_measured(tmp_path, "costs", "half_cuda")
-    assert "Not measured (costs/half_cuda.csv): `python -m lumirlib.costs --help`" in tables.publish_costs(missing, "n")
+    missing = results.read_measured(tmp_path, "costs", "half_cuda")
+    assert "Not measured (costs/half_cuda.csv): `python -m lumirlib.costs --help`" in publish.publish_costs(
+        missing, "n"
+    )
 
 
 def test_costs_that_are_cut_short_keep_the_rounds_that_are_whole(tmp_path, monkeypatch, capsys):
@@ -326,7 +337,7 @@ def test_hard_pairs_are_listed_with_what_goes_with_them(runs, tmp_path):
          "dice_before": np.linspace(48, 70, 12), "brain_ratio": 1.1, "ventricle_ratio": np.linspace(2, 1, 12),
          "displacement_mm": np.linspace(5, 3, 12)}
     )  # fmt: skip
-    text = tables.publish_difficulty(pairs, runs, tmp_path / "hard")
+    text = publish.publish_difficulty(pairs, runs, tmp_path / "hard")
     assert "The 5 hardest and the 5 easiest of 12 pairs" in text and "| P0 " in text and "| P11 " in text
     assert "| P5 " not in text and len(pd.read_csv(tmp_path / "hard_pairs.csv")) == 12
     explained = pd.read_csv(tmp_path / "hard_explained.csv", index_col="feature")
@@ -337,9 +348,9 @@ def test_hard_pairs_are_listed_with_what_goes_with_them(runs, tmp_path):
 
 
 def test_a_row_that_learned_nothing_is_said_to_have_learned_nothing(folder, tmp_path):
-    assert "has learned nothing" not in tables.publish_table(2, report.load_runs(folder, ["backbone"]), tmp_path / "a")
+    assert "has learned nothing" not in publish.publish_table(2, load_runs(folder, ["backbone"]), tmp_path / "a")
     write_run(folder, "LK", 0, [0.5, 0.4, 0.6])
-    text = tables.publish_table(2, report.load_runs(folder, ["backbone", "LK"]), tmp_path / "b")
+    text = publish.publish_table(2, load_runs(folder, ["backbone", "LK"]), tmp_path / "b")
     assert text.strip().endswith("so it has learned nothing yet: LK.")
 
 

@@ -14,16 +14,24 @@ import pytest
 import torch
 from small_cohorts import SMALL_SHAPE, write_small_cohort
 
-from lumirlib import load_cohort, losses, parse_variant, provenance, study, training
+from lumirlib import load_cohort, losses, parse_variant, provenance
 from lumirlib import train as train_command
 from lumirlib.data.loader import Batch
-from lumirlib.engine import Engine
+from lumirlib.losses import multilevel
 from lumirlib.methods import row_from_options
+from lumirlib.methods.base import PAPER, Preset
+from lumirlib.methods.presets import PRESETS, get_preset
 from lumirlib.models.bilateral_filter import joint_bilateral_filter
-from lumirlib.presets import PAPER, PRESETS, Preset, get_preset
 from lumirlib.provenance import project_root
-from lumirlib.study import AblationRun
-from lumirlib.training import NonFiniteLossError, Trainer, epoch_pairs, load_model, make_config, spread
+from lumirlib.study import run as run_module
+from lumirlib.study.run import Run, evaluate_method
+from lumirlib.training import interrupts
+from lumirlib.training.config import RunConfig, make_config
+from lumirlib.training.divergence import NonFiniteLossError
+from lumirlib.training.engine import Engine
+from lumirlib.training.pairs import epoch_pairs, evenly_spaced
+from lumirlib.training.trainer import Trainer, load_checkpoint, train
+from lumirlib.training.weights import load_model
 
 CPU = Engine("cpu")
 PAPERS_ROWS = ("backbone", "BF", "BF-post", "CA", "CA+BF", "LK", "LC-1", "LC-2")
@@ -42,7 +50,7 @@ def config_for(cohort, seed=0, **changes):
 
 
 def weights(path):
-    return training.load_checkpoint(path)["model"]
+    return load_checkpoint(path)["model"]
 
 
 def same_weights(first, second):
@@ -99,15 +107,15 @@ def test_pairs_depend_on_seed_and_epoch_alone(cohort):
 
 
 def test_pairs_to_validate_are_spread_over_the_list():
-    assert spread(tuple(range(30)), 4) == (0, 10, 19, 29)
-    assert spread((1, 2), None) == spread((1, 2), 5) == (1, 2)
+    assert evenly_spaced(tuple(range(30)), 4) == (0, 10, 19, 29)
+    assert evenly_spaced((1, 2), None) == evenly_spaced((1, 2), 5) == (1, 2)
 
 
 # training ------------------------------------------------------------------------------------------------------------
 
 
 def test_training_writes_a_log_and_the_best_epochs_weights(cohort, tmp_path):
-    result = training.train(config_for(cohort, epochs=3), cohort, tmp_path, "cpu", progress=False)
+    result = train(config_for(cohort, epochs=3), cohort, tmp_path, "cpu", progress=False)
     log = pd.read_csv(result.log)
     assert log["epoch"].tolist() == [0, 1, 2, 3]
     assert log["steps"].tolist() == [0, 4, 4, 4]
@@ -116,19 +124,19 @@ def test_training_writes_a_log_and_the_best_epochs_weights(cohort, tmp_path):
     rates = log.loc[1:, "learning_rate"].to_numpy()
     assert rates == pytest.approx(TINY.learning_rate * (1 - np.arange(3) / 3) ** 0.9)
     fixed, moving = (cohort.image(subject) for subject in cohort.train[:2])
-    reloaded = training.load_model(result.checkpoint, "cpu")
+    reloaded = load_model(result.checkpoint, "cpu")
     assert torch.equal(result.model(fixed, moving), reloaded(fixed, moving))
 
 
 def test_training_lowers_the_loss(cohort, tmp_path):
     config = config_for(cohort, epochs=10, learning_rate=3e-3)
-    history = training.train(config, cohort, tmp_path, "cpu", progress=False).history
+    history = train(config, cohort, tmp_path, "cpu", progress=False).history
     assert history["loss"].iloc[-3:].mean() < history["loss"].iloc[1] - 0.02
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(cohort, tmp_path):
     found = [
-        weights(training.train(config_for(cohort, seed), cohort, tmp_path / name, "cpu", progress=False).checkpoint)
+        weights(train(config_for(cohort, seed), cohort, tmp_path / name, "cpu", progress=False).checkpoint)
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
     ]
     assert same_weights(found[0], found[1])
@@ -140,7 +148,7 @@ def test_ctrl_c_ends_the_command_with_a_sentence(said, small_cohort_json, tmp_pa
     def interrupted(*_, **__):
         raise KeyboardInterrupt(said) if said else KeyboardInterrupt
 
-    monkeypatch.setattr(training.Trainer, "run", interrupted)
+    monkeypatch.setattr(Trainer, "run", interrupted)
     given = ["--preset", "smoke", "--cohort", str(small_cohort_json), "--out", str(tmp_path), "--quiet"]
     assert train_command.main(given) == 130
     error = capsys.readouterr().err
@@ -150,7 +158,7 @@ def test_ctrl_c_ends_the_command_with_a_sentence(said, small_cohort_json, tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_training_goes_on_to_the_same_weights(cohort, tmp_path, monkeypatch, number):
     config = config_for(cohort)
-    whole = training.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
+    whole = train(config, cohort, tmp_path / "whole", "cpu", progress=False)
     step, taken = Trainer._step, []
 
     def step_then_signal(self, batch, stop):
@@ -161,9 +169,9 @@ def test_interrupted_training_goes_on_to_the_same_weights(cohort, tmp_path, monk
 
     monkeypatch.setattr(Trainer, "_step", step_then_signal)
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
-        training.train(config, cohort, tmp_path / "cut", "cpu", progress=False)
+        train(config, cohort, tmp_path / "cut", "cpu", progress=False)
     assert len(taken) == 6
-    resumed = training.train(config, cohort, tmp_path / "cut", "cpu", progress=False)
+    resumed = train(config, cohort, tmp_path / "cut", "cpu", progress=False)
     assert len(taken) == 8
     assert resumed.best_epoch == whole.best_epoch
     assert same_weights(weights(resumed.checkpoint), weights(whole.checkpoint))
@@ -175,18 +183,18 @@ def test_interrupted_training_goes_on_to_the_same_weights(cohort, tmp_path, monk
 
 def test_a_finished_run_is_not_trained_again_unless_asked(cohort, tmp_path, monkeypatch):
     config = config_for(cohort)
-    training.train(config, cohort, tmp_path, "cpu", progress=False)
+    train(config, cohort, tmp_path, "cpu", progress=False)
     step, taken = Trainer._step, []
     monkeypatch.setattr(Trainer, "_step", lambda self, *given: taken.append(given) or step(self, *given))
-    training.train(config, cohort, tmp_path, "cpu", progress=False)
+    train(config, cohort, tmp_path, "cpu", progress=False)
     assert not taken
-    training.train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
+    train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
     assert len(taken) == 8
 
 
 def test_a_restart_forgets_the_finished_run_even_if_it_is_killed_at_once(cohort, tmp_path, monkeypatch):
     config = config_for(cohort)
-    training.train(config, cohort, tmp_path, "cpu", progress=False)
+    train(config, cohort, tmp_path, "cpu", progress=False)
     step, taken = Trainer._step, []
 
     def killed(self, batch, stop):
@@ -194,15 +202,15 @@ def test_a_restart_forgets_the_finished_run_even_if_it_is_killed_at_once(cohort,
 
     monkeypatch.setattr(Trainer, "_step", killed)
     with pytest.raises(KeyError):
-        training.train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
+        train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
     monkeypatch.setattr(Trainer, "_step", lambda self, *given: taken.append(given) or step(self, *given))
-    training.train(config, cohort, tmp_path, "cpu", progress=False)
+    train(config, cohort, tmp_path, "cpu", progress=False)
     assert len(taken) == 8
 
 
 def test_killed_between_log_and_checkpoint_nothing_is_lost(cohort, tmp_path, monkeypatch):
     config = config_for(cohort)
-    whole = training.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
+    whole = train(config, cohort, tmp_path / "whole", "cpu", progress=False)
     save = Trainer.save
 
     def killed_after_the_last_epoch(self):
@@ -212,9 +220,9 @@ def test_killed_between_log_and_checkpoint_nothing_is_lost(cohort, tmp_path, mon
 
     monkeypatch.setattr(Trainer, "save", killed_after_the_last_epoch)
     with pytest.raises(KeyError):
-        training.train(config, cohort, tmp_path / "cut", "cpu", progress=False)
+        train(config, cohort, tmp_path / "cut", "cpu", progress=False)
     monkeypatch.setattr(Trainer, "save", save)
-    resumed = training.train(config, cohort, tmp_path / "cut", "cpu", progress=False)
+    resumed = train(config, cohort, tmp_path / "cut", "cpu", progress=False)
     assert pd.read_csv(resumed.log)["epoch"].tolist() == [0, 1, 2]
     assert same_weights(weights(resumed.checkpoint), weights(whole.checkpoint))
 
@@ -226,7 +234,7 @@ def test_pairs_without_common_labels_do_not_stop_the_choice_of_the_best_epoch(tm
     del content["labelled"]
     path.write_text(json.dumps(content))
     cohort = load_cohort(path)
-    result = training.train(config_for(cohort, validation_pairs=None), cohort, tmp_path, "cpu", progress=False)
+    result = train(config_for(cohort, validation_pairs=None), cohort, tmp_path, "cpu", progress=False)
     assert result.history["val_dice"].notna().all()
 
 
@@ -240,12 +248,12 @@ def test_a_non_finite_loss_stops_names_step_pair_and_level_and_saves_the_batch(c
         small = warped.shape[2] == SMALL_SHAPE[0] // 2
         return ncc(warped, fixed, *others) * (math.nan if small and (broken or len(calls) > 6) else 1)
 
-    monkeypatch.setattr(losses, "ncc_loss", nan_at_level_1)
+    monkeypatch.setattr(multilevel, "ncc_loss", nan_at_level_1)
     trainer = Trainer(config, cohort, tmp_path, CPU, progress=False)
     message = r"became nan \(first in the similarity of level 1\) in epoch 1, step 3, fixed .*SMALL_.* moving .*SMALL_"
     with pytest.raises(NonFiniteLossError, match=message):
         trainer.run()
-    saved = training.load_checkpoint(next(trainer.folder.glob("nonfinite_epoch1_step3_*.pt")))
+    saved = load_checkpoint(next(trainer.folder.glob("nonfinite_epoch1_step3_*.pt")))
     pair = list(epoch_pairs(cohort.train, 0, 0))[2]
     assert saved["names"] == [pair.name]
     assert torch.equal(saved["fixed"], cohort.image(pair.fixed))
@@ -269,22 +277,22 @@ def test_a_cohort_without_labels_is_judged_by_similarity(tmp_path):
     for part in ("labelsTr", "labelsVal"):
         shutil.rmtree(path.parent / part)
     cohort = load_cohort(path)
-    result = training.train(config_for(cohort), cohort, tmp_path, "cpu", progress=False)
+    result = train(config_for(cohort), cohort, tmp_path, "cpu", progress=False)
     assert result.history["val_dice"].isna().all()
     assert result.best_epoch == result.history.loc[1:, "val_similarity"].idxmax()
 
 
 def test_torn_and_foreign_checkpoints_are_refused_by_name(cohort, tmp_path):
     config = config_for(cohort)
-    result = training.train(config, cohort, tmp_path, "cpu", progress=False)
+    result = train(config, cohort, tmp_path, "cpu", progress=False)
     last = result.checkpoint.with_name("last.pt")
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"cannot read .*last\.pt as a checkpoint"):
-        training.train(config, cohort, tmp_path, "cpu", progress=False)
+        train(config, cohort, tmp_path, "cpu", progress=False)
     torch.save({"weights": torch.zeros(1)}, last)
     with pytest.raises(ValueError, match=r"last\.pt is not a checkpoint of this package"):
-        training.train(config, cohort, tmp_path, "cpu", progress=False)
+        train(config, cohort, tmp_path, "cpu", progress=False)
     last.write_bytes(whole)
     other = Trainer(config_for(cohort, seed=1), cohort, tmp_path, CPU, progress=False)
     other.folder = last.parent
@@ -335,7 +343,7 @@ def test_a_batch_of_two_pairs_takes_the_mean_of_their_gradients(cohort, tmp_path
         trainer._called_optimizer.step = lambda: found.append(
             torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]).clone()
         )
-        stop, batches = training._StopRequest(), trainer._batches()
+        stop, batches = interrupts.StopRequest(), trainer._batches()
         for _ in range(steps):
             batch = next(batches)
             images = (torch.cat([cohort.image(getattr(pair, end)) for pair in batch]) for end in ("fixed", "moving"))
@@ -358,12 +366,12 @@ def test_the_last_batch_of_an_epoch_is_filled_up(cohort, tmp_path):
 def test_training_needs_scans_validation_pairs_and_the_presets_resolution(tmp_path):
     lonely = load_cohort(write_small_cohort(tmp_path / "lonely", training=1))
     with pytest.raises(ValueError, match="training needs at least 2 scans, the cohort has 1"):
-        training.train(config_for(lonely), lonely, tmp_path, "cpu", progress=False)
+        train(config_for(lonely), lonely, tmp_path, "cpu", progress=False)
     path = write_small_cohort(tmp_path / "blind", validation=0)
     shutil.rmtree(path.parent / "labelsTr")
     blind = load_cohort(path)
     with pytest.raises(ValueError, match="names no validation pairs"):
-        training.train(config_for(blind), blind, tmp_path, "cpu", progress=False)
+        train(config_for(blind), blind, tmp_path, "cpu", progress=False)
     with pytest.raises(ValueError, match="was loaded at 1 mm, preset 'tiny' works at 2 mm"):
         config_for(lonely, resolution_mm=2)
 
@@ -373,7 +381,7 @@ def test_training_needs_scans_validation_pairs_and_the_presets_resolution(tmp_pa
 
 def small_run(small_cohort_json, out, variant="backbone", **changes):
     options = {"resolution_mm": 1, "channel_divisor": 16, "levels": 3, **changes}
-    return AblationRun.prepare(
+    return Run.prepare(
         variant, preset="smoke", cohort=str(small_cohort_json), out=str(out), engine="cpu", options=options
     )
 
@@ -398,8 +406,8 @@ def test_zero_displacement_is_evaluated_once_on_the_same_pairs(small_cohort_json
     first = run.before_registration(progress=False)
     assert first["pair"].nunique() == 3
     assert (first.loc[first["metric"] == "ndv_percent", "value"] == 0).all()
-    evaluate, calls = study.evaluate_method, []
-    monkeypatch.setattr(study, "evaluate_method", lambda *a, **k: calls.append(a) or evaluate(*a, **k))
+    evaluate, calls = evaluate_method, []
+    monkeypatch.setattr(run_module, "evaluate_method", lambda *a, **k: calls.append(a) or evaluate(*a, **k))
     columns = ["pair", "metric"]
     pd.testing.assert_frame_equal(run.before_registration(progress=False)[columns], first[columns])
     assert not calls
@@ -410,7 +418,7 @@ def test_zero_displacement_is_evaluated_once_on_the_same_pairs(small_cohort_json
 def test_a_filter_is_put_behind_the_checkpoint_of_a_trained_backbone(small_cohort_json, tmp_path, monkeypatch):
     plain = small_run(small_cohort_json, tmp_path).train(progress=False)
     filtered = small_run(small_cohort_json, tmp_path, variant="BF-post", bilateral_sigma=0.7)
-    monkeypatch.setattr(training.Trainer, "_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("trained again"))
     result = filtered.train(progress=False)
     assert result.checkpoint == plain.checkpoint and result.best_epoch == plain.best_epoch
     fixed, moving = (filtered.cohort.image(subject) for subject in
@@ -435,7 +443,7 @@ def test_a_filter_behind_a_network_that_has_one_and_other_changes_of_trained_wei
         load_model(checkpoint, cascade="compositional")
     run = small_run(small_cohort_json, tmp_path, variant="CA+BF-post")
     with pytest.raises(ValueError, match=r"CA\+BF-post is not trained: train CA"):
-        training.Trainer(run.config, run.cohort, tmp_path, run.engine)
+        Trainer(run.config, run.cohort, tmp_path, run.engine)
 
 
 def test_a_filter_set_behind_by_option_takes_the_same_backbone():
@@ -460,7 +468,7 @@ def test_every_committed_run_of_the_papers_network_still_has_its_name():
         if "preset" not in about or about.get("options", {}).get("name") not in PAPERS_ROWS:
             continue
         row, preset = row_from_options(about["options"]), Preset(**about["preset"])
-        config = training.RunConfig(row, preset, about["cohort"], about["cohort_digest"], about["seed"])
+        config = RunConfig(row, preset, about["cohort"], about["cohort_digest"], about["seed"])
         config = replace(config, init_digest=(about.get("started_from") or "").rpartition(", ")[2])
         assert config.run == about["run"] == path.stem
         assert replace(config, variant=row.trained()).run == about["weights"]
@@ -471,21 +479,21 @@ def test_every_committed_run_of_the_papers_network_still_has_its_name():
 def test_a_run_is_described_with_what_it_is_not(small_cohort_json, tmp_path):
     run = small_run(small_cohort_json, tmp_path)
     assert "not LUMIR" in run.title and "not the paper's training" in run.describe()
-    embedded = AblationRun.prepare(preset="demo", out=str(tmp_path))
+    embedded = Run.prepare(preset="demo", out=str(tmp_path))
     assert "simulated" in embedded.title and "not a LUMIR result" in embedded.title
     assert "widths divided by 4" in embedded.describe()
-    assert embedded.config.run != AblationRun.prepare(preset="demo", out=str(tmp_path), seed=1).config.run
+    assert embedded.config.run != Run.prepare(preset="demo", out=str(tmp_path), seed=1).config.run
 
 
 def test_options_are_set_after_the_presets(small_cohort_json, tmp_path):
-    run = AblationRun.prepare(
+    run = Run.prepare(
         preset="smoke", cohort=str(small_cohort_json), out=str(tmp_path), data_root=str(small_cohort_json.parent),
         options={"resolution_mm": 1, "levels": 2, "start_channels": 6, "smoothness_weight": 2, "epochs": None},
     )  # fmt: skip
     assert (run.config.variant.levels, run.config.variant.start_channels) == (2, 6)
     assert run.config.preset.smoothness_weight == 2.0 and run.config.preset.epochs == 2
     assert "smoothness_weight=2" in run.title and '-y \'{"options": {"resolution_mm": 1' in run.command
-    assert provenance.without_folders("../elsewhere/dataset.json") == "<folder>/dataset.json"
+    assert provenance.redact_path("../elsewhere/dataset.json") == "<folder>/dataset.json"
     assert "-p data_root '<folder>/small'" in run.command and str(tmp_path) not in run.command
 
 
@@ -510,4 +518,4 @@ def test_options_are_set_after_the_presets(small_cohort_json, tmp_path):
 )
 def test_misspelt_parameters_fail_with_the_choices(parameters, message):
     with pytest.raises(ValueError, match=message):
-        AblationRun.prepare(**parameters)
+        Run.prepare(**parameters)

@@ -8,17 +8,18 @@ from torch import nn
 
 from lumirlib import spatial
 from lumirlib.losses import diffusion_loss, ncc_loss
-from lumirlib.methods.transmorph import TransMorph
-from lumirlib.models.transmorph import (
+from lumirlib.methods.base import PAPER
+from lumirlib.methods.presets import get_preset
+from lumirlib.methods.transmorph import (
     PatchMerging,
     SwinBlock,
+    TransMorph,
     TransMorphTVF,
     WindowAttention,
     join_windows,
     partition,
     window_mask,
 )
-from lumirlib.presets import PAPER, get_preset
 
 DEMO = get_preset("demo")
 

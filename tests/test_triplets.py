@@ -7,11 +7,13 @@ import torch
 from small_cohorts import write_small_cohort
 from test_training import CPU, TINY, small_run
 
-from lumirlib import build_model, load_cohort, parse_variant, training
-from lumirlib.consistency_losses import group_consistency_loss
+from lumirlib import build_model, load_cohort, parse_variant
 from lumirlib.data import Pair
-from lumirlib.presets import get_preset
-from lumirlib.training import epoch_pairs, make_config, with_third
+from lumirlib.losses.consistency import group_consistency_loss
+from lumirlib.methods.presets import get_preset
+from lumirlib.training import trainer
+from lumirlib.training.config import make_config
+from lumirlib.training.pairs import epoch_pairs, with_third
 
 PRESET = get_preset("smoke", window=3)
 
@@ -70,7 +72,7 @@ def test_a_row_trains_on_triplets_of_the_pairs_it_would_have_trained_on(small_co
 
 def test_a_run_on_triplets_resumes_with_the_same_ones(cohort, tmp_path):
     config = make_config(parse_variant("GROUP"), replace(TINY, epochs=1), cohort, 0, head_channels=4)
-    whole = training.Trainer(config, cohort, tmp_path / "whole", CPU, progress=False)
+    whole = trainer.Trainer(config, cohort, tmp_path / "whole", CPU, progress=False)
     pairs = list(whole._batches())
     whole.state.step = 2
     assert list(whole._batches()) == pairs[2:] and len(pairs[0]) == 2

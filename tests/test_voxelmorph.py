@@ -9,9 +9,10 @@ from torch import nn
 
 from lumirlib import spatial
 from lumirlib.losses import diffusion_loss, ncc_loss
-from lumirlib.methods.voxelmorph import VoxelMorph
-from lumirlib.models.unet import UNet, VoxelMorphNetwork, parse_widths
-from lumirlib.presets import PAPER, get_preset
+from lumirlib.methods.base import PAPER
+from lumirlib.methods.presets import get_preset
+from lumirlib.methods.unet import UNet, parse_widths
+from lumirlib.methods.voxelmorph import VoxelMorph, VoxelMorphNetwork
 
 DEMO = get_preset("demo")
 

@@ -15,11 +15,14 @@ import torch
 from small_cohorts import write_small_cohort
 
 import lumirlib
-from lumirlib import load_cohort, registration, report, weights
-from lumirlib.presets import get_preset
-from lumirlib.study import AblationRun
-from lumirlib.training import Trainer
-from lumirlib.variants import parse_variant
+from lumirlib import load_cohort
+from lumirlib.methods.presets import get_preset
+from lumirlib.methods.variants import parse_variant
+from lumirlib.study import model_cards, results
+from lumirlib.study.run import Run
+from lumirlib.training import weights
+from lumirlib.training.registrar import choose_registrar
+from lumirlib.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "small-1mm-cpu"
@@ -33,13 +36,13 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
     first = write_small_cohort(root / "first", training=2, validation=2, name="First")
     second = write_small_cohort(root / "second", training=2, validation=2, name="Second")
-    run = AblationRun.prepare("backbone", "smoke", f"{first}+{second}", out=str(root / "out"), engine="cpu",
+    run = Run.prepare("backbone", "smoke", f"{first}+{second}", out=str(root / "out"), engine="cpu",
                               options=OPTIONS)  # fmt: skip
     run.evaluate(run.train(progress=False), progress=False)
     others = write_small_cohort(root / "others", training=1, validation=2, name="Others")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(weights, "FOLDER", root / "packaged")
-        weights.export(run.config.run, NAME, root / "out", str(others), progress=False, command="this test")
+        model_cards.export(run.config.run, NAME, root / "out", str(others), progress=False, command="this test")
     return run, root, others
 
 
@@ -66,7 +69,7 @@ def rewritten(path: Path, change) -> None:
 def test_packaged_weights_are_those_of_the_runs_best_epoch(made, packaged):
     run, root, others = made
     model = lumirlib.pretrained(NAME, "cpu")
-    best = lumirlib.weights.read_checkpoint(root / "out" / "checkpoints" / run.config.run / "best.pt")
+    best = lumirlib.training.weights.read_checkpoint(root / "out" / "checkpoints" / run.config.run / "best.pt")
     assert not model.training and model.state_dict().keys() == best.tensors.keys()
     assert all(torch.equal(value, best.tensors[name]) for name, value in model.state_dict().items())
     cohort = load_cohort(others)
@@ -165,19 +168,19 @@ def test_a_torn_file_and_one_that_is_too_large_are_refused(packaged, monkeypatch
 @pytest.mark.parametrize("name", ["ours", "ours-1mm", "ours-cpu", "ours-4mm-cpu", "Ours-1mm-cpu", "../ours-1mm-cpu"])
 def test_a_name_must_say_the_voxel_size_and_that_a_cpu_trained_it(made, packaged, name):
     with pytest.raises(ValueError, match="say 1mm and cpu between hyphens, as in ours-1mm-cpu; got"):
-        weights.export(made[0].config.run, name, made[1] / "out", str(made[2]), progress=False)
+        model_cards.export(made[0].config.run, name, made[1] / "out", str(made[2]), progress=False)
 
 
 def test_people_that_chose_the_epoch_do_not_evaluate_it(made, packaged):
     run, root, _ = made
     with pytest.raises(ValueError, match=r"'Second', which .* is to be evaluated on, has chosen its epoch"):
-        weights.export(run.config.run, NAME, root / "out", str(root / "second" / "dataset.json"), progress=False)
+        model_cards.export(run.config.run, NAME, root / "out", str(root / "second" / "dataset.json"), progress=False)
 
 
 def test_weights_beyond_the_limit_are_not_packaged(made, packaged, monkeypatch):
     monkeypatch.setattr(weights, "MOST_BYTES", 10_000)
     with pytest.raises(ValueError, match=r"would hold \d+ bytes of weights with other-1mm-cpu, more than 10000"):
-        weights.export(made[0].config.run, "other-1mm-cpu", made[1] / "out", str(made[2]), progress=False)
+        model_cards.export(made[0].config.run, "other-1mm-cpu", made[1] / "out", str(made[2]), progress=False)
 
 
 # check and command line -----------------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ def test_command_line_lists_and_explains(made, packaged, capsys):
 
 
 def started(made, out, init, variant="backbone", **more):
-    return AblationRun.prepare(
+    return Run.prepare(
         variant, "smoke", str(made[1] / "second" / "dataset.json"), out=str(out), engine="cpu",
         options={**OPTIONS, **more, "init": init},
     )  # fmt: skip
@@ -242,7 +245,7 @@ def test_tables_keep_runs_apart_by_what_they_started_from(made, packaged, tmp_pa
         run = started(made, tmp_path, init)
         run.evaluate(run.train(progress=False), progress=False)
     found = {
-        init: [about["run"] for _, about in report.find_runs(
+        init: [about["run"] for _, about in results.find_runs(
             tmp_path, parse_variant("backbone"), "smoke", "second", {**OPTIONS, "init": init})]
         for init in ("", NAME)
     }  # fmt: skip
@@ -285,10 +288,10 @@ def test_of_several_weights_of_a_network_those_of_the_row_are_taken_and_a_tie_is
 
 
 def test_own_scans_are_registered_with_packaged_weights(packaged):
-    registrar = registration.choose_registrar(pretrained=NAME, device="cpu")
+    registrar = choose_registrar(pretrained=NAME, device="cpu")
     assert (registrar.name, registrar.resolution_mm, registrar.facts["pretrained"]) == ("backbone", 1, NAME)
     with pytest.raises(ValueError, match="give one of weights, run, method and pretrained"):
-        registration.choose_registrar(pretrained=NAME, method="affine")
+        choose_registrar(pretrained=NAME, method="affine")
 
 
 # what the package carries --------------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ def test_a_wheel_carries_the_weights_and_loads_them_elsewhere(made, tmp_path):
     path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     code = (
         f"import lumirlib; print(lumirlib.__file__); model = lumirlib.pretrained({NAME!r}, 'cpu')\n"
-        f"from lumirlib import weights; print((weights.FOLDER / '{NAME}.md').is_file(), type(model).__name__)"
+        f"from lumirlib.training import weights; print((weights.FOLDER / '{NAME}.md').is_file(), type(model).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
                           capture_output=True, text=True)  # fmt: skip
@@ -328,7 +331,7 @@ CARRIED = [pytest.param(name, id=name) for name in weights.names()] or [
 @pytest.mark.parametrize("name", CARRIED)
 def test_packaged_weights_are_whole_small_and_have_their_card(name):
     found = weights.read_packaged(name)
-    assert (weights.FOLDER / f"{name}.md").read_text(encoding="utf-8") == weights.model_card(found.facts)
+    assert (weights.FOLDER / f"{name}.md").read_text(encoding="utf-8") == model_cards.model_card(found.facts)
     assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) <= weights.MOST_BYTES
     table, measured = weights.read_results(ROOT / "results" / "pretrained" / f"{name}.csv")
     assert measured["digest"] == found.digest
@@ -340,7 +343,7 @@ def test_packaged_weights_are_whole_small_and_have_their_card(name):
 @pytest.mark.skipif("LUMIR_BRAINS" not in os.environ, reason="needs the real brains, in the folder named LUMIR_BRAINS")
 @pytest.mark.parametrize("name", CARRIED)
 def test_packaged_weights_reach_their_cards_dice_on_the_real_brains(name):
-    assert weights.check(name, progress=False)
+    assert model_cards.check(name, progress=False)
 
 
 def test_presets_name_their_start_only_where_there_is_one():

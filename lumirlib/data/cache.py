@@ -32,14 +32,19 @@ from lumirlib._checks import check_choice
 from lumirlib.files import parse_json, write_atomically
 
 FORMAT = "lumirlib-volume-1"
+
 DTYPES = ("auto", "float16", "float32")
 #: What the numbers of a volume may be; the record behind them has at most so many bytes.
 STORED_DTYPES = {"images": ("uint8", "int16", "float16", "float32"), "labels": ("int16",)}
+
 MOST_RECORD_BYTES = 1 << 16
+
 REPAIR = "python -m lumirlib.cache --repair makes it anew"
 #: A second process that wants to build the same cache waits this long for the first.
 LOCK_SECONDS = 6 * 3600.0
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 

@@ -12,7 +12,6 @@ Every figure computed on it is a figure on simulated data.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -28,14 +27,22 @@ from scipy.interpolate import CubicSpline
 from tqdm.auto import tqdm
 
 from lumirlib import spatial
+from lumirlib.data.frame import (
+    FRAME_ORIGIN_MM,
+    FRAME_SHAPE,
+    RESOLUTIONS_MM,
+    frame_affine,
+    sample_in_frame,
+    template_1mm,
+    template_folder,
+    template_image,
+)
 from lumirlib.data.nifti import read_nifti, write_nifti
 from lumirlib.files import write_json
-from lumirlib.labels import LUMIR_LABELS
+from lumirlib.metrics.labels import LUMIR_LABELS
 
-RESOLUTIONS_MM = (1, 2, 4)
-FRAME_SHAPE = (160, 224, 192)
-FRAME_ORIGIN_MM = (-79.5, -129.0, -80.0)
 CONTROL_SPACING_MM = 8
+
 FIELD_SPACING_MM = 2
 
 #: Landmarks are the centroids of these atlas labels in template space: deep grey matter, ventricles, cerebellum,
@@ -83,37 +90,6 @@ class EmbeddedPopulation:
 
 #: Raised whenever the code below would make other people from the same population.
 GENERATOR_VERSION = 1
-
-
-def template_folder() -> Path:
-    """Folder of the template and atlas inside the installed package `deepmriprep` (which is not imported)."""
-    spec = importlib.util.find_spec("deepmriprep")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the embedded cohort needs the package 'deepmriprep' for its template: pip install deepmriprep"
-        )
-    return Path(spec.submodule_search_locations[0]) / "data" / "templates"
-
-
-def frame_affine(resolution_mm: int) -> np.ndarray:
-    """Voxel-to-world matrix (mm, RAS) of the LUMIR frame at 1, 2 or 4 mm: blocks of 1 mm voxels share their centre."""
-    affine = np.diag([resolution_mm, resolution_mm, resolution_mm, 1.0]).astype(np.float64)
-    affine[:3, 3] = np.asarray(FRAME_ORIGIN_MM) + (resolution_mm - 1) / 2
-    return affine
-
-
-@lru_cache(maxsize=1)
-def _template() -> tuple[torch.Tensor, np.ndarray]:
-    array, affine = read_nifti(template_folder() / "Template_05mm_bet.nii.gz")
-    return torch.from_numpy(array.astype(np.float32))[None, None].clamp_(0, 1), affine
-
-
-@lru_cache(maxsize=1)
-def _template_1mm() -> tuple[torch.Tensor, np.ndarray]:
-    """The template averaged over blocks of 2 x 2 x 2 voxels, and its affine."""
-    fine, affine = _template()
-    coarse_affine = affine @ np.array([[2, 0, 0, 0.5], [0, 2, 0, 0.5], [0, 0, 2, 0.5], [0, 0, 0, 1.0]])
-    return F.avg_pool3d(fine, 2), coarse_affine
 
 
 @lru_cache(maxsize=1)
@@ -237,30 +213,6 @@ def _solve(field: torch.Tensor, inverse: torch.Tensor, target: torch.Tensor, ite
     return points
 
 
-def _sample_in_frame(image: torch.Tensor, affine: np.ndarray, field: torch.Tensor, spacing_mm: int, mode: str):
-    """Values of a template-space volume at the frame's voxels moved by `field` (voxels of the frame)."""
-    points = spatial.identity_grid(field.shape[2:]) + field  # (1, 3, D, H, W)
-    to_image = np.linalg.inv(affine) @ frame_affine(spacing_mm)
-    matrix = torch.from_numpy(to_image[:3, :3].astype(np.float32))
-    offset = torch.from_numpy(to_image[:3, 3].astype(np.float32)).view(1, 3, 1, 1, 1)
-    points = torch.einsum("ab,nbdhw->nadhw", matrix, points) + offset
-    return spatial.sample(image, points) if mode == "bilinear" else spatial.sample_nearest(image, points)
-
-
-@lru_cache(maxsize=2)
-def template_in_frame(resolution_mm: int) -> torch.Tensor:
-    """The template on the LUMIR frame's grid, ``(1, 1, D, H, W)`` in [0, 1], background 0; not to be changed.
-
-    Args:
-        resolution_mm: voxel size, 1, 2 or 4.
-    """
-    if resolution_mm not in RESOLUTIONS_MM:
-        raise ValueError(f"resolution_mm must be one of {RESOLUTIONS_MM}, got {resolution_mm}")
-    template, affine = _template_1mm()
-    still = torch.zeros(1, 3, *FRAME_SHAPE)
-    return F.avg_pool3d(_sample_in_frame(template, affine, still, 1, "bilinear"), resolution_mm)
-
-
 def _appearance(
     template_values: torch.Tensor, labels: torch.Tensor, population: EmbeddedPopulation, person: int
 ) -> torch.Tensor:
@@ -306,10 +258,10 @@ def make_person(
     sampling_mm = max(1, resolution_mm // 2)
     factor = resolution_mm // sampling_mm
     field = _to_spacing(transform, sampling_mm)
-    template, template_affine = _template() if sampling_mm == 1 else _template_1mm()
+    template, template_affine = template_image() if sampling_mm == 1 else template_1mm()
     atlas, atlas_affine = _atlas()
-    values = _sample_in_frame(template, template_affine, field, sampling_mm, "bilinear")
-    labels = _sample_in_frame(atlas, atlas_affine, field, sampling_mm, "nearest")
+    values = sample_in_frame(template, template_affine, field, sampling_mm, "bilinear")
+    labels = sample_in_frame(atlas, atlas_affine, field, sampling_mm, "nearest")
     image = _appearance(values, labels, population, person)
     image = F.avg_pool3d(image, factor) if factor > 1 else image
     labels = spatial.majority_label(labels, factor)[0, 0].numpy().astype(np.uint8)

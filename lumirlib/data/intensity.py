@@ -1,7 +1,7 @@
 """Random contrast for acquired images, so that a network learns to register whatever the contrast is.
 
-Random maps of intensities instead of images made from label maps, which :mod:`lumirlib.data.synthesis` makes: after the
-non-linear intensity augmentation of Zhou et al., "Models Genesis", MICCAI 2019, and the idea of Hoffmann et al.
+Random maps of intensities instead of images made from label maps, which :mod:`lumirlib.methods.synthesis` makes: after
+the non-linear intensity augmentation of Zhou et al., "Models Genesis", MICCAI 2019, and the idea of Hoffmann et al.
 (SynthMorph, IEEE TMI 41(3), 2022) that a network which has seen all contrasts depends on none.
 """
 

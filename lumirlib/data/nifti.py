@@ -31,6 +31,7 @@ CHUNK = 1 << 24
 MOST_OTHER_BYTES = 1 << 20
 #: Of the longer of the two fixed headers.
 HEADER_BYTES = 540
+
 _FORMATS = {348: (nib.Nifti1Header, 348), 540: (nib.Nifti2Header, 540)}
 
 #: Looks at shape (without a fourth side of one) and affine before voxels are read, and raises if they do not fit.

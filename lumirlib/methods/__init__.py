@@ -8,15 +8,15 @@ from typing import Any
 
 import pandas as pd
 
+from lumirlib.methods.base import Row, check_options
 from lumirlib.methods.classical import CLASSICAL
 from lumirlib.methods.deeds import Deeds
 from lumirlib.methods.gradicon import GradICON
 from lumirlib.methods.released import RELEASED
 from lumirlib.methods.synthmorph import SynthMorph
 from lumirlib.methods.transmorph import TransMorph
+from lumirlib.methods.variants import Variant, parse_variant
 from lumirlib.methods.voxelmorph import VoxelMorph
-from lumirlib.rows import Row, check_options
-from lumirlib.variants import Variant, parse_variant
 
 #: Rows that are not variants of the paper's network, by name.
 BASELINES: dict[str, type[Row]] = {

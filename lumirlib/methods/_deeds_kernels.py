@@ -16,7 +16,7 @@ import numpy as np
 from numba import get_num_threads, prange, types
 from numba.extending import intrinsic
 
-from lumirlib._compiled import compiled
+from lumirlib._numba import compiled
 
 #: Levels of a MIND-SSC entry: 0 to 5 bits set.
 ENTRY_BITS = 5
@@ -35,8 +35,6 @@ def _popcount(typing_context, word):
 
 
 # MIND-SSC ------------------------------------------------------------------------------------------------------------
-
-
 @compiled(parallel=True)
 def _patch_distances(image, shift, radius, out):
     """Squared differences of the image and itself moved by `shift`, summed over boxes cut off at the border."""
@@ -158,8 +156,6 @@ def mind_ssc(image: np.ndarray, step: int) -> np.ndarray:
 
 
 # data costs ----------------------------------------------------------------------------------------------------------
-
-
 @compiled(parallel=True)
 def _count_bits(fixed, padded, spacing, radius, step, places, offsets, scale, costs):
     control_i, control_j, control_k, _ = costs.shape
@@ -220,8 +216,6 @@ def data_costs(fixed: np.ndarray, moving: np.ndarray, spacing: int, radius: int,
 
 
 # spanning tree -------------------------------------------------------------------------------------------------------
-
-
 class Tree(NamedTuple):
     """A rooted tree. Nodes are control points, numbered as ``numpy.ravel`` does; positions are places in `order`.
 
@@ -369,8 +363,6 @@ def image_tree(image: np.ndarray, spacing: int) -> Tree:
 
 
 # min-sum -------------------------------------------------------------------------------------------------------------
-
-
 @compiled()
 def _lower(costs, offset, labels, lowest, out):
     """Along the first axis: out[rest, i] = min over j of costs[j, rest] + (i - j + offset)^2; the axes are rotated."""
@@ -509,8 +501,6 @@ def label_vectors(radius: int) -> np.ndarray:
 
 
 # sampling ------------------------------------------------------------------------------------------------------------
-
-
 @compiled()
 def _along_row(row, low, high, part):
     return row[low] + part * (row[high] - row[low])

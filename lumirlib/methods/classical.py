@@ -8,7 +8,6 @@ imported when a method is called, not before.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import os
 import tempfile
@@ -20,9 +19,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from lumirlib.conventions import RAS_TO_LPS, channels_last_to_voxel, itk_to_voxel
+from lumirlib.data.field_formats import RAS_TO_LPS, channels_last_to_voxel, itk_to_voxel
 from lumirlib.data.nifti import read_nifti
-from lumirlib.methods.released import ExternalTool, grid_affine
+from lumirlib.methods.external import ExternalTool, grid_affine
 
 #: Why antspyx cannot stand beside requirements.txt, for its "not installed" sentence.
 ANTS_PINS = "antspyx 0.6.3 needs numpy < 2.4 and scipy < 1.16, older than those of requirements.txt"

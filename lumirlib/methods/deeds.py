@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 from lumirlib import spatial
 from lumirlib._checks import check_finite, check_image, check_same_grid
 from lumirlib.methods import _deeds_kernels as kernels
-from lumirlib.presets import Preset
-from lumirlib.rows import Tool
+from lumirlib.methods.base import Preset, Tool
 
 #: `Deeds.for_resolution` works on voxels of at most this edge in mm.
 COARSEST_MM = 2.0

@@ -1,4 +1,8 @@
-"""SynthMorph, retrained here: trained on label maps and images synthesized from them, never on acquired images.
+"""SynthMorph's network: a U-Net that stops at half the resolution, and an integration there.
+
+Hoffmann et al., "SynthMorph: Learning Contrast-Invariant Registration Without Acquired Images", IEEE TMI 2022.
+
+SynthMorph, retrained here: trained on label maps and images synthesized from them, never on acquired images.
 
 Hoffmann et al., "SynthMorph: Learning Contrast-Invariant Registration Without Acquired Images", IEEE TMI 2022.
 """
@@ -6,7 +10,7 @@ Hoffmann et al., "SynthMorph: Learning Contrast-Invariant Registration Without A
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import ClassVar
@@ -17,11 +21,83 @@ from torch import nn
 
 from lumirlib import losses, spatial
 from lumirlib._checks import check_displacement, check_labels, check_same_grid
-from lumirlib.data.synthesis import SynthesisOptions, deform_labels, draw_contrast, synthesize
-from lumirlib.models.synthmorph import SynthMorphNetwork
-from lumirlib.models.unet import FLOW_STD, divide_widths, parse_widths
-from lumirlib.presets import Preset
-from lumirlib.rows import ADDED_LATER, COARSE_MM, Baseline
+from lumirlib.methods.base import ADDED_LATER, COARSE_MM, Baseline, Preset
+from lumirlib.methods.synthesis import SynthesisOptions, deform_labels, draw_contrast, synthesize
+from lumirlib.methods.unet import (
+    FLOW_STD,
+    UNet,
+    check_pair,
+    check_widths,
+    convolve,
+    divide_widths,
+    flow_convolution,
+    parse_widths,
+)
+
+
+class SynthMorphNetwork(nn.Module):
+    """From a pair of images to the displacement of a stationary velocity at half the resolution.
+
+    VoxelMorph's U-Net in its pooling layout without the last upsampling: the encoder's first convolution works at full
+    resolution, the decoder ends at half of it.
+
+    Args:
+        encoder: widths of the encoder, finest level first, at least two.
+        decoder: widths of the decoder, coarsest level first; one per level of the encoder, then those of the rest.
+        squarings: squarings of the integration.
+        normalization: instance normalization without parameters behind every convolution but the last; the published
+            network has none.
+        flow_std: standard deviation of the last convolution's initial weights.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        encoder: Sequence[int] = (64, 64, 64, 64),
+        decoder: Sequence[int] = (64, 64, 64, 64, 64, 64),
+        squarings: int = 7,
+        normalization: bool = False,
+        flow_std: float = FLOW_STD,
+    ) -> None:
+        super().__init__()
+        encoder, decoder = check_widths(encoder, "encoder"), check_widths(decoder, "decoder")
+        if len(encoder) < 2 or len(decoder) < len(encoder):
+            raise ValueError(
+                "encoder must have at least two widths and decoder as many as encoder, "
+                f"got {len(encoder)} and {len(decoder)}"
+            )
+        if isinstance(squarings, bool) or not isinstance(squarings, int) or squarings < 0:
+            raise ValueError(f"squarings must be a whole number from 0, got {squarings!r}")
+        self.squarings = squarings
+        self.stem = nn.Conv3d(2, encoder[0], kernel_size=3, padding=1)
+        self.normalization = normalization
+        self.unet = UNet(encoder[0], encoder[1:], decoder, downsampling="pool", normalization=normalization)
+        self.flow = flow_convolution(self.unet.channels, flow_std)
+
+    def velocity(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Velocity ``(B, 3, ceil(D/2), ceil(H/2), ceil(W/2))`` in voxels of that grid; arguments as `forward`."""
+        check_pair(fixed, moving, self.flow.weight.dtype)
+        features = convolve(self.stem, torch.cat([moving, fixed], dim=1), self.normalization)
+        velocity = self.flow(self.unet(F.max_pool3d(features, 2, ceil_mode=True)))
+        return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+
+    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Displacement that carries `moving` onto `fixed`.
+
+        Args:
+            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1]; any sides from 3 voxels.
+            moving: ``(B, 1, D, H, W)``, same shape.
+
+        Returns:
+            ``(B, 3, D, H, W)`` in voxels, float32 (float64 for a float64 network).
+
+        Raises:
+            TypeError, ValueError: as :func:`lumirlib.methods.unet.check_pair`.
+        """
+        displacement = spatial.integrate(self.velocity(fixed, moving), self.squarings)
+        return spatial.resize_displacement(displacement, tuple(fixed.shape[2:]))
 
 
 def _corner_values(volume: torch.Tensor, points: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -127,7 +203,7 @@ class SynthMorph(Baseline):
             time of one.
         dice_between_voxels: see :func:`soft_dice_loss`.
         learning_rate_factor: times the preset's learning rate; 1/4 makes the published 1e-4 of the paper's 4e-4.
-        coarse_learning_rate_factor: see :class:`lumirlib.rows.Baseline`.
+        coarse_learning_rate_factor: see :class:`lumirlib.methods.base.Baseline`.
         warp_sigma_mm: of the random deformation of the label maps, see :class:`SynthesisOptions`; 0 for none.
         warp_spacing_mm: see :class:`SynthesisOptions`.
         zero_background: see :class:`SynthesisOptions`.
@@ -137,7 +213,7 @@ class SynthMorph(Baseline):
             their labels, background and gamma; everything else stays their own.
         corruption: the generator's spreads, blur, bias field and noise are drawn up to this times those of
             :class:`SynthesisOptions`.
-        normalization: see :class:`lumirlib.models.synthmorph.SynthMorphNetwork`.
+        normalization: see :class:`lumirlib.methods.synthmorph.SynthMorphNetwork`.
         flow_std: likewise.
     """
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from lumirlib import losses
-from lumirlib.models.unet import VoxelMorphNetwork, divide_widths, parse_widths
-from lumirlib.presets import Preset
-from lumirlib.rows import Baseline
+from lumirlib import losses, spatial
+from lumirlib._checks import check_choice
+from lumirlib.methods.base import Baseline, Preset
+from lumirlib.methods.unet import UNet, check_pair, divide_widths, flow_convolution, parse_widths
 
 
 def pair_loss(
@@ -51,11 +52,11 @@ class VoxelMorph(Baseline):
         encoder: widths of the U-Net's encoder, joined by "-".
         decoder: widths of its decoder.
         squarings: of an integration; 0 for the organisers' plain displacement.
-        layout: "organisers" or "package", see :class:`~lumirlib.models.unet.VoxelMorphNetwork`.
+        layout: "organisers" or "package", see :class:`~lumirlib.methods.voxelmorph.VoxelMorphNetwork`.
         symmetric: train on the mean loss of both directions of a pair, as the organisers take both.
         smoothness_weight: of the diffusion, beside a similarity of weight 1.
         learning_rate_factor: times the preset's learning rate; 1/4 makes the organisers' 1e-4 of the paper's 4e-4.
-        coarse_learning_rate_factor: see :class:`lumirlib.rows.Baseline`.
+        coarse_learning_rate_factor: see :class:`lumirlib.methods.base.Baseline`.
     """
 
     name: str = "VoxelMorph"
@@ -99,3 +100,60 @@ class VoxelMorph(Baseline):
         if self.symmetric:
             fixed, moving = both_directions(fixed, moving)
         return pair_loss(fixed, moving, model(fixed, moving), preset)
+
+
+LAYOUTS = ("organisers", "package")
+
+
+class VoxelMorphNetwork(nn.Module):
+    """VoxelMorph, from a pair of images to a displacement at full resolution.
+
+    Args:
+        encoder: widths of the U-Net's encoder.
+        decoder: widths of its decoder.
+        squarings: 0 takes the network's output as the displacement; more take it as a stationary velocity and
+            integrate it with so many squarings.
+        layout: "organisers", strided convolutions and nearest-neighbour upsampling, 301,411 parameters at the
+            default widths; "package", that of the Python package voxelmorph 0.3: pooling, trilinear upsampling, three
+            channels by a convolution 1^3 and then the flow's 3^3. The package itself has a last width as the one
+            before it, so that its ``nb_features=(16, 32, 32, 32)`` is ``decoder=(32, 32, 32, 16, 16)`` here.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        encoder: Sequence[int] = (16, 32, 32, 32),
+        decoder: Sequence[int] = (32, 32, 32, 32, 32, 16, 16),
+        squarings: int = 0,
+        layout: str = "organisers",
+    ) -> None:
+        super().__init__()
+        check_choice(layout, LAYOUTS, "layout")
+        if isinstance(squarings, bool) or not isinstance(squarings, int) or squarings < 0:
+            raise ValueError(f"squarings must be a whole number from 0, got {squarings!r}")
+        self.squarings = squarings
+        if layout == "organisers":
+            self.unet = UNet(2, encoder, decoder)
+        else:
+            self.unet = UNet(2, encoder, decoder, 3, downsampling="pool", upsampling="trilinear", out_kernel=1)
+        self.flow = flow_convolution(self.unet.channels)
+
+    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """Displacement that carries `moving` onto `fixed`.
+
+        Args:
+            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1]; any sides from 2 voxels.
+            moving: ``(B, 1, D, H, W)``, same shape.
+
+        Returns:
+            ``(B, 3, D, H, W)`` in voxels, float32 (float64 for a float64 network).
+
+        Raises:
+            TypeError, ValueError: as :func:`check_pair`.
+        """
+        check_pair(fixed, moving, self.flow.weight.dtype)
+        field = self.flow(self.unet(torch.cat([moving, fixed], dim=1)))
+        field = field.to(torch.promote_types(field.dtype, torch.float32))
+        return spatial.integrate(field, self.squarings) if self.squarings else field

@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import torch
 
-from lumirlib import _compiled, spatial
+from lumirlib import _numba, spatial
 from lumirlib._checks import check_displacement
+from lumirlib.metrics import _kernels
 
 #: Slices of i that are worked on at once, so that memory stays far below that of the ten full volumes.
 BLOCK = 16
@@ -68,8 +69,8 @@ def _ndv_compiled(displacement: torch.Tensor, mask: torch.Tensor) -> tuple[float
     depth = displacement.shape[2]
     volumes, counts = np.zeros(depth), np.zeros(depth, dtype=np.int64)
     arrays = displacement[0].detach().contiguous().numpy(), (mask[0, 0] != 0).contiguous().numpy(), volumes, counts
-    parts = [(first + 1, last + 1) for first, last in _compiled.slabs(depth - 2)]
-    list(_compiled.in_threads(lambda part: _compiled.folded_volume(*arrays, *part), parts))
+    parts = [(first + 1, last + 1) for first, last in _numba.slabs(depth - 2)]
+    list(_numba.in_threads(lambda part: _kernels.folded_volume(*arrays, *part), parts))
     return float(volumes.sum()), float(counts.sum())
 
 

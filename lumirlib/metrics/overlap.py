@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lumirlib import _compiled
 from lumirlib._checks import check_labels
-from lumirlib.labels import LUMIR_LABELS
+from lumirlib.metrics import _kernels
+from lumirlib.metrics.labels import LUMIR_LABELS
 
 
 def check_label_volumes(
@@ -45,7 +45,7 @@ def label_counts(
     size = max(labels) + 1
     if volume.device.type == "cpu":
         arrays = [part.contiguous().view(-1).numpy() for part in (volume, agreeing_with) if part is not None]
-        counts = torch.from_numpy((_compiled.agreement if len(arrays) == 2 else _compiled.histogram)(*arrays, size))
+        counts = torch.from_numpy((_kernels.agreement if len(arrays) == 2 else _kernels.histogram)(*arrays, size))
     else:
         kept = volume if agreeing_with is None else volume[volume == agreeing_with]
         counts = torch.bincount(kept.reshape(-1).to(torch.int64), minlength=size)

@@ -11,8 +11,9 @@ import torch
 from scipy.spatial import cKDTree
 from surface_distance import lookup_tables
 
-from lumirlib import _compiled
-from lumirlib.labels import LUMIR_LABELS
+from lumirlib import _numba
+from lumirlib.metrics import _kernels
+from lumirlib.metrics.labels import LUMIR_LABELS
 from lumirlib.metrics.overlap import check_label_volumes, label_counts, nan_mean
 
 #: Nearest surface elements are looked for step by step within so many voxels, farther ones by a tree.
@@ -54,14 +55,14 @@ def _surface_elements(volume: np.ndarray, labels: Sequence[int]) -> list[tuple[n
     number[np.asarray(labels)] = np.arange(len(labels))
     padded = np.full([side + 2 for side in volume.shape], -1, dtype=np.int16)
     padded[1:-1, 1:-1, 1:-1] = number[volume]
-    starts, places, codes = _compiled.surface_elements(padded, len(labels))
+    starts, places, codes = _kernels.surface_elements(padded, len(labels))
     areas = _surface_areas()[codes]
     return list(zip(np.split(places, starts[1:-1]), np.split(areas, starts[1:-1]), strict=True))
 
 
 def _squared_distances(points: np.ndarray, surface: np.ndarray) -> np.ndarray:
     """Squared distance of each point to the nearest of a surface, both at whole voxels, in squared voxels."""
-    found = _compiled.nearest_squared(points, surface, *_steps())
+    found = _kernels.nearest_squared(points, surface, *_steps())
     far = found < 0
     if far.any():
         found[far] = np.rint(cKDTree(surface).query(points[far])[0] ** 2)
@@ -99,7 +100,7 @@ def hd95_per_label_mm(
         label_counts(volume, labels).tolist() for volume in (fixed_labels, warped_labels, moving_labels)
     )
     numpy_volumes = [volume[0, 0].cpu().numpy() for volume in (fixed_labels, warped_labels)]
-    surfaces = list(_compiled.in_threads(lambda volume: _surface_elements(volume, labels), numpy_volumes))
+    surfaces = list(_numba.in_threads(lambda volume: _surface_elements(volume, labels), numpy_volumes))
 
     def of_label(position: int) -> float:
         if not in_fixed[position] or not in_moving[position]:
@@ -118,7 +119,7 @@ def hd95_per_label_mm(
             found |= {names[0]: np.sqrt(squared[order]), names[1]: areas[order]}
         return spacing_mm * surface_distance.compute_robust_hausdorff(found, 95)
 
-    return np.array(list(_compiled.in_threads(of_label, range(len(labels)))))
+    return np.array(list(_numba.in_threads(of_label, range(len(labels)))))
 
 
 def hd95_mm(

@@ -20,10 +20,9 @@ from lumirlib._checks import check_choice, check_finite, check_image, check_netw
 from lumirlib.models.bilateral_filter import JointBilateralFilter
 from lumirlib.models.co_attention import CoAttention
 from lumirlib.models.large_kernel import LargeKernelBlock
-from lumirlib.models.layout import Conv3d
+from lumirlib.models.layers import Conv3d, instance_norm_prelu
 from lumirlib.models.local_correlation import MODES as CORRELATION_MODES
 from lumirlib.models.local_correlation import CorrelationAttention, CorrelationChannels
-from lumirlib.models.normalization import instance_norm_prelu
 
 CASCADES = ("additive", "compositional")
 

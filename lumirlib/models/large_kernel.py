@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lumirlib.models.normalization import instance_norm_prelu
+from lumirlib.models.layers import instance_norm_prelu
 
 
 class LargeKernelBlock(nn.Module):

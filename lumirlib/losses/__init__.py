@@ -1,0 +1,23 @@
+"""Losses: similarity and smoothness of the paper, their deep supervision, and losses of our own.
+
+The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `ndv` and `consistency` are ours.
+"""
+
+from lumirlib.losses.consistency import group_consistency_loss, inverse_consistency_loss
+from lumirlib.losses.multilevel import SIMILARITIES, gaussian_pyramid, gaussian_smooth, registration_loss
+from lumirlib.losses.ndv import ndv_loss
+from lumirlib.losses.similarity import mse_loss, ncc_loss
+from lumirlib.losses.smoothness import diffusion_loss
+
+__all__ = [
+    "SIMILARITIES",
+    "diffusion_loss",
+    "gaussian_pyramid",
+    "gaussian_smooth",
+    "group_consistency_loss",
+    "inverse_consistency_loss",
+    "mse_loss",
+    "ncc_loss",
+    "ndv_loss",
+    "registration_loss",
+]

@@ -1,0 +1,340 @@
+"""The paper's schemes as data: one frozen `Variant` with orthogonal options, parsed from names such as "LC-2"."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lumirlib import losses
+from lumirlib._checks import check_choice
+from lumirlib.data.intensity import randomize_intensity
+from lumirlib.losses import consistency
+from lumirlib.losses.ndv import ndv_loss
+from lumirlib.methods import instance_optimization
+from lumirlib.methods.base import ADDED_LATER, Row, check_options
+from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
+from lumirlib.models.local_correlation import MODES as CORRELATION_MODES
+
+if TYPE_CHECKING:
+    from lumirlib.methods.base import Preset
+
+BILATERAL_MODES = ("joint", "post")
+
+OPTIMIZERS = ("adam", "muon")
+#: Metadata of a later option of how a network is trained or used, not of what it computes.
+NOT_OF_NETWORK = {**ADDED_LATER, "of_network": False}
+
+
+@dataclass(frozen=True)
+class Variant(Row):
+    """One network of the paper. Every option is independent of the others.
+
+    Attributes:
+        name: as in the paper's Table 2, without "backbone+".
+        start_channels: N, width of the encoder, the paper's 'sc'.
+        head_channels: K, width of the flow estimators (27; the paper's 4ks is 108).
+        cascade: "additive" or "compositional".
+        levels: number of pyramid levels.
+        squarings: squarings of the integration at every level.
+        large_kernel: LK, kernel side of the encoder's parallel blocks, 0 for plain convolutions.
+        co_attention_levels: CA, number of coarsest levels with co-attention.
+        bilateral_window: BF, window of the joint bilateral filter of the displacement, 0 for none.
+        bilateral_mode: "joint", the filter is trained with the network, or "post", it is put behind the trained
+            weights of the same network without it, with its widths as given below.
+        bilateral_sigma: width of the filter along every axis in voxels; the initial one of "joint".
+        bilateral_sigma_range: its width in intensities of the fixed image, likewise.
+        correlation_window: CORR, side of the window of local correlations at every level, 0 for none; see
+            :mod:`lumirlib.models.local_correlation`.
+        correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
+        passes: REC, how often each level's estimator is applied.
+        refinements: REF, further passes of the finest level in registration, which training does without.
+        symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
+            half in the loss.
+        inverse_consistency_weight: of :func:`lumirlib.losses.consistency.inverse_consistency_loss` between them.
+        group_weight: GROUP, of :func:`lumirlib.losses.consistency.group_consistency_loss`; each pair A, B of a training
+            step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
+        ndv_weight: NDV, of :func:`lumirlib.losses.ndv.ndv_loss` of the result, a share of the volume, in the loss.
+        learning_rate_factor: LR2 and LR4, times the preset's learning rate, which is that of the paper's own network.
+        optimizer: MUON, "adam" or "muon", see :mod:`lumirlib.training.muon`.
+        intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
+            :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
+        instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
+            it, 0 for none; see :class:`lumirlib.methods.instance_optimization.InstanceOptimization`.
+        instance_learning_rate: of its Adam, in voxels of each level, shared among the passes of one.
+        instance_tolerance: it ends when the loss falls by less than this share of itself ...
+        instance_patience: ... within so many steps.
+    """
+
+    name: str = "backbone"
+    start_channels: int = 32
+    head_channels: int = 27
+    cascade: str = "additive"
+    levels: int = 5
+    squarings: int = 7
+    large_kernel: int = 0
+    co_attention_levels: int = 0
+    bilateral_window: int = 0
+    bilateral_mode: str = field(default="joint", metadata=NOT_OF_NETWORK)
+    bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
+    bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
+    correlation_window: int = field(default=0, metadata=ADDED_LATER)
+    correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
+    passes: int = field(default=1, metadata=ADDED_LATER)
+    refinements: int = field(default=0, metadata=ADDED_LATER)
+    symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
+    inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    group_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    learning_rate_factor: float = field(default=1.0, metadata=NOT_OF_NETWORK)
+    optimizer: str = field(default="adam", metadata=NOT_OF_NETWORK)
+    intensity_probability: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+    instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
+    instance_learning_rate: float = field(default=0.03, metadata=NOT_OF_NETWORK)
+    instance_tolerance: float = field(default=1e-3, metadata=NOT_OF_NETWORK)
+    instance_patience: int = field(default=5, metadata=NOT_OF_NETWORK)
+
+    def __post_init__(self) -> None:
+        check_choice(self.cascade, CASCADES, "cascade")
+        check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
+        check_choice(self.correlation_mode, CORRELATION_MODES, "correlation_mode")
+        check_choice(self.optimizer, OPTIMIZERS, "optimizer")
+        for option in ("inverse_consistency_weight", "group_weight", "ndv_weight"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
+        if not 0 <= self.intensity_probability <= 1:
+            raise ValueError(f"intensity_probability must be from 0 to 1, got {self.intensity_probability}")
+        if not 0 < self.learning_rate_factor < math.inf:
+            raise ValueError(f"learning_rate_factor must be above 0, got {self.learning_rate_factor}")
+        if self.inverse_consistency_weight and not self.symmetric:
+            raise ValueError("inverse_consistency_weight needs both directions: set symmetric=true too")
+        if self.instance_steps:
+            instance_optimization.check_options(*self._instance_options)
+
+    def fitted(self, preset: Preset) -> Variant:
+        """The variant at a preset's width and depth."""
+        channels = max(1, round(self.start_channels / preset.channel_divisor))
+        return replace(self, start_channels=channels, levels=preset.levels)
+
+    def adapt(self, preset: Preset) -> Preset:
+        """The preset with the variant's own learning rate."""
+        return replace(preset, learning_rate=preset.learning_rate * self.learning_rate_factor)
+
+    def build(self) -> RegistrationNetwork:
+        """The network, with fresh weights."""
+        options = {
+            option.name: getattr(self, option.name) for option in fields(self)
+            if option.name != "name" and option.metadata.get("of_network", True)
+        }  # fmt: skip
+        return RegistrationNetwork(**options)
+
+    def loss_terms(
+        self,
+        model: RegistrationNetwork,
+        fixed: torch.Tensor,
+        moving: torch.Tensor,
+        preset: Preset,
+        generator: torch.Generator,
+    ) -> dict[str, torch.Tensor]:
+        """Loss of :meth:`objective`, of all pairs and directions that the variant trains on, and of their agreement.
+
+        Besides what :meth:`lumirlib.methods.base.Row.loss_terms` says, "inverse_consistency" and "group_consistency"
+        are returned where they count.
+        """
+        if self.trains_on_triplets:  # A to B, B to C, A to C
+            fixed, moving = torch.cat([fixed, fixed[1:]]), torch.cat([moving, moving[:1]])
+        seen = [self._seen(image, generator) for image in (fixed, moving)]
+        predicted = model.fields(*seen, both_directions=self.symmetric)
+        if self.symmetric:
+            fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])
+        terms = self.objective(predicted, fixed, moving, preset)
+        result = predicted.displacements[0]
+        if self.inverse_consistency_weight:
+            found = consistency.inverse_consistency_loss(*result.chunk(2))
+            terms |= {"inverse_consistency": found, "total": terms["total"] + self.inverse_consistency_weight * found}
+        if self.trains_on_triplets:
+            found = consistency.group_consistency_loss(*result[:3].split(1))
+            terms |= {"group_consistency": found, "total": terms["total"] + self.group_weight * found}
+        return terms
+
+    @property
+    def trains_on_triplets(self) -> bool:
+        """Whether each pair of a training step gets a third scan."""
+        return self.group_weight > 0
+
+    def _seen(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """An image as the network sees it in training."""
+        if self.intensity_probability and float(torch.rand(1, generator=generator)) < self.intensity_probability:
+            return randomize_intensity(image, generator)
+        return image
+
+    def objective(
+        self, predicted: Fields, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset
+    ) -> dict[str, torch.Tensor]:
+        """Loss of the fields of pairs, as training and instance optimization minimize it.
+
+        Args:
+            predicted: fields of B pairs.
+            fixed: ``(B, 1, D, H, W)``.
+            moving: likewise.
+            preset: as :meth:`adapt` gives it.
+
+        Returns:
+            Scalars "total", "similarity" and "smoothness", means over the pairs, and "ndv" where it counts.
+        """
+        terms = losses.registration_loss(
+            moving, fixed, predicted.displacements, predicted.velocities,
+            preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity, self.passes,
+        )  # fmt: skip
+        if self.ndv_weight:
+            found = ndv_loss(predicted.displacements[0])
+            terms |= {"ndv": found, "total": terms["total"] + self.ndv_weight * found}
+        return terms
+
+    def as_method(self, model: RegistrationNetwork, preset: Preset) -> nn.Module:
+        """The network itself, or with instance optimization behind it."""
+        if not self.instance_steps:
+            return model
+        return instance_optimization.InstanceOptimization(
+            model, partial(self.objective, preset=preset), *self._instance_options
+        )
+
+    @property
+    def _instance_options(self) -> tuple[int, float, float, int]:
+        return self.instance_steps, self.instance_learning_rate, self.instance_tolerance, self.instance_patience
+
+    @property
+    def words(self) -> str:
+        """Width, cascade and schemes for a reader."""
+        words = [
+            f"start channels {self.start_channels}, head channels {self.head_channels}, {self.cascade} cascade, "
+            f"{self.levels} levels"
+        ]
+        words += [f"large kernel {self.large_kernel}"] if self.large_kernel else []
+        words += [f"co-attention at {self.co_attention_levels} level(s)"] if self.co_attention_levels else []
+        if self.bilateral_window:
+            how = "trained with the network" if self.bilateral_mode == "joint" else "put behind trained weights"
+            words.append(f"bilateral filter of window {self.bilateral_window}, {how}")
+        if self.correlation_window:
+            words.append(f"local correlation of window {self.correlation_window} as {self.correlation_mode}")
+        words += [f"{self.passes} passes of each level"] if self.passes > 1 else []
+        if self.refinements:
+            words.append(f"{self.refinements} further pass(es) of the finest level in registration")
+        if self.symmetric:
+            weight = self.inverse_consistency_weight
+            words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
+        words += [f"group consistency over triplets weighted {self.group_weight:g}"] if self.group_weight else []
+        words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
+        if self.learning_rate_factor != 1:
+            words.append(f"learning rate times {self.learning_rate_factor:g}")
+        words += ["trained with Muon"] if self.optimizer == "muon" else []
+        if self.intensity_probability:
+            words.append(f"trained on random contrasts with probability {self.intensity_probability:g}")
+        if self.instance_steps:
+            words.append(f"up to {self.instance_steps} steps of instance optimization behind trained weights")
+        return ", ".join(words)
+
+    def trained(self) -> Variant:
+        """The variant whose trained weights this one uses: without "BF-post" and instance optimization."""
+        left_out = {"instance_": ("IO",)} if self.instance_steps else {}
+        if self.bilateral_window and self.bilateral_mode == "post":
+            left_out["bilateral_"] = ("BF", "BF-post")
+        plain = {
+            option.name: option.default for option in fields(self) if option.name.startswith(tuple(left_out))
+        }  # fmt: skip
+        parts = [part for part in self.name.split("+") if part not in sum(left_out.values(), ())]
+        return replace(self, name="+".join(parts) or "backbone", **plain)
+
+
+#: What each scheme changes about the backbone, in the order in which a combination's name lists them; "ours" is
+#: COMP, REC, REF, SYM, NDV, LR4 and MUON together.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "LK": {"start_channels": 36, "large_kernel": 5},
+    "LC-1": {"start_channels": 64, "head_channels": 108, "cascade": "additive"},
+    "LC-2": {"start_channels": 64, "head_channels": 108, "cascade": "compositional"},
+    "CA": {"co_attention_levels": 1},
+    "BF": {"bilateral_window": 5, "bilateral_mode": "joint"},
+    "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
+    "COMP": {"cascade": "compositional"},
+    "ours": {
+        "cascade": "compositional", "passes": 2, "refinements": 1, "symmetric": True,
+        "inverse_consistency_weight": 0.01, "ndv_weight": 10.0, "learning_rate_factor": 4.0, "optimizer": "muon",
+    },
+    "REC": {"passes": 2},
+    "REF": {"refinements": 1},
+    "LR2": {"learning_rate_factor": 2.0},
+    "LR4": {"learning_rate_factor": 4.0},
+    "MUON": {"optimizer": "muon"},
+    "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
+    "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},
+    "SYM": {"symmetric": True, "inverse_consistency_weight": 0.01},
+    "GROUP": {"group_weight": 0.01},
+    "NDV": {"ndv_weight": 10.0},
+    "INT": {"intensity_probability": 0.8},
+    "IO": {"instance_steps": 50},
+}  # fmt: skip
+
+
+def variant_choices() -> tuple[str, ...]:
+    """Names that :func:`parse_variant` knows."""
+    return ("backbone", *SCHEMES)
+
+
+def parse_variant(name: str, **overrides: object) -> Variant:
+    """The variant that a name stands for.
+
+    Args:
+        name: "backbone" or schemes joined by "+", with or without a leading "backbone+"; case does not matter.
+        overrides: options of :class:`Variant` to set besides, such as ``cascade="compositional"``.
+
+    Returns:
+        The variant.
+
+    Raises:
+        ValueError: an unknown scheme or option, with the choices listed, or two schemes that set one option
+            differently.
+    """
+    known = {scheme.lower(): scheme for scheme in variant_choices()}
+    parts = [part.strip() for part in str(name).split("+")]
+    chosen: list[str] = []
+    settings: dict[str, Any] = {}
+    for part in parts:
+        scheme = known.get(part.lower())
+        if scheme is None:
+            raise ValueError(
+                f"unknown variant {name!r}: {part!r} is not one of {', '.join(known.values())} (joined by '+')"
+            )
+        if scheme == "backbone" or scheme in chosen:
+            continue
+        for option, value in SCHEMES[scheme].items():
+            present = settings.setdefault(option, value)
+            if option == "start_channels":  # of two widths the larger one
+                settings[option] = max(present, value)
+            elif present != value:
+                raise ValueError(
+                    f"variant {name!r} joins schemes that contradict each other: {option} would be {present!r} and "
+                    f"{value!r}"
+                )
+        chosen.append(scheme)
+    chosen.sort(key=list(SCHEMES).index)
+    row = Variant(name="+".join(chosen) or "backbone", **settings)
+    return replace(row, **check_options(row, overrides))
+
+
+def build_model(variant: str | Variant = "backbone", **overrides: object) -> RegistrationNetwork:
+    """The network of a variant, with fresh random weights (seed with ``torch.manual_seed``).
+
+    Args:
+        variant: a name for :func:`parse_variant`, or a :class:`Variant`.
+        overrides: options of :class:`Variant` to set besides, such as `start_channels` or `cascade`.
+
+    Returns:
+        A module with ``model(fixed, moving) -> displacement``: images ``(B, 1, D, H, W)`` in [0, 1], displacement
+        ``(B, 3, D, H, W)`` in voxels.
+    """
+    chosen = variant if isinstance(variant, Variant) else parse_variant(variant)
+    return replace(chosen, **check_options(chosen, overrides)).build()

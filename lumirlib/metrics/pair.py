@@ -1,0 +1,61 @@
+"""The challenge's four metrics of one pair."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lumirlib import metrics, spatial
+from lumirlib._checks import check_displacement, check_finite, check_labels
+from lumirlib.metrics.labels import LUMIR_LABELS
+
+#: The four metrics of the challenge, in the paper's order. Dice is in [0, 1] in files, in percent in tables.
+METRICS = ("dice", "tre_mm", "ndv_percent", "hd95_mm")
+
+NDV_MASKS = ("moving", "fixed")
+
+
+def evaluate_pair(
+    displacement: torch.Tensor,
+    fixed_labels: torch.Tensor | None = None,
+    moving_labels: torch.Tensor | None = None,
+    fixed_landmarks: torch.Tensor | None = None,
+    moving_landmarks: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    spacing_mm: float = 1.0,
+    labels: tuple[int, ...] = LUMIR_LABELS,
+) -> dict[str, float]:
+    """The challenge's four metrics of one pair.
+
+    Args:
+        displacement: ``(1, 3, D, H, W)`` in voxels, on the fixed grid.
+        fixed_labels: ``(1, 1, D, H, W)`` integers; None leaves Dice and HD95 NaN, without both label volumes.
+        moving_labels: same shape, before warping.
+        fixed_landmarks: ``(1, L, D, H, W)`` integers as :func:`lumirlib.metrics.landmark_volume` draws them; None
+            leaves TRE NaN, without both.
+        moving_landmarks: likewise, before warping.
+        mask: ``(1, 1, D, H, W)``, where NDV counts (the moving image > 0 in 2024); None counts everywhere.
+        spacing_mm: edge of a voxel.
+        labels: label numbers to score.
+
+    Returns:
+        "dice" in [0, 1], "tre_mm", "ndv_percent", "hd95_mm".
+
+    Raises:
+        ValueError: shapes that do not fit, or a displacement that is not finite.
+    """
+    check_displacement(displacement)
+    check_finite(displacement, "displacement")
+    found = dict.fromkeys(METRICS, math.nan)
+    if fixed_labels is not None and moving_labels is not None:
+        check_labels(fixed_labels, "fixed_labels")
+        check_labels(moving_labels, "moving_labels")
+        warped = spatial.warp(moving_labels, displacement, mode="nearest")
+        found["dice"] = metrics.dice(warped, fixed_labels, moving_labels, labels)
+        found["hd95_mm"] = metrics.hd95_mm(warped, fixed_labels, moving_labels, spacing_mm, labels)
+    if fixed_landmarks is not None and moving_landmarks is not None:
+        warped = spatial.warp(moving_landmarks, displacement, mode="nearest")
+        found["tre_mm"] = metrics.tre_mm(warped, fixed_landmarks, spacing_mm)
+    found["ndv_percent"] = metrics.ndv_percent(displacement, mask)
+    return found

@@ -1,0 +1,324 @@
+"""From scans as they come from a scanner to the LUMIR frame: skull strip, bias correction, affine, one resampling.
+
+    lumirlib prepare FOLDER --out DIR
+
+Brains are found by deepbet (Fisch et al., NeuroImage 2024), the bias field by N4 (Tustison et al., IEEE TMI 2010) and
+the affine by maximizing the correlation with the template of :mod:`lumirlib.data.embedded`, which lies in ICBM152
+space; the last two are SimpleITK's. All three work on the scan's own voxels or in mm, so that the image is interpolated
+once, from its own grid to the frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from lumirlib import spatial
+from lumirlib._checks import check_choice
+from lumirlib.data.field_formats import RAS_TO_LPS
+from lumirlib.data.frame import FRAME_SHAPE, frame_affine, template_in_frame
+from lumirlib.scans.scan import Scan, correlation, read_scan, require, transform, world_slabs
+
+#: What is done to a scan, in this order; each can be skipped.
+STEPS = ("strip", "bias", "affine")
+#: Brains that skull stripping may find, in ml; anything else is taken for a failure.
+BRAIN_ML = (400.0, 2500.0)
+#: The bias field is fitted on voxels of about this edge in mm, the affine on those of the template.
+BIAS_MM = 4.0
+
+TEMPLATE_MM = 2
+
+
+def check_skip(skip: Iterable[str]) -> tuple[str, ...]:
+    """Steps to skip, in the order of :data:`STEPS`; ValueError for an unknown one."""
+    chosen = (skip,) if isinstance(skip, str) else tuple(skip)
+    for step in chosen:
+        check_choice(step, STEPS, "skip")
+    return tuple(step for step in STEPS if step in chosen)
+
+
+# the three steps ------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=2)
+def _stripper(on_cpu: bool) -> object:
+    return require("deepbet").BrainExtraction(no_gpu=on_cpu)
+
+
+def brain_mask(scan: Scan, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Where the brain is in a head, by deepbet; ``(1, 1, D, H, W)`` bool.
+
+    Raises:
+        ModuleNotFoundError: deepbet is not installed.
+        ValueError: what it finds is no brain.
+    """
+    advice = "is it a whole T1 head? For a brain that is stripped already, skip the step: --skip strip"
+    stripper = _stripper(torch.device(device).type != "cuda")
+    try:
+        _, found, _ = stripper.run(nib.Nifti1Image(scan.values[0, 0].numpy(), scan.affine))
+    except (AssertionError, ValueError) as error:  # what it raises where its first network sees nothing
+        raise ValueError(f"{scan.path}: skull stripping found no brain ({error}); {advice}") from error
+    mask = np.asarray(found.dataobj) > 0
+    volume = mask.sum() * abs(np.linalg.det(scan.affine[:3, :3])) / 1000
+    if not BRAIN_ML[0] <= volume <= BRAIN_ML[1]:
+        raise ValueError(f"{scan.path}: skull stripping found {volume:.0f} ml of brain, expected "
+                         f"{BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f}; {advice}")  # fmt: skip
+    return torch.from_numpy(mask)[None, None]
+
+
+def stripped_mask(scan: Scan) -> torch.Tensor:
+    """Where a scan that has been stripped before is above zero; ValueError where that is (nearly) everywhere."""
+    mask = scan.values > 0
+    if mask.float().mean() > 0.95:
+        raise ValueError(f"{scan.path}: expected a stripped brain on zero background, as step 'strip' is skipped; "
+                         f"{100 * float(mask.float().mean()):.0f} % of the voxels are above zero")  # fmt: skip
+    return mask
+
+
+def _to_itk(volume: np.ndarray, affine: np.ndarray) -> object:
+    """A volume in the file's order of axes as SimpleITK image at the same place, which it calls LPS."""
+    sitk = require("SimpleITK")
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(torch.get_num_threads())
+    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.T))
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((RAS_TO_LPS @ affine[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin((RAS_TO_LPS @ affine[:3, 3]).tolist())
+    return image
+
+
+def corrected_bias(scan: Scan, mask: torch.Tensor) -> torch.Tensor:
+    """Values of a scan divided by its bias field, which N4 fits inside a mask; ``(1, 1, D, H, W)`` float32."""
+    sitk = require("SimpleITK")
+    inside = (mask & (scan.values > 0))[0, 0].numpy().astype(np.uint8)
+    image = _to_itk(scan.values[0, 0].numpy(), scan.affine)
+    shrink = [max(1, min(round(BIAS_MM / edge), side // 4)) for edge, side in zip(scan.spacing_mm, scan.shape)]  # noqa: B905
+    filter_ = sitk.N4BiasFieldCorrectionImageFilter()
+    filter_.Execute(sitk.Shrink(image, shrink), sitk.Shrink(_to_itk(inside, scan.affine), shrink))
+    bias = np.exp(sitk.GetArrayFromImage(filter_.GetLogBiasFieldAsImage(image)).T)
+    return scan.values / torch.from_numpy(np.ascontiguousarray(bias, dtype=np.float32))
+
+
+def affine_to_frame(values: torch.Tensor, mask: torch.Tensor, affine: np.ndarray, name: str = "scan") -> np.ndarray:
+    """The affine from the LUMIR frame to a scan, by the correlation of its brain with the template's.
+
+    Starts from the header's orientation, with centres of mass and volumes made equal.
+
+    Args:
+        values: ``(1, 1, D, H, W)``.
+        mask: of the brain, same shape, bool.
+        affine: of the scan's voxels to its world, in mm.
+        name: for the message.
+
+    Returns:
+        4 x 4: world of the frame in mm to world of the scan in mm.
+
+    Raises:
+        ValueError: an empty mask, or a search that fails.
+    """
+    sitk = require("SimpleITK")
+    template = template_in_frame(TEMPLATE_MM)
+    target = frame_affine(TEMPLATE_MM)
+    if not mask.any():
+        raise ValueError(f"{name}: the brain's mask is empty")
+    brain = torch.where(mask, values, values.new_zeros(()))
+    brain = (brain / np.percentile(brain[mask].numpy(), 99.9)).clamp(0, 1)
+    here, there = _center(mask, affine), _center(template > 0.02, target)
+    scale = (float(mask.sum()) * abs(np.linalg.det(affine[:3, :3]))
+             / (float((template > 0.02).sum()) * TEMPLATE_MM**3)) ** (1 / 3)  # fmt: skip
+    found = sitk.AffineTransform(3)
+    found.SetCenter((RAS_TO_LPS @ there).tolist())
+    found.SetMatrix((scale * np.eye(3)).ravel().tolist())
+    found.SetTranslation((RAS_TO_LPS @ (here - there)).tolist())
+    search = sitk.ImageRegistrationMethod()
+    search.SetMetricAsCorrelation()
+    search.SetInterpolator(sitk.sitkLinear)
+    search.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, 100, 0.5, 1e-8)  # steps in mm
+    search.SetOptimizerScalesFromPhysicalShift()
+    search.SetShrinkFactorsPerLevel([2, 1])
+    search.SetSmoothingSigmasPerLevel([2, 1])
+    search.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
+    search.SetInitialTransform(found, inPlace=True)
+    try:
+        search.Execute(_to_itk(template[0, 0].numpy(), target), _to_itk(brain[0, 0].numpy(), affine))
+    except RuntimeError as error:
+        raise ValueError(f"{name}: no affine to the template was found: {error}") from error
+    matrix, center = np.reshape(found.GetMatrix(), (3, 3)), np.array(found.GetCenter())
+    to_scan = np.eye(4)
+    to_scan[:3, :3] = RAS_TO_LPS @ matrix @ RAS_TO_LPS
+    to_scan[:3, 3] = RAS_TO_LPS @ (np.array(found.GetTranslation()) + center - matrix @ center)
+    return to_scan
+
+
+def _center(mask: torch.Tensor, affine: np.ndarray) -> np.ndarray:
+    """Mean place of a mask's voxels, in mm."""
+    return (affine @ np.append(torch.nonzero(mask[0, 0]).double().mean(0).numpy(), 1.0))[:3]
+
+
+# a scan ---------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PreparedScan:
+    """A scan with what has been found out about it; nothing is interpolated until it is asked for.
+
+    Attributes:
+        scan: as it lies in its file.
+        corrected: its values without bias field, on its own grid, ``(1, 1, D, H, W)`` float32.
+        mask: of the brain, likewise, bool.
+        to_scan: 4 x 4, world of the frame in mm to world of the scan in mm.
+        skipped: steps that were not done.
+        seconds: of each step.
+    """
+
+    scan: Scan
+    corrected: torch.Tensor
+    mask: torch.Tensor
+    to_scan: np.ndarray
+    skipped: tuple[str, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def brain_at(self, points: torch.Tensor) -> torch.Tensor:
+        """Values at world points ``(1, 3, ...)`` of the scan, trilinear; zero outside the brain.
+
+        The mask is interpolated apart and cut at one half, so that the brain's edge is as bright as it is in the scan.
+        """
+        voxels = transform(np.linalg.inv(self.scan.affine), points)
+        inside = spatial.sample(self.mask.float(), voxels) >= 0.5
+        values = spatial.sample(self.corrected, voxels)
+        return torch.where(inside, values.clamp(min=0), values.new_zeros(()))
+
+    @cached_property
+    def in_frame(self) -> torch.Tensor:
+        """The brain on the frame's grid, as the cohorts are: ``(1, 1, 160, 224, 192)`` float32, 0 ... 255.
+
+        Whole numbers; the 99.9th percentile of the brain is 255, the background 0 and nothing else is.
+        """
+        return as_cohort(self.resampled(lambda points: transform(self.to_scan, points)), str(self.scan.path))
+
+    def resampled(self, places: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The brain, ``(1, 1, 160, 224, 192)`` float32 in the scan's units, where a function puts the frame's points.
+
+        Args:
+            places: world points of the frame ``(1, 3, ...)`` -> world points of the scan.
+        """
+        values = torch.empty(1, 1, *FRAME_SHAPE)
+        for planes, points in world_slabs(FRAME_SHAPE, frame_affine(1)):
+            values[:, :, planes] = self.brain_at(places(points))
+        return values
+
+    @property
+    def brain_ml(self) -> float:
+        """Volume of the brain."""
+        return float(self.mask.sum()) * abs(np.linalg.det(self.scan.affine[:3, :3])) / 1000
+
+
+def as_cohort(values: torch.Tensor, name: str) -> torch.Tensor:
+    """Intensities of a brain as LUMIR's: whole numbers, its 99.9th percentile at 255, the background alone at 0."""
+    brain = values > 0
+    if not brain.any():
+        raise ValueError(f"{name}: no brain lies in the LUMIR frame; was the step 'affine' skipped wrongly?")
+    white = float(np.percentile(values[brain].numpy(), 99.9))
+    return torch.where(brain, (values / white * 255).round().clamp(1, 255), values.new_zeros(()))
+
+
+def prepare_scan(
+    path: str | Path, skip: Iterable[str] = (), device: torch.device | str = "cpu", progress: bool = False
+) -> PreparedScan:
+    """Find brain, bias field and place in the LUMIR frame of a T1 scan.
+
+    Args:
+        path: of a NIfTI file, any orientation and spacing.
+        skip: steps of :data:`STEPS` that have been done before: "strip" (its background is zero), "bias", "affine"
+            (its world coordinates are those of the frame, on whatever grid).
+        device: where the skull is stripped.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_scan`; a step that fails.
+        ModuleNotFoundError: a package that a step needs, with the command that installs it.
+    """
+    skipped = check_skip(skip)
+    seconds: dict[str, float] = {}
+    scan = read_scan(path)
+    with tqdm(total=len(STEPS), desc=scan.name, unit="step", disable=not progress) as bar:
+
+        def timed(step: str, work, otherwise):
+            started = time.perf_counter()
+            found = otherwise() if step in skipped else work()
+            seconds[step] = 0.0 if step in skipped else round(time.perf_counter() - started, 2)
+            bar.update()
+            return found
+
+        mask = timed("strip", lambda: brain_mask(scan, device), lambda: stripped_mask(scan))
+        corrected = timed("bias", lambda: corrected_bias(scan, mask), lambda: scan.values)
+        to_scan = timed("affine", lambda: affine_to_frame(corrected, mask, scan.affine, str(path)), lambda: np.eye(4))
+    return PreparedScan(scan, corrected, mask, to_scan, skipped, seconds)
+
+
+def template_correlation(image: torch.Tensor) -> float:
+    """Pearson correlation of a prepared brain (1, 1, 160, 224, 192) with the template, inside the latter's brain."""
+    template = template_in_frame(TEMPLATE_MM)
+    coarse = torch.nn.functional.avg_pool3d(image.float(), TEMPLATE_MM)
+    return correlation(coarse, template, template > 0.02)
+
+
+# command line ---------------------------------------------------------------------------------------------------------
+EXAMPLES = """examples:
+  lumirlib prepare scans --out cohort                      heads as they come from the scanner
+  lumirlib prepare scans --out cohort --jobs 4             four at a time
+  lumirlib prepare brains --out cohort --skip strip bias   brains that are stripped and corrected already
+  lumirlib run --cohort cohort/dataset.json --preset half  train on them
+"""
+
+
+def parser(prog: str = "python -m lumirlib.scans.prepare") -> argparse.ArgumentParser:
+    """The options of the command line."""
+    options = argparse.ArgumentParser(
+        prog=prog, description="Make a folder of T1 scans into a cohort in the LUMIR frame.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    options.add_argument("folder", help="folder with .nii or .nii.gz files, at any depth, one scan a person")
+    options.add_argument("--out", required=True, help="folder of the cohort; an interrupted call goes on from there")
+    options.add_argument("--skip", nargs="+", default=[], metavar="STEP", help=f"steps done before: {', '.join(STEPS)}")
+    options.add_argument("--jobs", type=int, default=1, help="scans at a time")
+    options.add_argument("--validation", type=int, help="people held out, the last by name; a tenth if not given")
+    options.add_argument("--name", default="", help="of the cohort; the folder's if not given")
+    options.add_argument("--device", default="auto", help="where skulls are stripped: auto, cpu, cuda ...")
+    options.add_argument("--quiet", action="store_true", help="no progress bar")
+    return options
+
+
+def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.scans.prepare") -> int:
+    """Prepare a folder; the exit status is 0, 1 if a scan was left out, 2 for what cannot be used, 130 after Ctrl-C."""
+    given = parser(prog).parse_args(arguments)
+    try:
+        from lumirlib.scans.folder import prepare_folder
+
+        path, broken = prepare_folder(given.folder, given.out, given.skip, given.jobs, given.validation, given.name,
+                                      given.device, not given.quiet)  # fmt: skip
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    content = json.loads(path.read_text(encoding="utf-8"))
+    print(f"{path}: {content['numTraining']} training scans, {content['numValidation']} validation pairs")
+    print(f"look at {path.parent / 'qc_1.png'}, worst correlation with the template first")
+    for name, error in broken.items():
+        print(f"left out: {name}: {error}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    # of the module by its name: what is handed to other processes must be found there under it
+
+    sys.exit(main())

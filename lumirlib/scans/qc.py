@@ -1,0 +1,147 @@
+"""Pages to look at: how well scans were prepared, how well two of them were registered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+
+from lumirlib import spatial
+from lumirlib.data.frame import FRAME_SHAPE, template_in_frame
+from lumirlib.data.nifti import read_volume
+from lumirlib.plots import save_figure, use_style
+
+#: Voxel indices i, j, k of the LUMIR frame that the planes go through: the thalamus.
+CENTER = (72, 112, 84)
+#: Axis across each plane, with its name.
+PLANES = ((2, "axial"), (1, "coronal"), (0, "sagittal"))
+
+SCANS_PER_PAGE = 24
+#: Edge of a square of the checkerboard and of the grid, in mm.
+SQUARE_MM = 16
+
+GRID_MM = 5
+#: Contours of the template: its outer edge, and grey against white matter.
+CONTOURS = (0.05, 0.8)
+
+
+def plane_of(volume: torch.Tensor, axis: int) -> np.ndarray:
+    """The plane of a volume (..., 160, 224, 192) across an axis, through :data:`CENTER`: (..., up, right)."""
+    return volume.select(volume.ndim - 3 + axis, CENTER[axis]).transpose(-1, -2).numpy()
+
+
+def _bare(ax: Axes) -> Axes:
+    ax.set(xticks=[], yticks=[], aspect="equal")
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return ax
+
+
+def prepared_figures(scans: Sequence[tuple[dict, Path]], out: str | Path, title: str) -> list[Path]:
+    """The QC sheet of a prepared folder: three planes of each scan with the template's contours, the worst first.
+
+    Args:
+        scans: record of each (name, template_correlation, brain_ml) and its image in the frame.
+        out: folder for `qc_1.png`, `qc_1.pdf` and so on, :data:`SCANS_PER_PAGE` scans a page.
+        title: of the pages.
+
+    Returns:
+        The PNGs.
+    """
+    use_style()
+    ranked = sorted(scans, key=lambda scan: scan[0]["template_correlation"])
+    template = template_in_frame(1)[0, 0]
+    pages = [ranked[first : first + SCANS_PER_PAGE] for first in range(0, len(ranked), SCANS_PER_PAGE)]
+    for old in Path(out).glob("qc_*.p[nd][gf]"):
+        old.unlink()
+    paths = []
+    for number, page in enumerate(pages, start=1):
+        columns = min(3, len(page))
+        rows = -(-len(page) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 2.6 * rows + 0.5), layout="constrained",
+                                    squeeze=False)  # fmt: skip
+        for ax in axes.flat[len(page) :]:
+            ax.set_visible(False)
+        for ax, (record, path) in zip(axes.flat, page, strict=False):
+            image = torch.from_numpy(read_volume(path)[0].astype(np.float32)) / 255
+            _plot_three_planes(ax, image, template)
+            ax.set_title(f"{record['name']}: r = {record['template_correlation']:.3f}, {record['brain_ml']:.0f} ml",
+                         fontsize=9)  # fmt: skip
+        figure.suptitle(f"{title}, page {number} of {len(pages)}: contours of the template, r with it, brain volume")
+        save_figure(figure, Path(out) / f"qc_{number}")
+        plt.close(figure)
+        paths.append(Path(out) / f"qc_{number}.png")
+    return paths
+
+
+def _plot_three_planes(ax: Axes, image: torch.Tensor, template: torch.Tensor) -> None:
+    """Three planes side by side, as high as the frame is long."""
+    height = max(FRAME_SHAPE)
+    left = 0
+    for axis, _ in PLANES:
+        plane, contour = plane_of(image, axis), plane_of(template, axis)
+        low = (height - plane.shape[0]) / 2
+        extent = (left - 0.5, left + plane.shape[1] - 0.5, low - 0.5, low + plane.shape[0] - 0.5)
+        ax.imshow(plane, origin="lower", extent=extent, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        ax.contour(contour, CONTOURS, extent=extent, colors=["C1", "C0"], linewidths=0.6)
+        left += plane.shape[1]
+    ax.set(xlim=(-0.5, left - 0.5), ylim=(-0.5, height - 0.5), facecolor="black")
+    _bare(ax)
+
+
+def registration_figure(
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    warped: torch.Tensor,
+    displacement: torch.Tensor,
+    determinant: torch.Tensor,
+    title: str,
+) -> Figure:
+    """The QC page of a registration, in the LUMIR frame.
+
+    Args:
+        fixed: ``(1, 1, 160, 224, 192)``, 0 ... 255.
+        moving: likewise, after the affine alone.
+        warped: likewise, after the whole map.
+        displacement: ``(1, 3, 160, 224, 192)`` in voxels of 1 mm.
+        determinant: of its Jacobian, ``(1, 1, 160, 224, 192)``.
+        title: of the page.
+    """
+    use_style()
+    names = ("fixed", "moving, affine", "warped", "checkerboard\nfixed, warped", "overlay: fixed red,\nwarped cyan",
+             "deformation grid", "Jacobian determinant")  # fmt: skip
+    figure, axes = plt.subplots(len(PLANES), len(names), figsize=(16, 8.4), layout="constrained")
+    images = [image[0, 0].float() / 255 for image in (fixed, moving, warped)]
+    places = spatial.identity_grid(FRAME_SHAPE)[0] + displacement[0]
+    brain = images[0] > 0
+    for row, (axis, plane_name) in zip(axes, PLANES, strict=True):
+        planes = [np.clip(plane_of(image, axis), 0, 1) for image in images]
+        squares = np.add.outer(*(np.arange(side) // SQUARE_MM for side in planes[0].shape)) % 2 == 0
+        shown = [*planes, np.where(squares, planes[0], planes[2]), np.stack([planes[0], planes[2], planes[2]], -1)]
+        for ax, plane in zip(row, shown, strict=False):
+            ax.imshow(plane, origin="lower", cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        across, up = (other for other in range(3) if other != axis)
+        moved = plane_of(places, axis)[[across, up]]  # (2, up, right)
+        lines = [moved[:, at].T for at in range(0, moved.shape[1], GRID_MM)]
+        lines += [moved[:, :, at].T for at in range(0, moved.shape[2], GRID_MM)]
+        row[5].add_collection(LineCollection(lines, colors="C0", linewidths=0.5))
+        row[5].set(xlim=(-0.5, planes[0].shape[1] - 0.5), ylim=(-0.5, planes[0].shape[0] - 0.5))
+        jacobian = np.ma.masked_where(~plane_of(brain, axis), plane_of(determinant[0, 0], axis))
+        drawn = row[6].imshow(jacobian, origin="lower", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+        row[6].contour(jacobian.filled(1) <= 0, [0.5], colors="black", linewidths=0.8)
+        bar = figure.colorbar(drawn, ax=row[6], fraction=0.045, pad=0.02)
+        bar.ax.grid(False)
+        row[0].set_ylabel(plane_name)
+        for ax in row:
+            _bare(ax)
+    for ax, name in zip(axes[0], names, strict=True):
+        ax.set_title(name, fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    return figure

@@ -1,0 +1,168 @@
+"""A user's scan: reading it, and sampling it in world coordinates."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+
+from lumirlib import spatial
+from lumirlib.data.nifti import read_volume
+
+#: Planes of a volume that are mapped at a time.
+SLAB = 16
+
+
+def require(package: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        ModuleNotFoundError: it is not installed, with the command that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ModuleNotFoundError(
+            f"preparing scans needs the package {package}, which is not installed: "
+            'pip install "lumirlib[prepare]", or skip the steps that need it'
+        ) from error
+
+
+def transform(matrix: np.ndarray, points: torch.Tensor) -> torch.Tensor:
+    """Points ``(1, 3, ...)`` moved by a 4 x 4 matrix, float64."""
+    full = torch.from_numpy(np.asarray(matrix, dtype=np.float64))
+    flat = full[:3, :3] @ points.double().reshape(3, -1) + full[:3, 3:]
+    return flat.reshape(points.shape)
+
+
+def world_slabs(shape: Sequence[int], affine: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:
+    """World coordinates of a grid's voxels, some planes at a time: (planes along i, ``(1, 3, n, H, W)`` in mm)."""
+    axes = [torch.arange(side, dtype=torch.float64) for side in shape]
+    for first in range(0, shape[0], SLAB):
+        planes = slice(first, min(first + SLAB, shape[0]))
+        grid = torch.stack(torch.meshgrid(axes[0][planes], *axes[1:], indexing="ij"))[None]
+        yield planes, transform(affine, grid)
+
+
+def sample_world(image: torch.Tensor, affine: np.ndarray, points: torch.Tensor) -> torch.Tensor:
+    """Trilinear values of an image (1, 1, D, H, W) at world points (1, 3, ...) in mm, zero outside."""
+    return spatial.sample(image, transform(np.linalg.inv(affine), points))
+
+
+def as_scanned(
+    image: torch.Tensor,
+    affine: np.ndarray,
+    rotation_degrees: Sequence[float] = (0.0, 0.0, 0.0),
+    shift_mm: Sequence[float] = (0.0, 0.0, 0.0),
+    orientation: str = "LIA",
+    spacing_mm: Sequence[float] = (0.9, 1.2, 1.0),
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A volume as another scanner would have stored it, to try things out: turned, shifted, on another grid.
+
+    Args:
+        image: ``(1, 1, D, H, W)``, floating point.
+        affine: its voxels to its world, in mm.
+        rotation_degrees: of the head about the world's three axes.
+        shift_mm: of the head.
+        orientation: of the new array's axes, as nibabel names it.
+        spacing_mm: of the new grid.
+
+    Returns:
+        Array float32 that holds the whole volume, its 4 x 4 affine, and the pose: old world to new world, 4 x 4.
+    """
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_euler("xyz", rotation_degrees, degrees=True).as_matrix()
+    pose[:3, 3] = shift_mm
+    corners = np.stack(np.meshgrid(*[(0, side - 1) for side in image.shape[2:]])).reshape(3, -1)
+    world = (pose @ affine @ np.vstack([corners, np.ones(corners.shape[1])]))[:3]
+    directions = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(orientation), (1, 1, 1))[:3, :3].T
+    along = directions.T @ world  # of the new axes
+    shape = np.ceil((along.max(1) - along.min(1)) / spacing_mm).astype(int) + 1
+    new = np.eye(4)
+    new[:3, :3] = directions * np.asarray(spacing_mm)
+    new[:3, 3] = directions @ along.min(1)
+    seen = torch.empty(1, 1, *shape)
+    for planes, points in world_slabs(shape, new):
+        seen[:, :, planes] = sample_world(image, affine, transform(np.linalg.inv(pose), points))
+    return seen[0, 0].numpy(), new, pose
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan as it lies in its file.
+
+    Attributes:
+        path: of the file.
+        values: ``(1, 1, D, H, W)`` float32, in the file's own order of axes.
+        affine: 4 x 4, voxels to world in mm, RAS.
+    """
+
+    path: Path
+    values: torch.Tensor
+    affine: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The file's name without ending."""
+        return scan_stem(self.path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sides in voxels."""
+        return tuple(self.values.shape[2:])
+
+    @property
+    def spacing_mm(self) -> np.ndarray:
+        """Edges of a voxel."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+
+def scan_stem(path: Path) -> str:
+    """The name of a scan's file without `.nii`, `.gz` and Learn2Reg's modality suffix `_0000`."""
+    return path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+
+
+def read_scan(path: str | Path) -> Scan:
+    """Read a T1 scan, of any orientation and spacing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a 3-D NIfTI of finite numbers, without contrast or orientation, or fewer than 8 voxels a side.
+
+    Warns:
+        UserWarning: the header holds two different orientations.
+    """
+    path = Path(path)
+    array, affine = read_volume(path)
+    header = nib.load(path).header
+    if isinstance(header, nib.Nifti1Header):
+        (qform, has_qform), (sform, has_sform) = header.get_qform(coded=True), header.get_sform(coded=True)
+        if not has_qform and not has_sform:
+            raise ValueError(f"{path}: the header has no orientation (neither sform nor qform), which is needed")
+        if has_qform and has_sform and not np.allclose(qform, sform, atol=0.1):
+            warnings.warn(f"{path}: sform and qform differ; the sform is taken, other programs may not", stacklevel=2)
+    if min(array.shape) < 8:
+        raise ValueError(f"{path}: expected at least 8 voxels along each axis, got shape {array.shape}")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(f"{path}: expected an invertible voxel-to-world matrix, got {affine.tolist()}")
+    if array.min() == array.max():
+        raise ValueError(f"{path}: expected an image, got the constant {array.min():g}")
+    return Scan(path, torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None], affine)
+
+
+def correlation(first: torch.Tensor, second: torch.Tensor, mask: torch.Tensor) -> float:
+    """Pearson correlation of two images inside a mask; 0 where one has no contrast there."""
+    values = torch.stack([first[mask], second[mask]]).double()
+    values = values - values.mean(1, keepdim=True)
+    scale = values.norm(dim=1).prod()
+    return float((values[0] * values[1]).sum() / scale) if scale > 0 else 0.0

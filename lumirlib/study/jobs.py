@@ -1,0 +1,253 @@
+"""The runs of a sweep: which rows, which seeds, which command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import nbformat
+import psutil
+
+from lumirlib import provenance
+from lumirlib._checks import check_choice
+from lumirlib.data.dataset_json import joined_names
+from lumirlib.methods import parse_row
+from lumirlib.methods.base import file_name
+from lumirlib.methods.presets import split_options
+from lumirlib.methods.variants import Variant
+from lumirlib.study.paper import table_rows, uses_other_weights
+from lumirlib.study.results import find_runs, read_provenance
+from lumirlib.training.engine import Engine, as_arguments
+
+#: What the sweep executes, by the parameter that names the row.
+NOTEBOOKS = {"variant": "run_ablation.ipynb", "method": "run_baseline.ipynb"}
+#: How a run is started: its notebook by papermill, or `python -m lumirlib.train`.
+LAUNCHERS = ("notebook", "train")
+#: Lines of a broken run's messages that are shown; all are in its failed output.
+SHOWN_LINES = 40
+
+
+def _relative(path: Path) -> str:
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # another drive, on Windows
+        return str(path)
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a row with a seed.
+
+    Attributes:
+        notebook: what is executed.
+        output: where the executed notebook goes, or what `python -m lumirlib.train` printed.
+        parameters: what papermill injects.
+        options: what it injects as the notebook's parameter of that name.
+        launcher: one of :data:`LAUNCHERS`.
+        engine: arguments of :class:`lumirlib.training.engine.Engine` that are not at their default. A run that is
+            finished is so whatever it was computed on.
+    """
+
+    notebook: Path
+    output: Path
+    parameters: dict[str, str]
+    options: dict[str, object] = field(default_factory=dict)
+    launcher: str = "notebook"
+    engine: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        """How many train it together."""
+        return int(self.engine.get("processes", 1))
+
+    @property
+    def row(self) -> str:
+        """Name of the row that is run."""
+        return self.parameters.get("variant") or self.parameters["method"]
+
+    @property
+    def failed(self) -> Path:
+        """Where the output goes if the run breaks."""
+        return self.output.with_suffix(f".failed{self.output.suffix}")
+
+    def command(self, output: Path) -> list[str]:
+        """The call of papermill, where every parameter but the seed is passed as text, or of lumirlib.train."""
+        if self.launcher == "train":
+            return self._train_command()
+        # relative: papermill writes both paths into the notebook, which may be committed
+        words = [sys.executable, "-m", "papermill", _relative(self.notebook), _relative(output), "--no-progress-bar"]
+        for name, value in self.parameters.items():
+            words += ["-p" if name == "seed" else "-r", name, value]
+        typed = {**({"options": self.options} if self.options else {}), **self.engine}
+        return words + (["-y", json.dumps(typed)] if typed else [])
+
+    def _train_command(self) -> list[str]:
+        words = [sys.executable, "-m", "lumirlib.train", "--quiet"]
+        for name, value in self.parameters.items():
+            words += ["--variant" if name == "method" else f"--{name.replace('_', '-')}", value]
+        words += as_arguments(self.engine)
+        settings = [
+            f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in self.options.items()
+        ]
+        return words + (["--set", *settings] if settings else [])
+
+    def is_finished(self) -> bool:
+        """Whether its result is there, whole, with these parameters and without an error.
+
+        That is the executed notebook, unless the metrics of that name are all of another configuration, as of a recipe
+        that has changed since; or, with the launcher "train", the metrics with a provenance that fits.
+        """
+        given = self.parameters
+        folder, cohort = provenance.results_folder(given.get("out", "")), _short_name(given["cohort"])
+        row = parse_row(self.row)
+        runs = find_runs(folder, row, given["preset"], cohort, self.options)
+        measured = any(str(about["seed"]) == given["seed"] for _, about in runs)
+        if self.launcher == "train":
+            return measured
+        others = [about for _, about in read_provenance(folder, cohort) if about.get("method") == row.name
+                  and str(about.get("seed")) == given["seed"] and about.get("set_besides") == self.options
+                  and about["preset"]["name"] == given["preset"]]  # fmt: skip
+        if others and not measured:
+            return False
+        try:
+            found = nbformat.read(self.output, as_version=4)
+        except (OSError, ValueError):
+            return False
+        record = found.metadata.get("papermill", {})
+        injected = dict(record.get("parameters", {}))
+        same = injected.pop("options", {}) == self.options
+        for one in fields(Engine):
+            injected.pop(one.name, None)
+        same = same and {name: str(value) for name, value in injected.items()} == self.parameters
+        return same and record.get("exception") is None and record.get("end_time") is not None
+
+    def execute(
+        self, threads: int, started: Callable[[subprocess.Popen], None] | None = None, shielded: bool = False
+    ) -> str:
+        """Run it; the empty string, or what went wrong. The output appears only when it is whole.
+
+        Args:
+            threads: of the processor, for each process.
+            started: is given the process, for :meth:`stop`.
+            shielded: keep signals that are sent to this process and its group away from the run. Not for threads.
+        """
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.output.with_suffix(f".partial{self.output.suffix}")
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        with (
+            # a run that was stopped goes on in the same file
+            partial.open("a+", encoding="utf-8") if self.launcher == "train" else tempfile.TemporaryFile("w+")
+        ) as messages:
+            process = subprocess.Popen(
+                self.command(partial),
+                stdout=messages,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=shielded,
+                # Slurm may send its warning to all processes of a job; those started here would die of it
+                preexec_fn=(lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)) if shielded else None,
+            )
+            if started:
+                started(process)
+            if process.wait() == 0:
+                os.replace(partial, self.output)
+                self.failed.unlink(missing_ok=True)
+                return ""
+            messages.seek(0)
+            said = "\n".join(messages.read().strip().splitlines()[-SHOWN_LINES:])
+        if partial.exists():
+            os.replace(partial, self.failed)
+        return said or f"{shlex.join(process.args[1:3])} ended with status {process.returncode}"
+
+    def stop(self, process: subprocess.Popen) -> None:
+        """Have the training of a run under way save a checkpoint and end, and the process with it.
+
+        SIGTERM goes to the notebook's kernel: papermill, if it were told to end, would kill the kernel after seconds.
+        """
+        try:
+            own = psutil.Process(process.pid)
+            for target in (own.children() if self.launcher == "notebook" else []) or [own]:
+                target.terminate()
+        except psutil.NoSuchProcess:
+            pass
+
+
+def _short_name(cohort: str) -> str:
+    parts = joined_names(cohort)
+    return "+".join(Path(part).resolve().parent.name if part.endswith(".json") else part for part in parts)
+
+
+def plan(
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    preset: str,
+    cohort: str,
+    data_root: str,
+    out: str,
+    options: Mapping[str, object] | None = None,
+    launcher: str = "notebook",
+    engine: Mapping[str, object] | None = None,
+) -> list[SweepRun]:
+    """The runs of a sweep, row by row, each with all its seeds; those that use another's weights last.
+
+    Args:
+        rows: names for :func:`lumirlib.methods.parse_row`; "table1", "table2" and "beyond" as in
+            :func:`table_rows`.
+        seeds: of each.
+        preset: of all.
+        cohort: as for :func:`lumirlib.load_cohort`.
+        data_root: as the notebook's parameter.
+        out: results folder; empty for the usual one.
+        options: of variant and preset to set in every run.
+        launcher: one of :data:`LAUNCHERS`.
+        engine: arguments of :class:`lumirlib.training.engine.Engine` for each run.
+
+    Raises:
+        ValueError: an unknown variant, preset, option or launcher, or a value that does not fit it.
+        FileNotFoundError: the notebook is not there, as in a package installed without its checkout.
+    """
+    check_choice(launcher, LAUNCHERS, "launcher")
+    checked = Engine(**{**(engine or {}), "device": "cpu"})  # a cluster's front end may lack the device
+    standard = {one.name: one.default for one in fields(Engine)}
+    changed = {name: value for name, value in (engine or {}).items() if value != standard[name]}
+    names = sorted(table_rows(rows), key=uses_other_weights)
+    options = dict(options or {})
+    for name in names:
+        row = parse_row(name)
+        batch = split_options(preset, row, options)[0].batch_size
+        if row.trains_on != "nothing" and batch % checked.processes:
+            raise ValueError(
+                f"batch_size must be a multiple of the {checked.processes} processes that share it, got {batch}: "
+                f"--set batch_size={checked.processes}"
+            )
+    notebooks = (provenance.project_root() or Path.cwd()) / "notebooks"
+    for notebook in (notebooks / name for name in NOTEBOOKS.values()):
+        if not notebook.is_file():
+            raise FileNotFoundError(f"the sweep runs {notebook}, which does not exist: call it from a checkout")
+    # what is at its default is not injected: executed notebooks are committed, and hold no path of a machine unasked
+    common = {"preset": preset, "cohort": cohort}
+    common |= {name: value for name, value in (("data_root", data_root), ("out", out)) if value}
+    tag = "".join(f"_{name}-{value}" for name, value in options.items()).replace(os.sep, "-")
+    folder = provenance.results_folder(out) / "runs"
+    ending = {"notebook": "ipynb", "train": "txt"}[launcher]
+    kinds = {name: "variant" if isinstance(parse_row(name), Variant) else "method" for name in names}
+    return [
+        SweepRun(
+            notebooks / NOTEBOOKS[kinds[name]],
+            folder / f"{file_name(name)}_{_short_name(cohort).replace('+', '-')}_{preset}{tag}_seed{seed}.{ending}",
+            {kinds[name]: name, "seed": str(seed), **common},
+            options,
+            launcher,
+            changed,
+        )
+        for name in names
+        for seed in (seeds if parse_row(name).trains_on != "nothing" else seeds[:1])  # nothing in it is random
+    ]

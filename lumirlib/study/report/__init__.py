@@ -1,0 +1,1 @@
+"""Tables, statistics, verdicts on the paper's claims, and figures, all made from the results on disk."""

@@ -1,0 +1,438 @@
+"""The evidence for our own options (docs/beyond.md) from finished runs: ablation, equal time, targets, robustness.
+
+Everything follows from CSVs that runs wrote; rows that have not been run are left out and named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from lumirlib.methods import parse_row
+from lumirlib.study import robustness
+from lumirlib.study.paper import BEFORE, COLUMNS, DIGITS, uses_other_weights
+from lumirlib.study.report.publish import as_text, not_converged_note, publish
+from lumirlib.study.report.runs import Runs, _deterministic_rows, late_rises
+from lumirlib.study.report.statistics import compare_rows
+from lumirlib.study.results import Measured, find_runs, read_table
+from lumirlib.training.pairs import evenly_spaced
+
+#: The authors' best row, and their own compositional cascade at the backbone's width: what ours is held against.
+REFERENCES = ("LC-2", "COMP")
+
+RECIPES = ("ours", "ours+IO")
+#: Metrics of the table.
+COMPARED = ("dice", "hd95_mm", "tre_mm", "ndv_percent")
+#: Targets: points of Dice above both references; NDV (%); seconds for a pair, of the first reference's.
+DICE_GAIN, MOST_NDV, MOST_SECONDS = 1.0, 0.005, 1.5
+
+
+MET, NOT_MET, OPEN = "met", "not met", "cannot be told"
+
+
+def with_measured_step_times(runs: Runs, costs: Measured) -> Runs:
+    """The runs with the seconds of a step measured in turn (:mod:`lumirlib.study.costs`) in place of their own.
+
+    Runs that were made beside other work took longer than they cost. Rows that were not measured have no time then.
+
+    Args:
+        runs: of any rows.
+        costs: of the same preset.
+    """
+    seconds = pd.Series(dtype=float)
+    if costs.table is not None:
+        seconds = costs.table.groupby("variant")["seconds_per_step"].median()
+    trained = {name: parse_row(name).trained().name for name in runs.variants}
+    history = runs.history.assign(seconds=runs.history["variant"].map(trained).map(seconds))
+    return replace(runs, history=history.assign(seconds=history["seconds"].where(history["steps"] > 0)))
+
+
+def training_minutes(runs: Runs) -> pd.DataFrame:
+    """Validation Dice of each run against the time that its training steps had taken.
+
+    Returns:
+        Columns variant, seed, epoch, minutes (of all steps until then; validation is not counted), val_dice (percent).
+        A row that uses another's weights has that one's; one whose steps have no time is left out.
+    """
+    history = runs.history.reindex(columns=["variant", "seed", "epoch", "steps", "seconds", "val_dice"])
+    untimed = history.loc[(history["steps"] > 0) & history["seconds"].isna(), "variant"]
+    history = history[~history["variant"].isin(untimed)]
+    minutes = history["seconds"].fillna(0) * history["steps"] / 60
+    minutes = minutes.groupby([history["variant"], history["seed"]]).cumsum()
+    found = history[["variant", "seed", "epoch"]].assign(minutes=minutes, val_dice=100 * history["val_dice"])
+    return found.astype({"minutes": float, "val_dice": float})
+
+
+def trained_here(runs: Runs) -> tuple[str, ...]:
+    """The rows with a training of their own, as "IO" has none."""
+    return tuple(
+        name for name in runs.variants if not uses_other_weights(name) and name not in _deterministic_rows([name])
+    )
+
+
+def equal_time(runs: Runs, reference: str = REFERENCES[0]) -> pd.DataFrame:
+    """The best validation Dice that each run had reached when the reference with the same seed had been trained.
+
+    Returns:
+        One line per row with a training of its own, and seed that the reference has too: variant, seed, minutes (of
+        the reference's training), epochs (of the row, complete by then), of_epochs (that it was trained for), val_dice
+        and reference_val_dice (percent, of the best epoch until then). Empty without the reference.
+    """
+    times = training_minutes(runs)
+    times = times[times["variant"].isin(trained_here(runs))]
+    lines = []
+    for seed, log in times[times["variant"] == reference].groupby("seed"):
+        minutes, best = log["minutes"].max(), log["val_dice"].max()
+        for name, own in times[times["seed"] == seed].groupby("variant", sort=False):
+            by_then = own[own["minutes"] <= minutes]
+            lines.append(
+                {"variant": name, "seed": seed, "minutes": minutes, "epochs": by_then["epoch"].max(),
+                 "of_epochs": own["epoch"].max(), "val_dice": by_then["val_dice"].max(), "reference_val_dice": best}
+            )  # fmt: skip
+    columns = ["variant", "seed", "minutes", "epochs", "of_epochs", "val_dice", "reference_val_dice"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def differences(runs: Runs, metric: str = "dice") -> dict[str, pd.DataFrame]:
+    """Every row against each of :data:`REFERENCES` that has been run, by the rules of docs/protocol.md.
+
+    Returns:
+        Reference -> what :func:`lumirlib.study.report.statistics.compare_rows` gives, by row.
+    """
+    found = {}
+    for reference in REFERENCES:
+        others = [name for name in runs.variants if name != reference]
+        if reference in runs.variants and others:
+            found[reference] = compare_rows(
+                runs.values, others, reference, metric, deterministic=_deterministic_rows(runs.variants)
+            ).set_index("row")  # fmt: skip
+    return found
+
+
+def ablation(runs: Runs) -> pd.DataFrame:
+    """The ablation of our options, as numbers.
+
+    Returns:
+        One line per row: variant, seeds, pairs; dice (percent), hd95_mm, tre_mm, ndv_percent, each a mean over pairs
+        and seeds, with `_sd`, the sample standard deviation over seeds; parameters, training_minutes (mean over seeds;
+        of the row whose weights it uses), seconds_per_pair (median over pairs, mean over seeds); for each reference
+        dice_minus_<reference>, its _low and _high (points), _p_holm and _verdict; equal_time_dice (mean over seeds, see
+        :func:`equal_time`) with equal_time_minus (the reference's own subtracted); converged (all seeds).
+    """
+    compared, at_once, rises = differences(runs), equal_time(runs), late_rises(runs).set_index("variant")
+    minutes = training_minutes(runs).groupby(["variant", "seed"])["minutes"].max()
+    lines = []
+    for name in runs.variants:
+        own, facts = runs.values[runs.values["variant"] == name], runs.facts[runs.facts["variant"] == name]
+        means = own.pivot_table(index="metric", columns="seed", values="value").reindex(COMPARED)
+        line: dict[str, object] = {"variant": name, "seeds": len(facts), "pairs": own["pair"].nunique()}
+        for metric in COMPARED:
+            values = COLUMNS[metric][1] * means.loc[metric]
+            line |= {metric: values.mean(), f"{metric}_sd": values.std(ddof=1)}
+        seconds = own[own["metric"] == "seconds"].groupby("seed")["value"].median()
+        spent = minutes[name].mean() if name in minutes else math.nan
+        line |= {"parameters": facts["parameters"].iloc[0], "training_minutes": spent,
+                 "seconds_per_pair": seconds.mean()}  # fmt: skip
+        for reference, table in compared.items():
+            if name in table.index:
+                found, key = table.loc[name], f"dice_minus_{reference}"
+                line |= {key: 100 * found["difference"], f"{key}_low": 100 * found["low"],
+                         f"{key}_high": 100 * found["high"], f"{key}_p_holm": found["p_holm"],
+                         f"{key}_verdict": _judged(found)}  # fmt: skip
+        reached = at_once[at_once["variant"] == name]
+        line |= {"equal_time_dice": reached["val_dice"].mean(),
+                 "equal_time_minus": (reached["val_dice"] - reached["reference_val_dice"]).mean()}  # fmt: skip
+        line["converged"] = bool(rises.loc[[name], "converged"].all()) if name in rises.index else None
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _judged(line: pd.Series) -> str:
+    """The verdict of a comparison; says where one seed is why it cannot be told."""
+    one_seed = line["verdict"] == "cannot be told" and pd.isna(line["seeds_sd"])
+    return f"{line['verdict']}{' (one seed)' if one_seed else ''}"
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{as_text(value, 2, True)} [{as_text(low, 2, True)}, {as_text(high, 2, True)}]"
+
+
+def readable_ablation(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`ablation` as text."""
+    rows = []
+    for _, line in table.iterrows():
+        row = {"row": line["variant"], "seeds": str(line["seeds"])}
+        for metric in COMPARED:
+            row[COLUMNS[metric][2]] = as_text(line[metric], DIGITS[metric])
+            if metric == "dice" and not pd.isna(line["dice_sd"]):
+                row[COLUMNS[metric][2]] += f" ± {line['dice_sd']:.2f}"
+        row |= {
+            "parameters": f"{int(line['parameters']):,}",
+            "training (min)": as_text(line["training_minutes"], 1),
+            "s / pair": as_text(line["seconds_per_pair"], 2),
+        }
+        for reference in REFERENCES:
+            key = f"dice_minus_{reference}"
+            known = not pd.isna(line.get(key, math.nan))
+            text = "–" if not known else (
+                f"{_interval(line[key], line[f'{key}_low'], line[f'{key}_high'])}, {line[f'{key}_verdict']}"
+            )  # fmt: skip
+            row[f"Dice − {reference}"] = text
+        row["val Dice at equal time"] = as_text(line["equal_time_dice"], 2)
+        if not pd.isna(line["equal_time_minus"]):
+            row["val Dice at equal time"] += f" ({as_text(line['equal_time_minus'], 2, True)})"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def publish_ablation(runs: Runs, costs: Measured, stem: str | Path) -> str:
+    """Publish the ablation, with times as :func:`with_measured_step_times` has them; the Markdown."""
+    runs = with_measured_step_times(runs, costs)
+    table = ablation(runs)
+    reference = REFERENCES[0]
+    how = "not measured" if costs.table is None else f"all rows in turn, {costs.about['device']}"
+    note = (
+        f"{int(table['pairs'].min())} pairs. ± is the sample standard deviation over seeds. Differences: points of "
+        "Dice, in brackets the 95 % interval over people and seeds, verdict by docs/protocol.md (Wilcoxon over pairs, "
+        "adjusted after Holm over the rows of the column). s / pair: median over pairs, as the runs took it, whatever "
+        f"else the machine did. Training: time of all steps, at what one costs ({how}). At equal time: the best "
+        f"validation Dice by the time that {reference} with the same seed took in all, in parentheses minus "
+        f"{reference}'s own; a slower row is cut off before its learning rate has fallen, and could reach more in that "
+        "time with fewer epochs."
+    )
+    devices = sorted(set(runs.facts["device"]))
+    note += f" Devices: {'; '.join(devices)}." + not_converged_note(runs)
+    if runs.missing:
+        note += f" Not run: {', '.join(runs.missing)}."
+    return publish(stem, table, readable_ablation(table), f"Ablation of our own options ({runs.title})", note,
+                   runs.about())  # fmt: skip
+
+
+def unused_pairs(runs: Runs) -> list[str]:
+    """Evaluated pairs other than those whose Dice chose the epochs, and the recipe; none if that cannot be told."""
+    if runs.preset.evaluation_pairs is not None:
+        return []
+    pairs = tuple(dict.fromkeys(runs.values.loc[runs.values["variant"] == BEFORE, "pair"]))
+    chose = set(evenly_spaced(pairs, runs.preset.validation_pairs))
+    return [pair for pair in pairs if pair not in chose]
+
+
+# targets --------------------------------------------------------------------------------------------------------------
+def _judge_interval(low: float, high: float, target: float, at_least: bool) -> str:
+    """Where an interval lies: wholly on the target's right side, wholly on its wrong side, or across it."""
+    if at_least:
+        return MET if low >= target else NOT_MET if high < target else OPEN
+    return MET if high <= target else NOT_MET if low > target else OPEN
+
+
+def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
+    """Whether our recipe meets its targets; nothing here knows an outcome.
+
+    - Dice: at least :data:`DICE_GAIN` points over each reference. Met if the whole 95 % interval over people and seeds
+      is, and the row is "better" by docs/protocol.md; not met if the whole interval is below; else it cannot be told,
+      nor from one seed.
+    - NDV: a mean over pairs of at most :data:`MOST_NDV` percent, with every seed; not met if with none.
+    - Seconds for a pair, of the recipe without IO: at most :data:`MOST_SECONDS` times the first reference's, in every
+      round of :mod:`lumirlib.study.costs`, which measures both in turn; not met if in none. The runs' own timings,
+      made at different times, decide nothing.
+
+    Args:
+        runs: of :data:`RECIPES` and :data:`REFERENCES`, as many as there are.
+        costs: of the same preset.
+
+    Returns:
+        One line per target: target, row, value, low, high (of the interval, the seeds or the rounds), unit, outcome,
+        why; of Dice also value_on_unused, the difference on the :func:`unused_pairs`, which decides nothing.
+    """
+    compared, lines, unused = differences(runs), [], unused_pairs(runs)
+    dice = runs.values[(runs.values["metric"] == "dice") & runs.values["pair"].isin(unused)]
+    dice = 100 * dice.pivot_table(index="pair", columns="variant", values="value").mean()
+
+    def add(target: str, row: str, unit: str, outcome: str, why: str = "", value=math.nan, low=math.nan,
+            high=math.nan, elsewhere=math.nan) -> None:  # fmt: skip
+        lines.append({"target": target, "row": row, "value": value, "low": low, "high": high, "unit": unit,
+                      "outcome": outcome, "why": why, "value_on_unused": elsewhere})  # fmt: skip
+
+    for row in RECIPES:
+        for reference in REFERENCES:
+            words = f"Dice at least {DICE_GAIN:.1f} points over {reference}"
+            absent = [name for name in (row, reference) if name not in runs.variants]
+            if absent:
+                add(words, row, "points", OPEN, f"not run: {', '.join(absent)}")
+                continue
+            found = compared[reference].loc[row]
+            value, low, high = (100 * found[name] for name in ("difference", "low", "high"))
+            outcome, why = _judge_interval(low, high, DICE_GAIN, True), found["verdict"]
+            if pd.isna(found["seeds_sd"]):
+                outcome, why = OPEN, "one seed"
+            elif outcome == MET and found["verdict"] != "better":
+                outcome = OPEN
+            elsewhere = dice[row] - dice[reference] if unused else math.nan
+            if unused:
+                why += f"; {as_text(elsewhere, 2, True)} on the {len(unused)} pairs that chose no epoch"
+            add(words, row, "points", outcome, why, value, low, high, elsewhere)
+        words = f"NDV at most {MOST_NDV:g} %"
+        if row not in runs.variants:
+            add(words, row, "%", OPEN, f"not run: {row}")
+            continue
+        own = runs.values[(runs.values["variant"] == row) & (runs.values["metric"] == "ndv_percent")]
+        seeds = own.groupby("seed")["value"].mean()
+        outcome = _judge_interval(seeds.min(), seeds.max(), MOST_NDV, False) if len(seeds) > 1 else OPEN
+        add(words, row, "%", outcome, f"{len(seeds)} seed(s)", seeds.mean(), seeds.min(), seeds.max())
+    lines.append(_time_target(runs, costs))
+    return pd.DataFrame(lines)
+
+
+def _time_target(runs: Runs, costs: Measured) -> dict[str, object]:
+    row, reference = RECIPES[0], REFERENCES[0]
+    line = {"target": f"seconds for a pair at most {MOST_SECONDS:g} times {reference}'s", "row": row,
+            "value": math.nan, "low": math.nan, "high": math.nan, "unit": "times"}  # fmt: skip
+    measured = costs.table
+    if measured is not None and {row, reference} <= set(measured["variant"]):
+        seconds = measured.pivot_table(index="round", columns="variant", values="seconds_per_pair")
+        ratios = (seconds[row] / seconds[reference]).dropna()
+        outcome = _judge_interval(ratios.min(), ratios.max(), MOST_SECONDS, False)
+        why = f"{len(ratios)} round(s) in turn, {costs.about['device']}"
+        return {**line, "value": ratios.median(), "low": ratios.min(), "high": ratios.max(), "outcome": outcome,
+                "why": why}  # fmt: skip
+    why = f"not measured in turn: python -m lumirlib.study.costs --rows beyond --preset {runs.preset.name}"
+    if {row, reference} <= set(runs.variants):
+        own = runs.values[runs.values["metric"] == "seconds"].groupby("variant")["value"].median()
+        line["value"] = own[row] / own[reference]
+        why += "; the figure is of the runs' own timings"
+    return {**line, "outcome": OPEN, "why": why}
+
+
+def publish_targets(found: pd.DataFrame, runs: Runs, stem: str | Path) -> str:
+    """Publish :func:`targets`; the Markdown."""
+    rows = []
+    for _, line in found.iterrows():
+        digits, signed = {"points": (2, True), "%": (4, False), "times": (2, False)}[line["unit"]]
+        text = "–"
+        if not pd.isna(line["value"]):
+            text = as_text(line["value"], digits, signed)
+            if not pd.isna(line["low"]):
+                text += f" [{as_text(line['low'], digits, signed)}, {as_text(line['high'], digits, signed)}]"
+            text += f" {line['unit']}"
+        rows.append({"target": line["target"], "row": line["row"], "measured": text,
+                     "outcome": f"**{line['outcome']}**", "because": line["why"]})  # fmt: skip
+    shown = pd.DataFrame(rows)
+    note = (
+        "In brackets: of Dice the 95 % interval over people and seeds, of NDV the least and the largest mean of a "
+        "seed, of times those of a round. Met: wholly on the right side; not met: wholly on the wrong one."
+    )
+    return publish(stem, found, shown, f"Targets ({runs.title})", note, runs.about(),
+                   shown.assign(outcome=found["outcome"]))  # fmt: skip
+
+
+# robustness -----------------------------------------------------------------------------------------------------------
+def load_robustness(
+    folder: str | Path, rows: Sequence[str], preset: str, cohort: str, seeds: Sequence[int] = ()
+) -> Measured:
+    """What :mod:`lumirlib.study.robustness` measured of some rows.
+
+    Args:
+        folder: results folder, with `robustness/`.
+        rows: names.
+        preset: of the runs.
+        cohort: its short name.
+        seeds: none given takes all.
+
+    Returns:
+        A table with the columns variant, seed, pair, fixed, moving, alteration and one for each figure; `about` says of
+        which runs, and which rows are "missing".
+
+    Raises:
+        ValueError: a damaged table, or tables of different states of the cohort.
+    """
+    parts, facts = [], []
+    for name in rows:
+        for path, about in find_runs(folder, parse_row(name), preset, cohort, {}, "robustness"):
+            if not seeds or about["seed"] in seeds:
+                table = read_table(path, about, robustness.COLUMNS)
+                parts.append(table.assign(variant=parse_row(name).name, seed=about["seed"]))
+                facts.append(about)
+    measured = {about["method"] for about in facts}
+    missing = [parse_row(name).name for name in rows if parse_row(name).name not in measured]
+    how = (
+        f"**Not measured: {', '.join(missing)}.** `python -m lumirlib.study.robustness --rows {' '.join(missing)} "
+        f"--preset {preset} --cohort {cohort}` measures trained networks on altered images."
+    )
+    if not parts:
+        return Measured(None, {"missing": missing}, how)
+    if len({about["cohort_digest"] for about in facts}) > 1:
+        raise ValueError(f"{Path(folder, 'robustness')}: the runs are on different states of the cohort {cohort!r}")
+    about = {
+        "preset": preset, "cohort": cohort, "runs": sorted(about["run"] for about in facts),
+        "commits": sorted({about["commit"] for about in facts}), "missing": missing,
+    }  # fmt: skip
+    return Measured(pd.concat(parts, ignore_index=True), about, how if missing else "")
+
+
+def robustness_table(measured: pd.DataFrame, reference: str = REFERENCES[0]) -> pd.DataFrame:
+    """Dice of every row under every alteration, as numbers.
+
+    Returns:
+        One line per alteration and row: alteration, variant, seeds, pairs, dice (percent) and dice_sd (over seeds),
+        change (points, from the unaltered image), ndv_percent, hd95_mm, and difference, low, high, p_holm and verdict
+        of its Dice minus the reference's under the same alteration, adjusted over the rows; NaN without the reference.
+    """
+    names = list(dict.fromkeys(measured["variant"]))
+    lines = []
+    for alteration, table in measured.groupby("alteration", sort=False):
+        others = [name for name in names if name != reference]
+        found = pd.DataFrame()
+        if others and reference in names:
+            long = table.assign(metric="dice", value=table["dice"])
+            found = compare_rows(long, others, reference, "dice", deterministic=_deterministic_rows(names)).set_index(
+                "row"
+            )
+        for name in names:
+            own = table[table["variant"] == name]
+            seeds = 100 * own.groupby("seed")["dice"].mean()
+            line = {"alteration": alteration, "variant": name, "seeds": len(seeds), "pairs": own["pair"].nunique(),
+                    "dice": seeds.mean(), "dice_sd": seeds.std(ddof=1), "ndv_percent": own["ndv_percent"].mean(),
+                    "hd95_mm": own["hd95_mm"].mean()}  # fmt: skip
+            if name in found.index:
+                judged = found.loc[name]
+                line |= {"difference": 100 * judged["difference"], "low": 100 * judged["low"],
+                         "high": 100 * judged["high"], "p_holm": judged["p_holm"],
+                         "verdict": _judged(judged)}  # fmt: skip
+            lines.append(line)
+    columns = ["alteration", "variant", "seeds", "pairs", "dice", "dice_sd", "change", "ndv_percent", "hd95_mm",
+               "difference", "low", "high", "p_holm", "verdict"]  # fmt: skip
+    frame = pd.DataFrame(lines, columns=columns)
+    whole = frame[frame["alteration"] == robustness.UNALTERED].set_index("variant")["dice"]
+    return frame.assign(change=frame["dice"] - frame["variant"].map(whole))
+
+
+def publish_robustness(measured: Measured, runs: Runs, stem: str | Path, reference: str = REFERENCES[0]) -> str:
+    """Publish :func:`robustness_table`; the Markdown, or that nothing has been measured."""
+    if measured.table is None:
+        return measured.how
+    table = robustness_table(measured.table, reference)
+    rows = []
+    for _, line in table.iterrows():
+        known = not pd.isna(line["difference"])
+        rows.append(
+            {"moving image": line["alteration"], "row": line["variant"], "seeds": str(line["seeds"]),
+             "Dice (%)": as_text(line["dice"], 2)
+             + ("" if pd.isna(line["dice_sd"]) else f" ± {line['dice_sd']:.2f}"),
+             "change (points)": as_text(line["change"], 2, True),
+             f"Dice − {reference}": f"{_interval(line['difference'], line['low'], line['high'])}, {line['verdict']}"
+             if known else "–",
+             "NDV (%)": as_text(line["ndv_percent"], 4), "HD95 (mm)": as_text(line["hd95_mm"], 2)}
+        )  # fmt: skip
+    note = (
+        f"{int(table['pairs'].min())} pairs; the fixed images are unaltered, labels are those of the unaltered moving "
+        "image, in a hole too. ± is the sample standard deviation over seeds; in brackets the "
+        "95 % interval over people and seeds, verdict by docs/protocol.md, adjusted after Holm over the rows of an "
+        "alteration. Change: from the same row on unaltered images."
+    )
+    if measured.about["missing"]:
+        note += f" Not measured: {', '.join(measured.about['missing'])}."
+    return publish(stem, table, pd.DataFrame(rows), f"Altered moving images ({runs.title})", note, measured.about)

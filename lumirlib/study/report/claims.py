@@ -1,0 +1,560 @@
+"""The paper's claims, judged from the CSVs of finished runs by stated rules; `python -m lumirlib.study.report.claims`.
+
+    python -m lumirlib.study.report.claims --cohort brains --preset real-cpu            # prints them
+    python -m lumirlib.study.report.claims --write                                      # puts them into README.md
+
+A claim is a list of comparisons between rows, each computed by :mod:`lumirlib.study.report.statistics`, or a rule of
+its own. It is supported if all of its comparisons hold, not supported if one does not hold, and cannot be told from
+the runs otherwise. Nothing here knows a verdict: other CSVs give other ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from lumirlib import provenance
+from lumirlib._checks import check_choice
+from lumirlib.files import write_between
+from lumirlib.methods import parse_row
+from lumirlib.methods.variants import Variant
+from lumirlib.study import results
+from lumirlib.study.paper import (
+    BEFORE,
+    CHALLENGE_METRICS,
+    COLUMNS,
+    NEXT_GEN_NN,
+    paper_method,
+    paper_table,
+    rows_of_table,
+)
+from lumirlib.study.report import publish, runs, tables
+from lumirlib.study.report.publish import to_markdown
+from lumirlib.study.report.runs import Runs
+from lumirlib.study.report.statistics import MATCHING, compare_rows
+from lumirlib.study.results import Measured
+
+SUPPORTED, NOT_SUPPORTED, OPEN = "supported", "not supported", "cannot be told"
+
+
+HOLDS, FAILS = "holds", "does not hold"
+#: The backbone trained with MSE, as it is named in comparisons.
+WITH_MSE = "backbone, MSE"
+#: Values of lambda1 that MSE was tried with, as docs/protocol.md says.
+MSE_SMOOTHNESS = (1.0, 0.1, 0.01)
+#: From fewer people's landmarks nothing is concluded about TRE.
+PEOPLE_WITH_LANDMARKS = 5
+#: NDV (%) of the reference below which the voxels are too coarse, or the training too short, to show folds.
+FOLDS = MATCHING["ndv_percent"]
+#: Share of a run's whole gain in Dice that counts as having arrived, and the share of its epochs that is early.
+ARRIVED, EARLY = 0.9, 0.25
+#: Range of Dice over pairs (points) that is wide, and one that is not.
+WIDE, NARROW = 10.0, 5.0
+
+MARKERS = (
+    "<!-- python -m lumirlib.study.report.claims --write -->",
+    "<!-- end of python -m lumirlib.study.report.claims -->",
+)
+
+UNITS = {"dice": "points", "tre_mm": "mm", "ndv_percent": "%", "hd95_mm": "mm"}
+
+_SWAPPED = {"better": "worse", "worse": "better"}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What claims are judged from.
+
+    Attributes:
+        runs: of the rows of Tables 1 and 2, as many as are there.
+        mse: runs of the backbone trained with MSE, by lambda1.
+        folding: as :mod:`lumirlib.study.folding` measured it.
+    """
+
+    runs: Runs
+    mse: Mapping[float, Runs]
+    folding: Measured
+
+    @cached_property
+    def mse_smoothness(self) -> float | None:
+        """The lambda1 whose seed 0 reached the highest validation Dice; None without such runs."""
+        found = {
+            weight: float(runs.facts.loc[runs.facts["seed"] == 0, "val_dice"].max())
+            for weight, runs in self.mse.items()
+        }
+        found = {weight: dice for weight, dice in found.items() if math.isfinite(dice)}
+        return max(found, key=found.__getitem__) if found else None
+
+    @cached_property
+    def values(self) -> pd.DataFrame:
+        """The long table of all rows, MSE's best among them."""
+        parts = [self.runs.values]
+        if self.mse_smoothness is not None:
+            values = self.mse[self.mse_smoothness].values
+            parts.append(values[values["variant"] == "backbone"].assign(variant=WITH_MSE))
+        return pd.concat(parts, ignore_index=True)
+
+    @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """The rows that have been run."""
+        return tuple(name for name in self.values["variant"].unique() if name != BEFORE)
+
+    @cached_property
+    def families(self) -> dict[str, tuple[str, ...]]:
+        """Reference -> the rows that are compared with it, over which p-values are adjusted."""
+        schemes = [name for name in ["BF-post", *rows_of_table(2)] if name != "backbone"]
+        return {
+            "backbone": tuple(dict.fromkeys(schemes)),
+            "LC-1": ("LC-2",),
+            NEXT_GEN_NN: tuple(name for name in rows_of_table(1) if name != NEXT_GEN_NN),
+            WITH_MSE: ("backbone",),
+        }
+
+    @cached_property
+    def _compared(self) -> dict[tuple[str, str], pd.DataFrame]:
+        return {}
+
+    def compare(self, first: str, second: str, metric: str) -> pd.Series:
+        """The line of :func:`lumirlib.study.report.statistics.compare_rows` for first - second.
+
+        Raises:
+            ValueError: a row that has not been run, or a figure that cannot be compared.
+        """
+        missing = [name for name in (first, second) if name not in self.rows]
+        if missing:
+            raise ValueError(f"not run: {', '.join(missing)}")
+        direct = first in self.families.get(second, ())
+        row, reference = (first, second) if direct else (second, first)
+        if (reference, metric) not in self._compared:
+            family = [name for name in self.families[reference] if name in self.rows]
+            idle = [
+                name for name in (*family, reference) if name != WITH_MSE and parse_row(name).trains_on == "nothing"
+            ]
+            self._compared[reference, metric] = compare_rows(
+                self.values, family, reference, metric, deterministic=idle
+            ).set_index("row", drop=False)  # fmt: skip
+        line = self._compared[reference, metric].loc[row].copy()
+        if not direct:
+            line["row"], line["reference"] = first, second
+            line["difference"], line["effect"] = -line["difference"], -line["effect"]
+            line["low"], line["high"] = -line["high"], -line["low"]
+            line["verdict"] = _SWAPPED.get(line["verdict"], line["verdict"])
+        return line
+
+    def paper(self, first: str, second: str, metric: str) -> float:
+        """The paper's own difference of two rows, in the paper's units; NaN where it has none."""
+        figures = []
+        for name in (first, second):
+            found = paper_table()
+            found = found[found["method"].isin([paper_method(name) if name != WITH_MSE else "", name])]
+            figures.append(float(found[metric].dropna().iloc[0]) if found[metric].notna().any() else math.nan)
+        return figures[0] - figures[1]
+
+    def mean(self, row: str, metric: str) -> float:
+        """Mean of a row over pairs and seeds, in the metric's own unit; NaN for a row that has not been run."""
+        own = self.values[(self.values["variant"] == row) & (self.values["metric"] == metric)]
+        return float(own["value"].mean())
+
+
+def load_study(folder: str | Path, cohort: str = "brains", preset: str = "real-cpu") -> Evidence:
+    """The study of a results folder.
+
+    Args:
+        folder: with `metrics/`, `logs/` and, if measured, `folding/`.
+        cohort: short name.
+        preset: of all runs.
+
+    Raises:
+        FileNotFoundError: no run of any row.
+    """
+    rows = list(dict.fromkeys([*rows_of_table(2), "BF-post", *rows_of_table(1)]))
+    mse = {}
+    for weight in MSE_SMOOTHNESS:
+        try:
+            options = {"similarity": "mse", "smoothness_weight": weight}
+            mse[weight] = runs.load_runs(folder, ["backbone"], preset, cohort, options)
+        except FileNotFoundError:
+            continue
+    folding = results.read_measured(folder, "folding", f"{cohort}_{preset}")
+    return Evidence(runs.load_runs(folder, rows, preset, cohort), mse, folding)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of a claim: what it says about `row` minus `reference` on a metric.
+
+    Attributes:
+        row: of ours.
+        reference: that it is compared with.
+        metric: of the challenge.
+        expect: "better"; "kept", not worse by more than the margin within which rows match; or "alike", different by
+            no more than that.
+        at_least: size of the improvement that is claimed, in the paper's units; 0 for any.
+    """
+
+    row: str
+    reference: str
+    metric: str
+    expect: str = "better"
+    at_least: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice(self.metric, tuple(MATCHING), "metric")
+        check_choice(self.expect, ("better", "kept", "alike"), "expect")
+
+    def judge(self, study: Evidence) -> dict[str, object]:
+        """The comparison with its outcome: "holds", "does not hold" or "cannot be told", and why.
+
+        Differences and intervals are in the paper's units.
+        """
+        factor = COLUMNS[self.metric][1]
+        found: dict[str, object] = {
+            "row": self.row, "reference": self.reference, "metric": self.metric, "expect": self.expect,
+            "paper": study.paper(self.row, self.reference, self.metric),
+        }  # fmt: skip
+        try:
+            line = study.compare(self.row, self.reference, self.metric)
+        except ValueError as error:
+            return {**found, "outcome": OPEN, "why": str(error)}
+        scaled = {name: factor * line[name] for name in ("difference", "low", "high", "seeds_sd")}
+        kept = {name: line[name] for name in ("p_holm", "effect", "pairs", "people", "seeds", "verdict")}
+        outcome, why = self._outcome(line, scaled, study)
+        return {**found, **scaled, **kept, "outcome": outcome, "why": why}
+
+    def _outcome(self, line: pd.Series, scaled: Mapping[str, float], study: Evidence) -> tuple[str, str]:
+        if self.metric == "tre_mm" and line["people"] < PEOPLE_WITH_LANDMARKS:
+            return OPEN, f"landmarks on {line['people']} people only"
+        if self.metric == "ndv_percent" and study.mean(self.reference, "ndv_percent") < FOLDS:
+            return OPEN, f"{self.reference} folds in less than {FOLDS} % of the brain here"
+        if math.isnan(line["seeds_sd"]):
+            return OPEN, "one seed"
+        up = CHALLENGE_METRICS[self.metric][0]
+        margin = COLUMNS[self.metric][1] * MATCHING[self.metric]
+        # gains are positive whichever way the metric goes
+        low, high = (scaled["low"], scaled["high"]) if up else (-scaled["high"], -scaled["low"])
+        verdict = line["verdict"]
+        if self.expect == "alike":
+            if -margin <= low and high <= margin:
+                return HOLDS, ""
+            return (FAILS, verdict) if low > margin or high < -margin else (OPEN, "interval leaves the margin")
+        if self.expect == "kept":
+            if low >= -margin:
+                return HOLDS, ""
+            return (FAILS, verdict) if verdict == "worse" else (OPEN, "interval leaves the margin")
+        if verdict == "better":
+            return (HOLDS, "") if high >= self.at_least else (FAILS, f"by less than {self.at_least}")
+        return (OPEN, "") if verdict == OPEN else (FAILS, verdict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim with its verdict.
+
+    Attributes:
+        key: short name.
+        claim: the paper's words in brief.
+        rule: when it is supported.
+        verdict: "supported", "not supported" or "cannot be told".
+        paper: what the paper's own tables say, in words.
+        ours: our figures, in words.
+        checks: the comparisons, one line each; empty for a rule of its own.
+        values: what a figure of it shows, where it is not the comparisons.
+    """
+
+    key: str
+    claim: str
+    rule: str
+    verdict: str
+    paper: str
+    ours: str
+    checks: pd.DataFrame = field(default_factory=pd.DataFrame)
+    values: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+
+def _signed(value: float, metric: str) -> str:
+    digits = {"dice": 2, "tre_mm": 3, "ndv_percent": 4, "hd95_mm": 3}[metric]
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _in_words(check: Mapping[str, object]) -> str:
+    metric = str(check["metric"])
+    name = COLUMNS[metric][2].split(" (")[0]
+    start = f"{check['row']} against {check['reference']}, {name}:"
+    if pd.isna(check.get("difference", math.nan)):
+        return f"{start} {check['why']}"
+    figures = (
+        f"{_signed(check['difference'], metric)} {UNITS[metric]} [{_signed(check['low'], metric)}, "
+        f"{_signed(check['high'], metric)}]"
+    )
+    why = f" ({check['why']})" if check["why"] and check["outcome"] == OPEN else ""
+    return f"{start} {figures}, {check['outcome']}{why}"
+
+
+def _paper_in_words(checks: pd.DataFrame) -> str:
+    words = []
+    for _, check in checks.iterrows():
+        if math.isnan(check["paper"]):
+            continue
+        metric = check["metric"]
+        name = COLUMNS[metric][2].split(" (")[0]
+        up = CHALLENGE_METRICS[metric][0]
+        against = check["expect"] == "better" and (check["paper"] < 0 if up else check["paper"] > 0)
+        words.append(f"{check['row']} {name} {_signed(check['paper'], metric)}{' (against the claim)' * against}")
+    return "; ".join(words) or "no figures"
+
+
+def _all_of(outcomes: Sequence[str]) -> str:
+    if FAILS in outcomes:
+        return NOT_SUPPORTED
+    return SUPPORTED if all(outcome == HOLDS for outcome in outcomes) else OPEN
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim that comparisons decide.
+
+    Attributes:
+        key: short name.
+        words: the paper's words in brief.
+        checks: all of which must hold.
+        note: added to the rule.
+    """
+
+    key: str
+    words: str
+    checks: tuple[Check, ...]
+    note: str = ""
+
+    def judge(self, study: Evidence) -> Verdict:
+        """The verdict with the figures behind it."""
+        judged = pd.DataFrame([check.judge(study) for check in self.checks])
+        asked = {
+            "better": "is better",
+            "kept": "is not worse by more than the margin",
+            "alike": "differs by no more than the margin",
+        }
+        parts = []
+        for check in self.checks:
+            name = COLUMNS[check.metric][2].split(" (")[0]
+            size = f", with an interval that reaches {check.at_least:g}" if check.at_least else ""
+            parts.append(f"{check.row} {asked[check.expect]} than {check.reference} in {name}{size}".replace(
+                "differs by no more than the margin than", "differs by no more than the margin from"))  # fmt: skip
+        return Verdict(
+            self.key, self.words, f"Supported if {'; '.join(parts)}. {self.note}".strip(),
+            _all_of(list(judged["outcome"])), _paper_in_words(judged),
+            "; ".join(_in_words(check) for check in judged.to_dict("records")), judged,
+        )  # fmt: skip
+
+
+def _checks(row: str, reference: str, *metrics: str, expect: str = "better") -> tuple[Check, ...]:
+    return tuple(Check(row, reference, metric, expect) for metric in metrics)
+
+
+def convergence(study: Evidence) -> Verdict:
+    """Does Dice rise within few epochs and stay?"""
+    words = "Training converges rapidly, within a minimal number of initial epochs"
+    rule = (
+        f"Of each run of Table 2's rows: the first epoch with {ARRIVED:.0%} of the whole gain in validation Dice, as a "
+        f"share of its epochs. Supported if the median is at most {EARLY:.0%}, not supported above; not to be told if "
+        f"most runs still rise by more than {runs.CONVERGED} points over their last quarter."
+    )
+    names = [name for name in rows_of_table(2) if name in study.rows]
+    history = study.runs.history[study.runs.history["variant"].isin(names)]
+    if history.empty:
+        return Verdict("convergence", words, rule, OPEN, "Fig. 2, 200 epochs", "no logs")
+    shares = []
+    for _, log in history.groupby(["variant", "seed"]):
+        dice = log.set_index("epoch")["val_dice"]
+        gain = dice - dice[0]
+        last = int(dice.index.max())
+        shares.append(float((gain >= ARRIVED * gain[last]).idxmax()) / last if gain[last] > 0 else math.inf)
+    rises = runs.late_rises(study.runs)
+    rises = rises[rises["variant"].isin(names)]
+    rising = int((~rises["converged"].astype(bool)).sum())
+    median = float(pd.Series(shares).median())
+    verdict = OPEN if rising > len(rises) / 2 else SUPPORTED if median <= EARLY else NOT_SUPPORTED
+    ours = (
+        f"{ARRIVED:.0%} of the gain after {median:.0%} of the epochs (median of {len(shares)} runs); {rising} of them "
+        f"still rise by more than {runs.CONVERGED} points over the last quarter"
+    )
+    return Verdict("convergence", words, rule, verdict, "Fig. 2, 200 epochs", ours, values=history)
+
+
+def spread_between_pairs(study: Evidence) -> Verdict:
+    """Does Dice differ widely between pairs?"""
+    words = "Pairs differ widely in difficulty: Dice from 18 % to 99 %"
+    rule = (
+        f"Supported if {NEXT_GEN_NN}'s Dice (means over labels and seeds) of the easiest and the hardest pair differ "
+        f"by {WIDE:g} points or more, not supported below {NARROW:g}. A mean over labels cannot reach 99 % where its "
+        "standard deviation over pairs is 3 points: the paper's range must be over single labels."
+    )
+    own = study.values[(study.values["variant"] == NEXT_GEN_NN) & (study.values["metric"] == "dice")]
+    published = paper_table(2).set_index("method")["dice_std"][paper_method(NEXT_GEN_NN)]
+    paper = f"18 to 99 %; ± {published:.2f} over pairs in Table 2"
+    if own.empty:
+        return Verdict("pairs", words, rule, OPEN, paper, f"not run: {NEXT_GEN_NN}")
+    dice = 100 * own.groupby("pair")["value"].mean()
+    width = float(dice.max() - dice.min())
+    verdict = SUPPORTED if width >= WIDE else NOT_SUPPORTED if width < NARROW else OPEN
+    ours = f"{dice.min():.1f} to {dice.max():.1f} % over {len(dice)} pairs, ± {dice.std(ddof=0):.2f}"
+    return Verdict("pairs", words, rule, verdict, paper, ours, values=dice.rename("dice").reset_index())
+
+
+def smoother_cascade(study: Evidence) -> Verdict:
+    """Does the compositional cascade fold less than the additive one, all else equal?"""
+    words = "A better cascade (LC-2's) makes smoother fields"
+    rule = (
+        "The velocities of trained networks, amplified, are joined both ways (DEVIATIONS.md, E7). Supported if the "
+        "compositional cascade folds less wherever the additive one folds, not supported if it does not; not to be "
+        "told if neither folds."
+    )
+    paper = f"LC-2 against LC-1, NDV {_signed(study.paper('LC-2', 'LC-1', 'ndv_percent'), 'ndv_percent')}"
+    table = study.folding.table
+    if table is None:
+        return Verdict("cascade", words, rule, OPEN, paper, study.folding.how)
+    ndv = table.pivot_table(index=["factor", "variant", "seed"], columns="cascade", values="ndv_percent")
+    folds = ndv[ndv["additive"] > 0]
+    less = int((folds["compositional"] < folds["additive"]).sum())
+    verdict = OPEN if folds.empty else SUPPORTED if less == len(folds) else NOT_SUPPORTED
+    ratio = folds["additive"].sum() / folds["compositional"].sum() if folds["compositional"].sum() > 0 else math.inf
+    ours = f"less folding in {less} of {len(folds)} networks and amplifications" + (
+        "" if folds.empty else f", {ratio:.1f} times less in sum" if math.isfinite(ratio) else ", none at all"
+    )
+    return Verdict("cascade", words, rule, verdict, paper, ours, values=table)
+
+
+def beyond_validation(study: Evidence) -> Verdict:
+    """Does what validation pairs gain carry over to the leaderboard?"""
+    return Verdict(
+        "leaderboard", "LC's larger gains on the validation people do not carry over to the leaderboard",
+        "Needs labels of the challenge's own validation pairs, which only its server has.", OPEN,
+        "; ".join(
+            f"{name}: Val Dice {study.paper(name, 'backbone', 'val_dice'):+.2f}, leaderboard "
+            f"{study.paper(name, 'backbone', 'dice'):+.2f}" for name in ("LC-1", "LC-2")
+        ),
+        "not testable without the challenge's server",
+    )  # fmt: skip
+
+
+#: The claims, in the order of the paper's text.
+CLAIMS: tuple[Claim | Callable[[Evidence], Verdict], ...] = (
+    Claim("transmorph", "next-gen-nn beats TransMorph by 1.4 Dice points",
+          (Check(NEXT_GEN_NN, "TransMorph", "dice", at_least=1.4),)),
+    Claim("transmorph-hd95-ndv", "next-gen-nn beats TransMorph in HD95 and NDV",
+          _checks(NEXT_GEN_NN, "TransMorph", "hd95_mm", "ndv_percent")),
+    Claim("table1", "next-gen-nn has the best Dice of Table 1",
+          tuple(Check(NEXT_GEN_NN, name, "dice") for name in rows_of_table(1) if name != NEXT_GEN_NN)),
+    Claim("ncc", "NCC beats MSE significantly", _checks("backbone", WITH_MSE, "dice"),
+          "MSE has the λ1 of three that serves it best on the validation pairs."),
+    Claim("bf", "BF improves Dice and HD95 and makes fields smoother",
+          _checks("BF", "backbone", "dice", "hd95_mm", "ndv_percent")),
+    Claim("bf-post", "the same, with BF put behind the trained backbone (DEVIATIONS.md, N13)",
+          _checks("BF-post", "backbone", "dice", "hd95_mm", "ndv_percent")),
+    Claim("lk", "LK improves TRE and NDV", _checks("LK", "backbone", "tre_mm", "ndv_percent")),
+    Claim("channels", "more channels improve TRE and NDV", _checks("LC-1", "backbone", "tre_mm", "ndv_percent"),
+          "LC-1 has the backbone's cascade, so that only channels differ."),
+    Claim("channels-dice", "larger channels generally give higher accuracy", _checks("LC-1", "backbone", "dice")),
+    Claim("ca-bf", "CA with BF improves Dice", _checks("CA+BF", "backbone", "dice")),
+    Claim("lc", "LC-2's cascade brings NDV from 0.19 % to 0 without losing Dice",
+          (*_checks("LC-2", "LC-1", "ndv_percent"), *_checks("LC-2", "LC-1", "dice", expect="kept"))),
+    smoother_cascade,
+    Claim("comparable", "other schemes merely match the backbone",
+          tuple(Check(name, "backbone", "dice", "alike") for name in rows_of_table(2) if name != "backbone")),
+    beyond_validation,
+    convergence,
+    spread_between_pairs,
+)  # fmt: skip
+
+
+def judge(study: Evidence) -> list[Verdict]:
+    """All claims of :data:`CLAIMS`, judged."""
+    return [claim.judge(study) if isinstance(claim, Claim) else claim(study) for claim in CLAIMS]
+
+
+def numbers(findings: Sequence[Verdict]) -> pd.DataFrame:
+    """Findings as a tidy table, one line per comparison, or per claim that has none."""
+    lines = []
+    for finding in findings:
+        about = {"claim": finding.key, "words": finding.claim, "verdict": finding.verdict, "ours": finding.ours}
+        lines += [{**about, **check} for check in finding.checks.to_dict("records")] or [about]
+    return pd.DataFrame(lines)
+
+
+def readable(findings: Sequence[Verdict]) -> pd.DataFrame:
+    """Findings as text: claim, verdict, the paper's figures, ours."""
+    return pd.DataFrame(
+        {
+            "claim": finding.claim,
+            "verdict": f"**{finding.verdict}**" if finding.verdict != OPEN else finding.verdict,
+            "paper": finding.paper,
+            "ours [95 % interval over people and seeds]": finding.ours,
+        }
+        for finding in findings
+    )
+
+
+def publish_claims(study: Evidence, findings: Sequence[Verdict], stem: str | Path) -> str:
+    """Publish the verdicts; the Markdown."""
+    note = (
+        f"Rules: docs/protocol.md and lumirlib/study/report/claims.py. {study.runs.spread_note}. Differences are row "
+        "minus reference; p-values are adjusted after Holm, intervals are drawn over people and seeds."
+    )
+    shown = readable(findings)
+    plain = shown.assign(verdict=[finding.verdict for finding in findings])
+    return publish.publish(stem, numbers(findings), shown, f"The paper's claims ({study.runs.title})", note,
+                          study.runs.about(), plain)  # fmt: skip
+
+
+def summary(study: Evidence, findings: Sequence[Verdict]) -> str:
+    """Both tables and the verdicts in one screen, as Markdown; where there are several seeds, ± is over them."""
+    schemes = tuple(name for name in study.runs.variants if isinstance(parse_row(name), Variant))
+    others = tuple(name for name in study.runs.variants if name not in schemes)
+    table = tables.table2(replace(study.runs, variants=schemes))
+    if others:
+        baselines = tables.table1(replace(study.runs, variants=others))
+        table = pd.concat([table, baselines[baselines["variant"] != BEFORE]])
+    seeds = study.runs.facts.groupby("variant")["seed"].nunique()
+    counted = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    verdicts = []
+    for verdict in (SUPPORTED, NOT_SUPPORTED, OPEN):
+        found = [finding.claim for finding in findings if finding.verdict == verdict]
+        verdicts.append(f"- **{verdict.capitalize()}** ({len(found)}): {'; '.join(found) or 'none'}.")
+    return (
+        f"**{study.runs.title}**; {counted} seed(s) a row, ± over seeds; the paper's figures are of LUMIR\n\n"
+        f"{to_markdown(publish.brief_table(table))}\n\nThe paper's claims, judged by these runs:\n\n"
+    ) + "\n".join(verdicts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the verdicts, or write tables and verdicts into README.md; the status is 0, or 2 where runs are missing."""
+    options = argparse.ArgumentParser(
+        prog="python -m lumirlib.study.report.claims", description=(__doc__ or "").splitlines()[0]
+    )
+    options.add_argument("--cohort", default="brains", help="short name of the cohort of the runs")
+    options.add_argument("--preset", default="real-cpu", help="preset of the runs")
+    options.add_argument("--out", default="", help="results folder")
+    options.add_argument("--write", action="store_true", help="put tables and verdicts into README.md of the checkout")
+    given = options.parse_args(arguments)
+    try:
+        study = load_study(provenance.results_folder(given.out), given.cohort, given.preset)
+        findings = judge(study)
+        if given.write:
+            readme = (provenance.project_root() or Path.cwd()) / "README.md"
+            print(write_between(readme, MARKERS, summary(study, findings)))
+        else:
+            print(to_markdown(readable(findings)))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"python -m lumirlib.study.report.claims: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

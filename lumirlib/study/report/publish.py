@@ -1,0 +1,328 @@
+"""Tables for readers, as Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from lumirlib.files import write_atomically, write_json
+from lumirlib.provenance import now, versions
+from lumirlib.study.paper import BEFORE, COLUMNS, DIGITS, HIGHER_IS_BETTER
+from lumirlib.study.report import difficulty, statistics, tables
+from lumirlib.study.report.runs import CONVERGED, Runs, late_rises
+from lumirlib.study.results import Measured, data_title
+
+
+def as_text(value: float, digits: int, signed: bool = False) -> str:
+    """A figure as text: a dash for NaN, and, where it is signed, a true minus or a plus before all but zero."""
+    if pd.isna(value):
+        return "–"
+    if signed and round(value, digits) != 0:
+        return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{abs(value) if signed else value:.{digits}f}"
+
+
+def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
+    """Table 1 or 2 as text for a reader: three lines a method (paper, ours, ours − paper), best figures in bold.
+
+    Args:
+        table: as :func:`lumirlib.study.report.tables.table1` or :func:`lumirlib.study.report.tables.table2` gives it.
+        bold: pattern of a bold figure, ``"**{}**"`` for Markdown.
+    """
+    schemes = table[table["variant"] != BEFORE]
+    best = {}
+    columns = [column for column in COLUMNS if column in set(table["metric"])]
+    for column in columns:
+        if column == "dice_std":
+            continue
+        for source in ("paper", "ours"):
+            # as printed: what looks alike is alike, and where all are alike none is best
+            values = schemes.loc[schemes["metric"] == column, source].round(DIGITS[column]).dropna()
+            if len(set(values)) > 1:
+                best[column, source] = values.max() if column in HIGHER_IS_BETTER else values.min()
+    rows = {}
+    for method, part in table.groupby("method", sort=False):
+        by_metric = part.set_index("metric")
+        variant, sc = part["variant"].iloc[0], part["sc"].iloc[0]
+        name = method if variant in (BEFORE, method) or method.startswith("backbone") else f"{method} ({variant})"
+        name += "" if pd.isna(sc) else f" (sc:{int(sc)})"
+        lines: dict[str, dict[str, str]] = {"paper": {}, "ours": {}, "ours − paper": {}}
+        for column in columns:
+            heading = COLUMNS[column][2]
+            row, digits = by_metric.loc[column], DIGITS[column]
+            for source in ("paper", "ours"):
+                text = as_text(row[source], digits)
+                if variant != BEFORE and round(row[source], digits) == best.get((column, source)):
+                    text = bold.format(text)
+                if source == "ours" and not pd.isna(row["seed_std"]):
+                    text += f" ({row['seed_std']:.{digits}f})"
+                lines[source][heading] = text
+            lines["ours − paper"][heading] = (
+                "" if column == "dice_std" else as_text(row["difference"], digits, signed=True)
+            )
+        seeds = str(int(part["seeds"].max())) if variant != BEFORE else ""
+        for source, values in lines.items():
+            rows[name if source == "paper" else "", source, method] = {
+                **values, "seeds": seeds if source == "ours" else "",
+            }  # fmt: skip
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    frame.index = pd.MultiIndex.from_tuples(list(rows)).droplevel(2)
+    frame = frame.reset_index(names=["method", "whose"])
+    return frame
+
+
+def brief_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Table 1 or 2 as text on one screen: a line a method, "paper · ours" in a column for each metric of the challenge.
+
+    Where there are several seeds, ± is the sample standard deviation over them.
+
+    Args:
+        table: as :func:`lumirlib.study.report.tables.table1` or :func:`lumirlib.study.report.tables.table2` gives it.
+    """
+    rows = []
+    for method, part in table.groupby("method", sort=False):
+        variant, values = part["variant"].iloc[0], part.set_index("metric")
+        named = variant in (BEFORE, method) or method.startswith("backbone")
+        row = {"method": method if named else f"{method} ({variant})"}
+        for metric in ("dice", "tre_mm", "ndv_percent", "hd95_mm"):
+            figures = [as_text(values.loc[metric, whose], DIGITS[metric]) for whose in ("paper", "ours")]
+            spread = values.loc[metric, "seed_std"]
+            figures[1] += "" if pd.isna(spread) else f" ± {spread:.{DIGITS[metric]}f}"
+            row[f"{COLUMNS[metric][2]}: paper, ours"] = " · ".join(figures)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def readable_effects(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`effects` as text: a line per variant; "paper / ours (spread over seeds), share of pairs improved"."""
+    rows = []
+    for variant, part in table.groupby("variant", sort=False):
+        row = {"scheme": f"+{variant}"}
+        for _, found in part.iterrows():
+            _, _, heading = COLUMNS[found["metric"]]
+            digits = DIGITS[found["metric"]]
+            ours = as_text(found["ours"], digits, signed=True)
+            spread = "" if pd.isna(found["seed_std"]) else f" ({found['seed_std']:.{digits}f})"
+            row[f"{heading}: paper"] = as_text(found["paper"], digits, signed=True)
+            row[f"{heading}: ours"] = f"{ours}{spread}, {found['better_pairs']:.0%} better"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def readable_costs(costs: pd.DataFrame, reference: str = "backbone") -> pd.DataFrame:
+    """Costs as text: medians over the rounds, and ratios to the backbone."""
+    middle = costs.groupby("variant", sort=False).median(numeric_only=True)
+    if reference not in middle.index:
+        raise ValueError(f"the costs lack {reference!r}, which the others are set beside")
+
+    def ratio(column: str, name: str) -> str:
+        # of each round: what was measured side by side is divided
+        rounds = costs.pivot_table(index="round", columns="variant", values=column)
+        if name not in rounds:
+            return "–"
+        return f"{(rounds[name] / rounds[reference]).median():.2f}×"
+
+    rows = []
+    for name, row in middle.iterrows():
+        trained = not pd.isna(row["seconds_per_step"])
+        rows.append(
+            {"variant": name, "sc": as_text(row["start_channels"], 0), "parameters": f"{int(row['parameters']):,}",
+             "G multiply-adds": as_text(row["multiply_adds"] / 1e9, 1),
+             "s / pair": f"{row['seconds_per_pair']:.3f} ({ratio('seconds_per_pair', name)})",
+             "s / training step": f"{row['seconds_per_step']:.2f} ({ratio('seconds_per_step', name)})" if trained
+             else "–",
+             "peak memory, inference (MiB)": f"{row['inference_mib']:.0f}",
+             "peak memory, training (MiB)": f"{row['training_mib']:.0f}" if trained else "–",
+             "parameters, paper's width": f"{int(row['paper_parameters']):,}",
+             "T multiply-adds, paper's width, 1 mm": as_text(row["paper_multiply_adds"] / 1e12, 2)}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A table of text as Markdown."""
+    return frame.to_markdown(index=False, disable_numparse=True)
+
+
+def publish(
+    stem: str | Path,
+    numbers: pd.DataFrame,
+    shown: pd.DataFrame,
+    title: str,
+    note: str,
+    about: Mapping[str, object],
+    latex: pd.DataFrame | None = None,
+) -> str:
+    """Write a table as `<stem>.csv` (numbers), `.md`, `.tex` and, with where it comes from, `.json`.
+
+    Args:
+        stem: path without ending.
+        numbers: tidy, for programs.
+        shown: as text, bold as Markdown has it.
+        title: says "simulated" where the numbers are.
+        note: what the signs mean.
+        about: provenance; time and versions are added.
+        latex: as `shown`, bold as LaTeX has it; other characters are escaped here. None takes `shown`.
+
+    Returns:
+        The Markdown.
+    """
+    stem = Path(stem)
+    text = f"**{title}**\n\n{to_markdown(shown)}\n\n{note}\n"
+    escaped = (shown if latex is None else latex).map(escape_latex).rename(columns=escape_latex)
+    tex = escaped.style.hide(axis="index").to_latex(
+        hrules=True, column_format="l" * len(escaped.columns), caption=escape_latex(f"{title}. {note}"),
+        position_float="centering",
+    )  # fmt: skip
+    csv, md, tex_path, provenance = (stem.with_name(f"{stem.name}.{end}") for end in ("csv", "md", "tex", "json"))
+    provenance.unlink(missing_ok=True)
+    write_atomically(csv, lambda to: numbers.to_csv(to, index=False))
+    write_atomically(md, lambda to: to.write_text(text, encoding="utf-8"))
+    write_atomically(tex_path, lambda to: to.write_text(tex, encoding="utf-8"))
+    write_json(provenance, {"title": title, **about, "written": now(), "versions": versions()})
+    return text
+
+
+def not_converged_note(runs: Runs) -> str:
+    """A sentence with the rows that had not converged by docs/protocol.md, after a space; empty where all had."""
+    rises = late_rises(runs)
+    still = list(dict.fromkeys(rises.loc[~rises["converged"].astype(bool), "variant"]))
+    if not still:
+        return ""
+    return (
+        f" Not converged, as the validation Dice of a seed still rose by more than {CONVERGED} points over "
+        f"the last quarter of its epochs: {', '.join(still)}."
+    )
+
+
+def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
+    """:func:`publish` Table 1 or 2 beside ours; the Markdown."""
+    table = {1: tables.table1, 2: tables.table2}[number](runs)
+    note = f"{runs.spread_note}. Best figures in bold, zero displacement left out."
+    dice = table[table["metric"] == "dice"].set_index("variant")["ours"].round(DIGITS["dice"])
+    idle = [name for name in runs.variants if dice[name] <= dice[BEFORE]]
+    if idle:
+        note += f" Not better than zero displacement in Dice, so it has learned nothing yet: {', '.join(idle)}."
+    note += not_converged_note(runs)
+    return publish(stem, table, readable_table(table), f"Table {number}, paper and ours ({runs.title})", note,
+                   runs.about(), readable_table(table, r"\textbf{{{}}}"))  # fmt: skip
+
+
+def publish_ranks(runs: Runs, stem: str | Path) -> str:
+    """:func:`publish` ranks by significance and the challenge's snapshot score of the rows; the Markdown.
+
+    Of each pair and metric the mean over a row's seeds counts.
+    """
+    keys = ["pair", "metric"]
+    long = {
+        name: runs.values[runs.values["variant"] == name].groupby(keys, sort=False, as_index=False)["value"].mean()
+        for name in runs.variants
+    }
+    cohort = runs.facts["cohort"].iloc[0]
+    on_lumir = cohort == "lumir"
+    ranks, scores = statistics.rank(long), statistics.snapshot_scores(long, cohort, with_published=on_lumir)
+    scores.index = [f"{name} (published)" if theirs else name for name, theirs in scores["published"].items()]
+    table = ranks.join(scores["score"].rename("snapshot score"), how="outer" if on_lumir else "left")
+    table = table.sort_values(["weighted", "snapshot score"], ascending=[True, False])
+    table = table.rename_axis("method").reset_index()
+    shown = table.rename(columns={column: f"rank by {words[2]}" for column, words in COLUMNS.items()}).rename(
+        columns={"weighted": "weighted rank"}
+    )
+    shown = shown.map(lambda value: value if isinstance(value, str) else "–" if pd.isna(value) else f"{value:.3g}")
+    theirs = (
+        "Rows marked as published are other teams' figures, which take part in the score alone."
+        if on_lumir
+        else "Only these rows are ranked: other teams' published figures are of LUMIR's own pairs."
+    )
+    note = (
+        "Rank by a metric: one plus the number of rows that are significantly better (Wilcoxon signed-rank test over "
+        "pairs, Holm-adjusted, 5 %); weighted 1/5 Dice, 2/5 TRE, 1/5 NDV, 1/5 HD95. Snapshot score: metrics from the "
+        f"worst row (0) to the best (1), weighted 1/6 Dice, 1/3 TRE, 1/3 NDV, 1/6 HD95. {theirs}"
+    )
+    return publish(stem, table, shown, f"Ranks as the challenge ranks ({runs.title})", note, runs.about())
+
+
+def publish_effects(runs: Runs, stem: str | Path, reference: str = "backbone") -> str:
+    """:func:`publish` what each scheme changes about `reference`; the Markdown."""
+    table = tables.effects(runs, reference)
+    title = f"Difference to {reference} ({runs.title})"
+    note = f"{runs.spread_note}. Differences are paired: same pair, same seed; 'better' is the share of pairs improved."
+    return publish(stem, table, readable_effects(table), title, note, runs.about())
+
+
+def publish_costs(measured: Measured, stem: str | Path, reference: str = "backbone") -> str:
+    """:func:`publish` what every row costs, beside `reference`; the Markdown, or that it has not been measured."""
+    costs, about = measured.table, measured.about
+    if costs is None:
+        return measured.how
+    title = f"Costs at {about['images']} voxels, preset {about['preset']}, on {about['device']}"
+    note = (
+        f"Medians of {costs['round'].nunique()} round(s); in parentheses the ratio to {reference}, the median over "
+        f"rounds. Measured by {about['commit']} with {about['command']}."
+    )
+    return publish(stem, costs, readable_costs(costs, reference), title, note, about)
+
+
+def publish_folding(measured: Measured, stem: str | Path) -> str:
+    """:func:`publish` the NDV of amplified velocities under both cascades; likewise."""
+    folding, about = measured.table, measured.about
+    if folding is None:
+        return measured.how
+    keys = ["variant", "cascade", "factor"]
+    seeds = folding.groupby([*keys, "seed"], sort=False)[["ndv_percent", "displacement_mm"]].mean()
+    table = seeds.groupby(keys, sort=False)
+    numbers = table.mean().join(table["ndv_percent"].std(ddof=1).rename("ndv_seed_std")).reset_index()
+    rows = []
+    for (variant, factor), part in numbers.groupby(["variant", "factor"], sort=False):
+        row = {"velocities of": variant, "amplified": f"×{factor:g}"}
+        for _, found in part.iterrows():
+            spread = "" if pd.isna(found["ndv_seed_std"]) else f" ({found['ndv_seed_std']:.4f})"
+            row[f"NDV (%), {found['cascade']}"] = f"{found['ndv_percent']:.4f}{spread}"
+            row[f"displacement (mm), {found['cascade']}"] = f"{found['displacement_mm']:.2f}"
+        rows.append(row)
+    data = data_title(about["cohort"], about["cohort_name"], about["simulated"], about["resolution_mm"])
+    note = (
+        f"{folding['pair'].nunique()} pairs, {folding['seed'].nunique()} seed(s): means, in parentheses the sample "
+        f"standard deviation over seeds. Measured by {about['commit']} with {about['command']}."
+    )
+    title = f"The same velocities joined additively and compositionally ({data}; preset {about['preset']})"
+    return publish(stem, numbers, pd.DataFrame(rows), title, note, about)
+
+
+def publish_difficulty(pairs: pd.DataFrame, runs: Runs, stem: str | Path, shown: int = 5) -> str:
+    """:func:`publish` which pairs are hard, `<stem>_pairs`, and what goes with it, `<stem>_explained`; the Markdown.
+
+    Args:
+        pairs: as :func:`lumirlib.study.report.difficulty.pair_table` gives it.
+        runs: of the method.
+        stem: path without ending.
+        shown: how many of the hardest and of the easiest pairs the text lists; the CSV has all.
+    """
+    words = {"dice": "Dice after (%)", "gain": "gain (points)", **difficulty.FEATURES}
+    columns = {"pair": "pair", **words}
+    listed = pairs if len(pairs) <= 2 * shown else pd.concat([pairs.head(shown), pairs.tail(shown)])
+    text = listed[list(columns)].map(lambda value: value if isinstance(value, str) else f"{value:.2f}")
+    seeds = runs.facts["seed"].nunique()
+    note = f"The {shown} hardest and the {shown} easiest of {len(pairs)} pairs; means over {seeds} seed(s)."
+    title = f"Hard and easy pairs for {runs.variants[0]} ({runs.title})"
+    hard = publish(f"{stem}_pairs", pairs, text.rename(columns=columns), title, note, runs.about())
+    explained = difficulty.explain(pairs)
+    signed = {
+        outcome: [as_text(value, 2, signed=True) for value in explained[outcome]] for outcome in difficulty.OUTCOMES
+    }
+    text = explained.assign(
+        feature=explained["feature"].map(words), pairs=explained["pairs"].astype(str), **signed
+    ).rename(columns={"feature": "known before or measured", **words})  # fmt: skip
+    note = "Spearman's rank correlation over pairs, from −1 to +1; pairs share people, so no p-value is given."
+    return hard + "\n" + publish(f"{stem}_explained", explained, text, f"What goes with Dice and gain ({runs.title})",
+                                 note, runs.about())  # fmt: skip
+
+
+def escape_latex(text: str) -> str:
+    """Text with the characters that LaTeX takes for its own, and those that it lacks, written its way."""
+    for plain, escaped in (("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("&", r"\&"), ("±", r"$\pm$"), ("−", "$-$"),
+                           ("–", "--"), ("×", r"$\times$")):  # fmt: skip
+        text = text.replace(plain, escaped)
+    return text

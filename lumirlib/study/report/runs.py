@@ -1,0 +1,206 @@
+"""All runs of one table, loaded once."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from lumirlib.methods import parse_row
+from lumirlib.methods.base import Preset
+from lumirlib.methods.presets import split_options
+from lumirlib.study.paper import BEFORE
+from lumirlib.study.results import data_title, find_runs, read_provenance, table_of
+
+
+def load_study_runs(
+    folder: str | Path, rows: Sequence[str], preset: str, cohort: str, seeds: Sequence[int] = ()
+) -> Runs:
+    """As :func:`lumirlib.study.report.runs.load_runs`, of some seeds only; none given takes all.
+
+    Raises:
+        FileNotFoundError, ValueError: as there, or no run of these seeds.
+    """
+    runs = load_runs(folder, rows, preset, cohort)
+    if not seeds:
+        return runs
+    facts = runs.facts[runs.facts["seed"].isin(seeds)]
+    if facts.empty:
+        raise FileNotFoundError(f"no run of the seeds {', '.join(map(str, seeds))}; make them with: {runs.command}")
+    present = tuple(name for name in runs.variants if name in set(facts["variant"]))
+    lost = tuple(name for name in runs.variants if name not in present)
+    values = runs.values[runs.values["seed"].isin(seeds) | (runs.values["variant"] == BEFORE)]
+    history = runs.history[runs.history["seed"].isin(seeds)]
+    return replace(runs, variants=present, missing=(*lost, *runs.missing), values=values, facts=facts, history=history)
+
+
+def _deterministic_rows(names: Sequence[str]) -> list[str]:
+    return [name for name in names if parse_row(name).trains_on == "nothing"]
+
+
+#: Points of Dice that a converged run may rise by over the last quarter of its epochs (docs/protocol.md).
+CONVERGED = 0.3
+
+
+# many runs -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Runs:
+    """Finished runs of several variants and seeds, with one preset on one cohort.
+
+    Attributes:
+        variants: names, in the order of the table.
+        preset: of all runs.
+        options: what was set besides in all runs.
+        values: columns variant, seed, pair, fixed, moving, metric, value; the variant "Before Reg", seed 0, is zero
+            displacement.
+        facts: one row per run: variant, seed, run, val_dice, val_dice_before and the rest of its provenance.
+        history: one row per run and epoch: variant, seed and the columns of its log; a row that only filters another's
+            result has the history of that one, a row that is not trained has none.
+        missing: variants without a run.
+        command: the sweep that makes what is missing.
+    """
+
+    variants: tuple[str, ...]
+    preset: Preset
+    options: Mapping[str, object]
+    values: pd.DataFrame
+    facts: pd.DataFrame
+    missing: tuple[str, ...]
+    command: str
+    history: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """What a table or figure of these runs is headed with; says "simulated" where it is."""
+        first = self.facts.iloc[0]
+        data = data_title(first["cohort"], first["cohort_name"], first["simulated"], first["resolution_mm"])
+        set_besides = "".join(f", {name}={value}" for name, value in self.options.items())
+        return f"{data}; preset {self.preset.name}{set_besides}"
+
+    @property
+    def missing_note(self) -> str:
+        """Which rows have no run, and how to make them; says so where none lacks one."""
+        if not self.missing:
+            return "No row is missing."
+        return f"**Not run: {', '.join(self.missing)}.** Make them with `{self.command}`."
+
+    @property
+    def commits(self) -> list[str]:
+        """Of the code that made the runs."""
+        return sorted(set(self.facts["commit"]))
+
+    def about(self) -> dict[str, object]:
+        """Provenance of a table of these runs."""
+        return {
+            "preset": self.preset.name,
+            "cohort": self.facts["cohort"].iloc[0],
+            "runs": sorted(self.facts["run"]),
+            "commits": self.commits,
+        }
+
+    @property
+    def spread_note(self) -> str:
+        """How many pairs and seeds the figures are of, and what their signs mean."""
+        pairs = self.values.groupby("variant")["pair"].nunique()
+        seeds = self.facts.groupby("variant", sort=False)["seed"].nunique()
+        fewest, most = int(seeds.min()), int(seeds.max())
+        counted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        return (
+            f"{int(pairs.min())} pairs; {counted} seed(s) a row: means over the seeds, in parentheses the sample "
+            "standard deviation over them; ± std is the population standard deviation over pairs"
+        )
+
+
+def load_runs(
+    folder: str | Path,
+    variants: Sequence[str],
+    preset: str = "demo",
+    cohort: str = "embedded",
+    options: Mapping[str, object] | None = None,
+) -> Runs:
+    """The finished runs of a results folder that were made with one preset and cohort.
+
+    Args:
+        folder: results folder, with `metrics/`.
+        variants: names for :func:`lumirlib.methods.parse_row`, in the order of the table.
+        preset: name of the preset.
+        cohort: short name of the cohort.
+        options: what was set besides in these runs, as for :meth:`lumirlib.study.run.Run.prepare`.
+
+    Returns:
+        :class:`Runs`; variants that have no run are in its `missing`.
+
+    Raises:
+        FileNotFoundError: no run of any of the variants.
+        ValueError: two runs for one variant and seed, runs on different cohorts, or no zero displacement.
+    """
+    folder, given = Path(folder), dict(options or {})
+    rows = {row.name: row for row in map(parse_row, variants)}
+    names = list(rows)
+    sweep = ["python -m lumirlib.study.sweep --rows", *names, "--preset", preset, "--cohort", cohort]
+    sweep += ["--set", *(shlex.quote(f"{name}={value}") for name, value in given.items())] if given else []
+    command = " ".join([*sweep, "--seeds 0 1 2"])
+    tables, facts = [], []
+    for name in names:
+        for path, about in find_runs(folder, rows[name], preset, cohort, given):
+            facts.append({"variant": name, **about})
+            tables.append(table_of(path, about).assign(variant=name, seed=about["seed"]))
+    if not facts:
+        raise FileNotFoundError(f"{folder / 'metrics'} has no run of {', '.join(names)}; make them with: {command}")
+    about = pd.DataFrame(facts)
+    twice = about[about.duplicated(["variant", "seed"], keep=False)]
+    if len(twice):
+        raise ValueError(f"{folder / 'metrics'} has several runs of one variant and seed: {', '.join(twice['run'])}")
+    if len(set(about["cohort_digest"])) > 1:
+        raise ValueError(f"{folder / 'metrics'}: the runs are on different states of the cohort {cohort!r}")
+    first = about.iloc[0]
+    before = [
+        (path, other) for path, other in read_provenance(folder, cohort)
+        if other["method"] == "Zero Displacement" and other["cohort_digest"] == first["cohort_digest"]
+        and other["resolution_mm"] == first["resolution_mm"] and other["evaluated_pairs"] == first["evaluated_pairs"]
+    ]  # fmt: skip
+    if not before:
+        raise ValueError(f"{folder / 'metrics'} has no zero displacement on the pairs of {first['run']}")
+    tables.insert(0, table_of(*before[0]).assign(variant=BEFORE, seed=0))
+    values = pd.concat(tables, ignore_index=True)[["variant", "seed", "pair", "fixed", "moving", "metric", "value"]]
+    present = set(about["variant"])
+    return Runs(
+        tuple(name for name in names if name in present),
+        split_options(preset, rows[names[0]], given)[0],
+        given,
+        values,
+        about,
+        tuple(name for name in names if name not in present),
+        command,
+        _histories(folder, about),
+    )
+
+
+def _histories(folder: Path, facts: pd.DataFrame) -> pd.DataFrame:
+    found = [pd.DataFrame({"variant": [], "seed": [], "epoch": [], "val_dice": []})]
+    for _, fact in facts.iterrows():
+        weights = fact.get("weights")
+        log = folder / "logs" / f"{weights if isinstance(weights, str) else fact['run']}.csv"
+        if log.is_file():
+            found.append(pd.read_csv(log).assign(variant=fact["variant"], seed=fact["seed"]))
+    return pd.concat(found[1:] or found, ignore_index=True)
+
+
+def late_rises(runs: Runs) -> pd.DataFrame:
+    """By how much the validation Dice of each run rose over the last quarter of its epochs.
+
+    Returns:
+        Columns variant, seed, epochs, rise (points), converged (rise at most :data:`CONVERGED`); runs with a log only.
+    """
+    rows = []
+    for (variant, seed), log in runs.history.groupby(["variant", "seed"], sort=False):
+        dice = 100 * log.set_index("epoch")["val_dice"]
+        last = int(dice.index.max())
+        rise = float(dice[last] - dice[last - max(1, last // 4)])
+        rows.append(
+            {"variant": variant, "seed": seed, "epochs": last, "rise": rise, "converged": not rise > CONVERGED}
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=["variant", "seed", "epochs", "rise", "converged"])

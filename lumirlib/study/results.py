@@ -1,0 +1,255 @@
+"""Results on disk: writing, checking and finding the tables of runs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import pandas as pd
+
+from lumirlib import provenance
+from lumirlib.data import Cohort
+from lumirlib.files import read_json, write_atomically, write_json
+from lumirlib.methods.base import Preset, Row
+from lumirlib.methods.presets import split_options
+
+#: Of a table of metrics, at least.
+COLUMNS = ("pair", "metric", "value")
+
+
+def write_results(table: pd.DataFrame, path: str | Path, about: dict) -> Path:
+    """Write a table of metrics, and beside it (`.json`) where it comes from.
+
+    Both are written atomically, the provenance last: what stands beside a CSV always belongs to it, and holds its
+    SHA-256, so that :func:`read_results` tells a damaged one.
+
+    Args:
+        table: as :func:`evaluate_method` gives it.
+        path: of the CSV.
+        about: provenance: commit, command, seed, cohort, preset ...; time and versions are added here.
+
+    Returns:
+        `path`.
+    """
+    path = Path(path)
+    full = {**about, "written": provenance.now(), "versions": provenance.versions()}
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_atomically(path, lambda to: table.to_csv(to, index=False))
+    write_json(path.with_suffix(".json"), {**full, "table_sha256": _digest_of_table(path.read_bytes())})
+    return path
+
+
+def _digest_of_table(content: bytes) -> str:
+    return hashlib.sha256(content.replace(b"\r\n", b"\n")).hexdigest()  # whatever git made of line ends
+
+
+def read_table(path: str | Path, about: Mapping[str, object], columns: Sequence[str] = COLUMNS) -> pd.DataFrame:
+    """The table that :func:`write_results` wrote.
+
+    Args:
+        path: of the CSV.
+        about: its provenance; the first results have no checksum there.
+        columns: that it must have. With those of a table of metrics, each pair and metric comes once, with a number.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, cut off, or not such a table.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    content = path.read_bytes()
+    if about.get("table_sha256", _digest_of_table(content)) != _digest_of_table(content):
+        raise ValueError(f"{path}: damaged or changed, its SHA-256 is not the one in {path.with_suffix('.json').name}")
+    if not content.endswith(b"\n"):
+        raise ValueError(f"{path}: expected a table that ends with its last line, got one that is cut off")
+    try:
+        table = pd.read_csv(io.BytesIO(content))
+    except (ValueError, OverflowError) as error:  # pandas' own errors are ValueErrors
+        raise ValueError(f"{path}: cannot be read as CSV: {error}") from error
+    lacking = set(columns) - set(table.columns)
+    if lacking:
+        raise ValueError(f"{path} lacks the column(s) {', '.join(sorted(lacking))} of such a table")
+    if set(COLUMNS) <= set(columns):
+        if not len(table) or table["value"].dtype.kind not in "if":
+            raise ValueError(f"{path}: expected numbers as values, got {list(table['value'][:3])}")
+        if table[["pair", "metric"]].isna().any(axis=None) or table.duplicated(["pair", "metric"]).any():
+            raise ValueError(f"{path}: expected every pair and metric once, got one twice or without a name")
+    return table
+
+
+def read_results(path: str | Path) -> tuple[pd.DataFrame, dict]:
+    """A table of metrics and its provenance; errors as of :func:`read_table` and :func:`lumirlib.files.read_json`."""
+    for needed in (Path(path), Path(path).with_suffix(".json")):
+        if not needed.is_file():
+            raise FileNotFoundError(f"no such file: {needed}")
+    about = read_json(Path(path).with_suffix(".json"))
+    return read_table(path, about), about
+
+
+def data_title(cohort: str, name: str, simulated: bool, resolution_mm: float) -> str:
+    """What data a table or figure is of, for its title: says "simulated" where it is, and what is not LUMIR.
+
+    Args:
+        cohort: short name of the cohort; of joined ones the last is what is evaluated, and all are trained on.
+        name: its own name.
+        simulated: whether it is.
+        resolution_mm: edge of a voxel.
+    """
+    evaluated = cohort.split("+")[-1]
+    trained = "" if evaluated == cohort else f"; trained on {cohort.replace('+', ' and ')}"
+    if simulated:
+        return f"simulated people, {resolution_mm:g} mm: not a LUMIR result{trained}"
+    return f"{name}, {resolution_mm:g} mm{'' if evaluated == 'lumir' else ': not LUMIR'}{trained}"
+
+
+def cohort_facts(cohort: Cohort) -> dict[str, object]:
+    """What provenance says about a cohort; no path of this machine."""
+    return {
+        "cohort": cohort.short_name,
+        "cohort_name": cohort.name,
+        "cohort_digest": cohort.digest,
+        "simulated": cohort.simulated,
+        "resolution_mm": cohort.resolution_mm,
+        "training_scans": len(cohort.train),
+        "credit": cohort.credit,
+        "scored_labels": len(cohort.labels),
+    }
+
+
+def _same_row(options: Mapping[str, object], wanted: Row) -> bool:
+    """Whether the options in a results file, where those that came later may be lacking, are those of a row."""
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return {**asdict(type(wanted)()), **found} == asdict(wanted)
+
+
+def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
+    """Whether a preset in a results file, where options that came later may be lacking, is a preset."""
+    later = {option.name: option.default for option in fields(wanted) if option.metadata.get("unnamed_at_default")}
+    return {**later, **given, "about": ""} == {**asdict(wanted), "about": ""}
+
+
+#: What the provenance of everything measured says, and that of a run besides.
+MEASURED_FACTS = {"run": str, "method": str, "cohort": str, "cohort_digest": str, "resolution_mm": (int, float),
+                  "evaluated_pairs": int}  # fmt: skip
+
+RUN_FACTS = {"options": dict, "preset": dict, "seed": int, "val_dice": (int, float),
+             "val_dice_before": (int, float, type(None)), "commit": str,
+             "device": str, "cohort_name": str, "simulated": bool}  # fmt: skip
+
+
+def _check_facts(path: Path, about: Mapping[str, object]) -> None:
+    wanted = {**MEASURED_FACTS, **(RUN_FACTS if "options" in about else {})}
+    if path.parent.name != "metrics":  # made from trained weights, later
+        wanted = {name: kind for name, kind in wanted.items() if not name.startswith("val_dice")}
+    for name, kind in wanted.items():
+        value = about.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            kinds = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{path}: expected {kinds} as {name!r}, got {value!r}")
+
+
+def read_provenance(folder: str | Path, cohort: str | None = None, kind: str = "metrics") -> list[tuple[Path, dict]]:
+    """CSV and provenance of all that was measured on a cohort; None takes all cohorts."""
+    found = []
+    for path in sorted(Path(folder, kind).glob("*.json")):
+        try:
+            about = read_json(path)
+        except FileNotFoundError:  # a run is writing it anew at this moment
+            continue
+        _check_facts(path, about)
+        if cohort in (None, about.get("cohort")) and path.with_suffix(".csv").is_file():
+            found.append((path.with_suffix(".csv"), about))
+    return found
+
+
+def studies(folder: str | Path) -> pd.DataFrame:
+    """What a results folder holds: one line for each cohort, preset and set of other options that was run.
+
+    Args:
+        folder: results folder, with `metrics/`.
+
+    Returns:
+        Columns cohort, preset, set_besides ("name=value, ..."; empty where nothing was), resolution_mm, simulated,
+        rows, seeds, runs (their numbers), methods (names, joined by ", "); real data first, then by voxel size.
+    """
+    found = [
+        {"cohort": about["cohort"], "preset": about["preset"]["name"], "method": about["method"], "seed": about["seed"],
+         "set_besides": ", ".join(f"{name}={value}" for name, value in sorted(about.get("set_besides", {}).items())),
+         "resolution_mm": about["resolution_mm"], "simulated": about["simulated"]}
+        for _, about in read_provenance(folder) if "preset" in about
+    ]  # fmt: skip
+    keys = ["simulated", "resolution_mm", "cohort", "preset", "set_besides"]
+    columns = ["cohort", "preset", "set_besides", "resolution_mm", "simulated", "rows", "seeds", "runs", "methods"]
+    if not found:
+        return pd.DataFrame(columns=columns)
+    grouped = pd.DataFrame(found).groupby(keys)
+    table = grouped.agg(
+        rows=("method", "nunique"),
+        seeds=("seed", "nunique"),
+        runs=("method", "size"),
+        methods=("method", lambda names: ", ".join(dict.fromkeys(names))),
+    )
+    return table.reset_index()[columns]
+
+
+def table_of(path: Path, about: Mapping[str, object]) -> pd.DataFrame:
+    """The table of something measured, with all of its pairs."""
+    table = read_table(path, about)
+    pairs = table["pair"].nunique()
+    if pairs != about["evaluated_pairs"] or len(table) != pairs * table["metric"].nunique():
+        raise ValueError(
+            f"{path}: expected {about['evaluated_pairs']} pairs with all metrics, as its provenance says, got "
+            f"{pairs} pairs in {len(table)} rows"
+        )
+    return table
+
+
+def find_runs(
+    folder: str | Path, row: Row, preset: str, cohort: str, options: Mapping[str, object], kind: str = "metrics"
+) -> list[tuple[Path, dict]]:
+    """CSV and provenance of each finished run of a row, with any seed.
+
+    Args:
+        folder: results folder, with `metrics/`.
+        row: as :func:`lumirlib.methods.parse_row` gives it.
+        preset: name of the preset.
+        cohort: short name of the cohort.
+        options: what was set besides.
+        kind: part of the folder that is looked in: "metrics", or "robustness".
+    """
+    chosen, for_row = split_options(preset, row, options)
+    wanted = replace(chosen.apply(row), **for_row)
+    return [
+        (path, about)
+        for path, about in read_provenance(folder, cohort, kind)
+        if "options" in about and _same_row(about["options"], wanted) and _same_preset(about["preset"], chosen)
+    ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What :mod:`lumirlib.study.costs` or :mod:`lumirlib.study.folding` wrote.
+
+    Attributes:
+        table: the CSV; None where it has not been measured.
+        about: its provenance.
+        how: what a reader is told where it is missing.
+    """
+
+    table: pd.DataFrame | None
+    about: Mapping[str, object]
+    how: str
+
+
+def read_measured(folder: str | Path, kind: str, name: str) -> Measured:
+    """`<folder>/<kind>/<name>.csv` with its provenance, for the kinds "costs" and "folding"."""
+    path = Path(folder) / kind / f"{name}.csv"
+    how = f"Not measured ({kind}/{name}.csv): `python -m lumirlib.{kind} --help` says how."
+    if not path.is_file():
+        return Measured(None, {}, how)
+    about = read_json(path.with_suffix(".json"))
+    return Measured(read_table(path, about, ()), about, how)

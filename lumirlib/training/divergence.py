@@ -1,0 +1,52 @@
+"""A loss or gradient that is not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lumirlib import losses
+from lumirlib.methods.base import Preset, Row
+from lumirlib.methods.variants import Variant
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or a gradient became NaN or infinite.
+
+    The message names the step, the pair, the level and the file with the batch.
+    """
+
+
+@torch.no_grad()
+def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset) -> str:
+    """Where the loss of one pair is first not finite, from the coarsest level: "the similarity of level 2".
+
+    Args:
+        row: what `model` was built from.
+        model: its network.
+        fixed: ``(1, 1, D, H, W)``.
+        moving: likewise.
+        preset: as for :meth:`lumirlib.methods.base.Row.loss_terms`.
+
+    Returns:
+        Empty where all is finite, or the row is no variant of the paper's network.
+    """
+    if not isinstance(row, Variant):
+        return ""
+    predicted = model.fields(fixed, moving)
+    shapes = [tuple(field.shape[2:]) for field in predicted.displacements[:: row.passes]]
+    images = [losses.gaussian_pyramid(image, shapes) for image in (moving, fixed)]
+    for entry in reversed(range(len(predicted.velocities))):
+        level = entry // row.passes
+        velocity, displacement = predicted.velocities[entry], predicted.displacements[entry]
+        for name, values in (("velocity", velocity), ("displacement", displacement)):
+            if not values.isfinite().all():
+                return f"the {name} of level {level}"
+        terms = losses.registration_loss(
+            *(pyramid[level] for pyramid in images), [displacement], [velocity],
+            window=preset.window, similarity=preset.similarity,
+        )  # fmt: skip
+        for name in ("similarity", "smoothness"):
+            if not terms[name].isfinite():
+                return f"the {name} of level {level}"
+    return ""

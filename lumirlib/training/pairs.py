@@ -1,0 +1,74 @@
+"""The pairs that a run trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lumirlib.data import Cohort, Pair, Subject, load_cohort
+from lumirlib.methods.base import Row
+
+
+def evenly_spaced(items: tuple, count: int | None) -> tuple:
+    """`count` items spread evenly over the sequence; all where it is None or larger."""
+    if count is None or count >= len(items):
+        return tuple(items)
+    return tuple(items[round(position)] for position in np.linspace(0, len(items) - 1, count))
+
+
+def epoch_pairs(train: tuple[Subject, ...], seed: int, epoch: int, limit: int | None = None) -> Iterator[Pair]:
+    """The pairs of one epoch: each scan is the moving image once, in random order, with a random other one fixed.
+
+    They depend on nothing but the arguments, so that a run resumes in the middle of an epoch. A `limit` above the
+    number of scans takes them again, in another order.
+    """
+    if len(train) < 2:
+        raise ValueError(f"training needs at least 2 scans, the cohort has {len(train)}")
+    generator = np.random.default_rng([seed, epoch])
+    left = len(train) if limit is None else limit
+    while left > 0:
+        for moving in generator.permutation(len(train))[:left]:
+            fixed = (moving + 1 + generator.integers(len(train) - 1)) % len(train)
+            yield Pair(fixed=train[fixed], moving=train[moving])
+        left -= len(train)
+
+
+def with_third(pair: Pair, train: tuple[Subject, ...], seed: int, epoch: int, place: int) -> tuple[Pair, Pair]:
+    """A pair that registers A to B, and one that registers B to C, a random third scan.
+
+    Args:
+        pair: A is its moving scan, B its fixed one.
+        train: scans that C is drawn from.
+        seed: of the run.
+        epoch: under way.
+        place: of the pair in the epoch.
+
+    Raises:
+        ValueError: fewer than three scans.
+    """
+    others = [subject for subject in train if subject not in (pair.fixed, pair.moving)]
+    if not others:
+        raise ValueError(f"triplets need at least 3 training scans, the cohort has {len(train)}")
+    third = others[np.random.default_rng([seed, epoch, place]).integers(len(others))]
+    return pair, Pair(fixed=third, moving=pair.fixed)
+
+
+def training_source(row: Row, cohort: Cohort) -> Cohort:
+    """The cohort whose training people a row learns from.
+
+    That is `cohort`, but for a row that trains on label volumes where training scans have none: then it is the
+    embedded cohort at the same resolution, so that no label of a validation person is used.
+
+    Raises:
+        ValueError: the embedded cohort's grid is not that of `cohort`.
+    """
+    if row.trains_on != "labels" or all(subject.labels for subject in cohort.train):
+        return cohort
+    embedded = load_cohort("embedded", cohort.resolution_mm)
+    if embedded.shape != cohort.shape:
+        raise ValueError(
+            f"{row.name} trains on label volumes, which the training scans of {cohort.path} lack; those of the "
+            f"embedded cohort are {embedded.shape} voxels, not {cohort.shape}"
+        )
+    return embedded

@@ -1,0 +1,110 @@
+"""Choosing what registers: a trained run, weights, or a method that needs no training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lumirlib import provenance
+from lumirlib.evaluation import Method, zero_displacement
+from lumirlib.methods import BASELINES, parse_row
+from lumirlib.methods.presets import get_preset
+from lumirlib.training.weights import read_checkpoint, read_packaged
+
+#: A method's name for the affine alone.
+AFFINE = "affine"
+
+RESOLUTIONS_MM = (1, 2, 4)
+#: For methods that are not trained, where none is given.
+DEFAULT_RESOLUTION_MM = 2
+
+
+@dataclass(frozen=True)
+class Registrar:
+    """What registers two brains in the LUMIR frame.
+
+    Attributes:
+        name: for people.
+        resolution_mm: edge of the voxels that it works on.
+        method: images ``(1, 1, D, H, W)`` in [0, 1] -> displacement in voxels.
+        facts: where it comes from.
+    """
+
+    name: str
+    resolution_mm: int
+    method: Method
+    facts: dict[str, object] = field(default_factory=dict)
+
+    def displacement(self, fixed: torch.Tensor, moving: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        """The displacement ``(1, 3, D, H, W)`` in voxels of its resolution, of two brains in the frame at 1 mm."""
+        coarse = [F.avg_pool3d(image, self.resolution_mm).div(255).to(device) for image in (fixed, moving)]
+        with torch.no_grad():
+            found = self.method(*coarse).float().cpu()
+        if found.shape != (1, 3, *coarse[0].shape[2:]) or not torch.isfinite(found).all():
+            raise ValueError(f"{self.name} must give finite displacements of {(1, 3, *coarse[0].shape[2:])}, got "
+                             f"{tuple(found.shape)}")  # fmt: skip
+        return found
+
+
+def choose_registrar(
+    weights: str | Path = "", run: str = "", method: str = "", results: str | Path = "",
+    resolution_mm: int | None = None, device: str = "auto", pretrained: str = "",
+) -> Registrar:  # fmt: skip
+    """The network of a checkpoint or of a run, pretrained weights, or a method that is not trained: exactly one.
+
+    Args:
+        weights: path of a best.pt.
+        run: name of a run in the results folder.
+        method: a row of :data:`lumirlib.methods.BASELINES` that is not trained, or "affine".
+        results: folder; empty for :func:`lumirlib.provenance.results_folder`.
+        resolution_mm: voxels that `method` works on, 1, 2 or 4; a network has its own.
+        device: of a network.
+        pretrained: name of weights that the package carries, see :func:`lumirlib.pretrained`.
+
+    Raises:
+        ValueError: none or several of weights, run, method and pretrained; an unknown name; a network as method, with
+            the command that trains one.
+        FileNotFoundError: no such checkpoint, with the runs that there are.
+    """
+    train_first = (
+        'train a network first, "lumirlib run --preset half --cohort brains", and pass its name with --run, or its '
+        "best.pt with --weights; --method deedsBCV needs no training"
+    )
+    if sum(map(bool, (weights, run, method, pretrained))) != 1:
+        raise ValueError(f"give one of weights, run, method and pretrained; {train_first}")
+    if method:
+        return _untrained(method, DEFAULT_RESOLUTION_MM if resolution_mm is None else resolution_mm, train_first)
+    if resolution_mm is not None:
+        raise ValueError("resolution_mm goes with method: a network works at the resolution that it was trained at")
+    if run:
+        folder = provenance.results_folder(results) / "checkpoints"
+        weights = folder / run / "best.pt"
+        if not weights.is_file():
+            known = sorted(path.parent.name for path in folder.glob("*/best.pt"))
+            raise FileNotFoundError(f"no trained run {run!r} in {folder}, which has {', '.join(known) or 'none'}; "
+                                    f"{train_first}")  # fmt: skip
+    found = read_packaged(pretrained) if pretrained else read_checkpoint(weights)
+    if found.resolution_mm not in RESOLUTIONS_MM:
+        raise ValueError(f"{found.name}: works at {found.resolution_mm:g} mm, expected one of {RESOLUTIONS_MM}")
+    facts = {"pretrained" if pretrained else "run": found.name, "cohort": found.config["cohort"],
+             "preset": found.config["preset"].get("name"), "weights": found.digest}  # fmt: skip
+    return Registrar(found.row.name, int(found.resolution_mm), found.network(device), facts)
+
+
+def _untrained(name: str, resolution_mm: int, train_first: str) -> Registrar:
+    if resolution_mm not in RESOLUTIONS_MM:
+        raise ValueError(f"resolution_mm must be one of {RESOLUTIONS_MM}, got {resolution_mm}")
+    if name.lower() == AFFINE:
+        return Registrar(AFFINE, resolution_mm, zero_displacement)
+    row = parse_row(name)
+    if row.trains_on != "nothing":
+        choices = [AFFINE, *(known for known, kind in BASELINES.items() if kind.trains_on == "nothing")]
+        raise ValueError(f"{row.name} is a network, which needs weights; {train_first}. Not trained are: "
+                         f"{', '.join(choices)}")  # fmt: skip
+    if row.available():
+        raise ValueError(f"{row.name}: {row.available()}")
+    fitted = row.fitted(replace(get_preset("full"), resolution_mm=float(resolution_mm)))
+    return Registrar(row.name, resolution_mm, fitted.build(), {"options": fitted.words})

@@ -1,0 +1,339 @@
+"""Pretrained weights that the package carries: loaded, exported from a finished run with a model card, and checked.
+
+    python -m lumirlib.training.weights list
+    python -m lumirlib.training.weights export --run <run> --name ours-4mm-cpu
+    python -m lumirlib.training.weights check
+
+`pretrained_weights/<name>.safetensors` holds the weights and, as JSON in its metadata, the run's configuration and all
+that the card says; the card, `<name>.md`, is made of that. Every number comes from files that runs wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shlex
+import sys
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from lumirlib import provenance
+from lumirlib.files import parse_json
+from lumirlib.methods.base import Row
+from lumirlib.methods.variants import Variant
+from lumirlib.models.layers import place
+from lumirlib.training.checkpoints import check_schema, check_weights, described_row, load_checkpoint, shapes_of
+from lumirlib.training.config import RunConfig
+from lumirlib.training.engine import pick_device
+
+#: Of the packaged files.
+FOLDER = Path(__file__).resolve().parent.parent / "pretrained_weights"
+
+FORMAT = "lumirlib-weights-1"
+#: All weights together, in bytes.
+MOST_BYTES = 20_000_000
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights, and what they are of.
+
+    Attributes:
+        name: of the packaged weights, or of the run.
+        row: whose network they are of.
+        resolution_mm: voxel size that they were trained at.
+        config: of the run, as :meth:`lumirlib.training.config.RunConfig.as_dict` gives it.
+        tensors: by name, on the CPU.
+        facts: what the card says; empty for those of a checkpoint.
+    """
+
+    name: str
+    row: Row
+    resolution_mm: float
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits of names, shapes and values."""
+        content = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            content.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return content.hexdigest()[:16]
+
+    @property
+    def about(self) -> str:
+        """Name and digest, for provenance."""
+        return f"{self.name}, {self.digest}"
+
+    def network(self, device: str | torch.device = "auto") -> nn.Module:
+        """The network with these weights, in evaluation mode, ready for ``model(fixed, moving)``."""
+        model = to_device(self.row.build(), pick_device(str(device)))
+        model.load_state_dict(self.tensors)
+        return model.eval()
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+def names() -> tuple[str, ...]:
+    """The weights that the package carries."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.safetensors")))
+
+
+def read_packaged(name: str) -> Weights:
+    """Weights that the package carries, by name.
+
+    Raises:
+        ValueError: an unknown name, with the choices listed; a file that is damaged.
+    """
+    if name not in names():
+        raise ValueError(
+            f"no pretrained weights {name!r}: choose from {', '.join(names()) or 'none, none are packaged'}"
+        )
+    return read_weights(FOLDER / f"{name}.safetensors")
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Weights of a file that :func:`export` wrote; nothing in it is trusted before it is checked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: larger than :data:`MOST_BYTES`, torn, damaged or foreign, or weights that do not fit their network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such weights: {path}")
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{path}: expected at most {MOST_BYTES} bytes, got {size}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            stored = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # the library's own error, and torch's for shapes
+        raise ValueError(f"cannot read {path} as safetensors (torn or foreign?): {error}") from error
+    if stored.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of this package: expected format {FORMAT!r}, got {stored.get('format')!r}")
+    config, facts = (parse_json(stored.get(key, "").encode(), f"{path}: {key}") for key in ("config", "facts"))
+    found = _described(path, path.stem, {"config": config, "model": tensors}, size, facts)
+    if stored.get("digest") != found.digest:
+        raise ValueError(f"{path}: damaged, the digest of its weights is not the one it was written with")
+    from lumirlib.study.model_cards import model_card
+
+    try:
+        model_card(facts)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: its facts make no model card: {error!r}") from error
+    return found
+
+
+def read_checkpoint(path: str | Path) -> Weights:
+    """Weights of a best.pt; errors as of `load_checkpoint` and :func:`read_weights`."""
+    path = Path(path)
+    return _described(path, path.resolve().parent.name, load_checkpoint(path), path.stat().st_size)
+
+
+def _described(
+    path: Path, name: str, content: dict[str, Any], size: int, facts: dict[str, Any] | None = None
+) -> Weights:
+    check_schema(path, content, size)
+    row = described_row(path, content)
+    check_weights(path, content["model"], shapes_of(path, row))
+    resolution = content["config"]["preset"].get("resolution_mm")
+    if isinstance(resolution, bool) or not isinstance(resolution, (int, float)) or not 0 < resolution < 1000:
+        raise ValueError(f"{path}: config.preset.resolution_mm must be a voxel size in mm, got {resolution!r}")
+    return Weights(name, row, float(resolution), content["config"], content["model"], facts or {})
+
+
+def pretrained(name: str, device: str = "auto") -> nn.Module:
+    """The network with the weights of a name, ready for ``model(fixed, moving)``.
+
+    Args:
+        name: one of :func:`lumirlib.training.weights.names`; it says the voxel size that the weights were trained at,
+            and images are to have.
+        device: "auto", "cpu", "cuda" ...
+
+    Returns:
+        A module in evaluation mode: images ``(B, 1, D, H, W)`` in [0, 1], in LUMIR's frame, to displacement
+        ``(B, 3, D, H, W)`` in voxels.
+
+    Raises:
+        ValueError: an unknown name, with the choices listed.
+    """
+    return read_packaged(name).network(device)
+
+
+def _network_options(row: Row) -> dict[str, object]:
+    """What a row's network is built from."""
+    return {"kind": type(row)} | {
+        one.name: getattr(row, one.name) for one in fields(row)  # type: ignore[arg-type]
+        if one.name != "name" and one.metadata.get("of_network", True)
+    }  # fmt: skip
+
+
+def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | None:
+    """The weights that a run starts from.
+
+    Args:
+        init: empty or "random" for random ones; a name of :func:`names`; "pretrained" for the packaged ones of this
+            very network, those of the same row and then the same voxels first; or the path of a best.pt.
+        row: to be trained, at its final width.
+        resolution_mm: that it is trained at.
+
+    Returns:
+        None for random ones.
+
+    Raises:
+        ValueError: weights that do not fit the row's network by name and shape, none or several that do, a row that is
+            not trained, or another `init`.
+        FileNotFoundError: no such checkpoint.
+    """
+    if init in ("", "random"):
+        return None
+    if row.trains_on == "nothing":
+        raise ValueError(f"{row.name} is not trained, and cannot start from {init!r}")
+    base = row.trained()
+    if init == "pretrained":
+        return _fitting(base, resolution_mm)
+    if init not in names() and not init.endswith(".pt"):
+        choices = ", ".join(("random", "pretrained", *names()))
+        raise ValueError(f"init must be one of {choices}, or the path of a best.pt; got {init!r}")
+    found = read_checkpoint(init) if init.endswith(".pt") else read_packaged(init)
+    check_weights(f"{init} for {base.name} ({base.words})", found.tensors, shapes_of(init, base))
+    return found
+
+
+def _fitting(row: Row, resolution_mm: float) -> Weights:
+    packaged = [read_packaged(name) for name in names()]
+    fitting = [one for one in packaged if _network_options(one.row) == _network_options(row)]
+    for preferred in (lambda one: one.row.name == row.name, lambda one: one.resolution_mm == resolution_mm):
+        fitting = [one for one in fitting if preferred(one)] or fitting
+    if len(fitting) != 1:
+        there = "; ".join(f"{one.name}: {one.row.name} ({one.row.words})" for one in fitting or packaged)
+        what = "several pretrained weights are" if fitting else "no pretrained weights are"
+        raise ValueError(f"{what} of the network of {row.name} ({row.words}); there are {there or 'none'}")
+    return fitting[0]
+
+
+def parser(prog: str = "python -m lumirlib.training.weights") -> argparse.ArgumentParser:
+    """The options of the command line."""
+    options = argparse.ArgumentParser(
+        prog=prog, description="Pretrained weights of the package.",
+        epilog=f"examples:\n  {prog} list\n  {prog} export --run <run> --name ours-4mm-cpu\n  {prog} check\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    actions = options.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("list", help="what there is, with its Dice")
+    actions.add_parser("cards", help="write the cards anew from what the weights' files say")
+    for action, words in (
+        ("export", "package the weights of a finished run, evaluated, with a card"),
+        ("check", "measure packaged weights anew; status 1 unless Dice is the card's to 0.1 point"),
+    ):
+        one = actions.add_parser(action, help=words, description=words)
+        if action == "export":
+            one.add_argument("--run", required=True, help="name of the run in the results folder")
+            one.add_argument("--name", required=True, help="of the weights, such as ours-4mm-cpu")
+            one.add_argument("--results", default="", help="results folder")
+        else:
+            one.add_argument("names", nargs="*", help="all if none is given")
+        one.add_argument("--cohort", default="brains", help="to evaluate on")
+        one.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
+        one.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+        one.add_argument("--quiet", action="store_true", help="no progress bars")
+    return options
+
+
+def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.training.weights") -> int:
+    """List, export or check; exit status 0, 1 where a card is wrong, 2 for what cannot be used, 130 after Ctrl-C."""
+    from lumirlib.study.model_cards import check, export, write_cards
+
+    given = parser(prog).parse_args(arguments)
+    try:
+        if given.action == "list":
+            for one in map(read_packaged, names()):
+                dice = one.facts["figures"]["dice"]["mean"]
+                print(f"{one.name}: {one.row.name}, {one.resolution_mm:g} mm, Dice {100 * dice:.2f} % on "
+                      f"{one.facts['evaluation']['cohort_name']}; {FOLDER / one.name}.md")  # fmt: skip
+            return 0
+        if given.action == "cards":
+            print(*write_cards(), sep="\n")
+            return 0
+        where = (given.cohort, given.data_root, given.device, not given.quiet)
+        if given.action == "export":
+            people = shlex.quote(provenance.redact_path(given.cohort))
+            command = f"{prog} export --run {given.run} --name {given.name} --cohort {people}"
+            print(export(given.run, given.name, given.results, *where, command))
+            return 0
+        if not (given.names or names()):
+            raise ValueError("no weights are packaged")
+        right = [check(name, *where) for name in given.names or names()]  # all of them, whatever the first says
+        return 0 if all(right) else 1
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was packaged", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network, with the memory layout that its convolutions are fastest in as far as that has been measured."""
+    return place(model, device, channels_last=device.type == "cpu")
+
+
+def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> nn.Module:
+    """The trained network of a best.pt, ready for ``model(fixed, moving)``.
+
+    Args:
+        path: of the checkpoint.
+        device: "auto", "cpu", "cuda" ...
+        bilateral: `bilateral_window`, `bilateral_sigma` and `bilateral_sigma_range` of :class:`Variant`, to put a
+            bilateral filter with these widths behind a network that was trained without one.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`lumirlib.training.checkpoints.load_checkpoint`; weights that do not
+        fit; a
+            filter for a network that has one.
+    """
+    target = pick_device(device)
+    content = load_checkpoint(path)
+    variant = described_row(path, content)
+    foreign = [name for name in bilateral if not name.startswith("bilateral_")]
+    if foreign:
+        raise ValueError(f"only a bilateral filter can be added to trained weights, got {', '.join(foreign)}")
+    if bilateral and not isinstance(variant, Variant):
+        raise ValueError(f"{path}: no bilateral filter can be put behind {variant.name}")
+    if bilateral and variant.bilateral_window:
+        raise ValueError(f"{path}: {variant.name} was trained with a bilateral filter; none can be put behind it")
+    check_weights(path, content["model"], shapes_of(path, variant))
+    model = to_device(replace(variant, **bilateral).build(), target)
+    model.load_state_dict(content["model"], strict=not bilateral)
+    return model.eval()
+
+
+def method_of_weights(config: RunConfig, checkpoint: str | Path, device: torch.device) -> nn.Module:
+    """What a run is evaluated by: the network of a checkpoint with what its row puts behind it.
+
+    Args:
+        config: of the run; its row may be one that uses another's weights, such as "BF-post" or "IO".
+        checkpoint: best.pt of the row that is trained.
+        device: where it works.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_model`.
+    """
+    row, widths = config.variant, {}
+    if isinstance(row, Variant) and row.bilateral_window and row.bilateral_mode == "post":
+        widths = {name: getattr(row, name) for name in ("bilateral_window", "bilateral_sigma", "bilateral_sigma_range")}
+    return row.as_method(load_model(checkpoint, str(device), **widths), config.preset).eval()
