@@ -46,14 +46,23 @@ def by_torchreg(image: torch.Tensor, mask: torch.Tensor, affine: np.ndarray) -> 
         return 1 - (moved * static).sum() / (moved.norm() * static.norm())
 
     template, target = template_in_frame(4), frame_affine(4)
-    places = [transform(grid, torch.nonzero(where[0, 0]).T.reshape(1, 3, -1, 1, 1)).mean((0, 2, 3, 4)).numpy()
-              for grid, where in ((affine, mask), (target, template > 0.02))]  # fmt: skip
+    places = [
+        transform(grid, torch.nonzero(where[0, 0]).T.reshape(1, 3, -1, 1, 1)).mean((0, 2, 3, 4)).numpy()
+        for grid, where in ((affine, mask), (target, template > 0.02))
+    ]
     volume = float(mask.sum()) * abs(np.linalg.det(affine[:3, :3])) / (float((template > 0.02).sum()) * 64)
     start = np.diag([*[volume ** (1 / 3)] * 3, 1.0])
     start[:3, 3] = places[0] - start[:3, :3] @ places[1]
     coarse = F.avg_pool3d(on_frame(image / image.max(), affine, start, 2), 2)
-    search = AffineRegistration((2, 1), (300, 100), learning_rate=1e-2, with_shear=True, verbose=False,
-                                dissimilarity_function=loss, padding_mode="zeros")  # fmt: skip
+    search = AffineRegistration(
+        (2, 1),
+        (300, 100),
+        learning_rate=1e-2,
+        with_shear=True,
+        verbose=False,
+        dissimilarity_function=loss,
+        padding_mode="zeros",
+    )
     search(coarse, template, return_moved=False)
     normalized = np.vstack(
         [search.get_affine()[0].double().numpy(), [0, 0, 0, 1]]
@@ -103,16 +112,25 @@ def main() -> None:
                     upright[name] = upright[name] if turn else found
                     apart = (transform(found, brain) - transform(upright[name], brain)).norm(dim=1)
                     seen = on_frame(image, cohort.affine, found, 2)
-                    rows.append({
-                        "scan": subject.name, "pose": turn, "by": name, "seconds": seconds,
-                        "apart_mm": float(apart.square().mean().sqrt()) if turn else None,
-                        "template_correlation": correlation(seen, template, template > 0.02),
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "scan": subject.name,
+                            "pose": turn,
+                            "by": name,
+                            "seconds": seconds,
+                            "apart_mm": float(apart.square().mean().sqrt()) if turn else None,
+                            "template_correlation": correlation(seen, template, template > 0.02),
+                        }
+                    )
                     bar.update()
-    about = {"command": f"python benchmarks/affine.py {' '.join(sys.argv[1:])}".strip(), "commit": provenance.commit(),
-             "made": provenance.now(), "device": provenance.describe_device(torch.device("cpu")),
-             "data": data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm),
-             "versions": provenance.versions()}  # fmt: skip
+    about = {
+        "command": f"python benchmarks/affine.py {' '.join(sys.argv[1:])}".strip(),
+        "commit": provenance.commit(),
+        "made": provenance.now(),
+        "device": provenance.describe_device(torch.device("cpu")),
+        "data": data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm),
+        "versions": provenance.versions(),
+    }
     write_json(path, {"provenance": about, "rows": rows})
     table = pd.DataFrame(rows).groupby("by")
     print(table[["apart_mm", "template_correlation", "seconds"]].agg(["mean", "max"]).to_string(float_format="%.3f"))

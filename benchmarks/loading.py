@@ -168,8 +168,9 @@ def measure(cohort: Cohort, given: argparse.Namespace, device: torch.device) -> 
             return cohort.image(subject)
 
         for workers in (1, 2):
-            loader.append(uncached | {"workers": workers}
-                          | behind_a_loader(forgetful, chosen, device, steps["sleeps"], workers))  # fmt: skip
+            loader.append(
+                uncached | {"workers": workers} | behind_a_loader(forgetful, chosen, device, steps["sleeps"], workers)
+            )
         for name, step in steps.items():
             measured = behind_a_loader(opened.stored_image, chosen, device, step, 1)
             loader.append({"read": "cache", "step": name, "workers": 1} | measured)

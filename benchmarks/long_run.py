@@ -95,9 +95,13 @@ def main(arguments: list[str] | None = None) -> int:
     found = long_run(cohort, preset, given.steps, engine)
     about = {
         "command": " ".join(["python benchmarks/long_run.py", *(arguments or sys.argv[1:])]),
-        "commit": commit, "device": engine.describe(), "readers": given.readers, "cache": given.cache,
-        "written": provenance.now(), "versions": {**provenance.versions(), "psutil": psutil.__version__},
-    }  # fmt: skip
+        "commit": commit,
+        "device": engine.describe(),
+        "readers": given.readers,
+        "cache": given.cache,
+        "written": provenance.now(),
+        "versions": {**provenance.versions(), "psutil": psutil.__version__},
+    }
     write_json(given.out, {**about, **cohort_facts(cohort), **found, "torch_threads": torch.get_num_threads()})
     print({name: value for name, value in found.items() if name != "samples"})
     return 0

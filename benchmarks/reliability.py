@@ -33,10 +33,13 @@ TARGET = ROOT / "results" / "reliability" / "tally.json"
 def readable(tally: dict) -> str:
     """The counts as Markdown."""
     rows = [
-        {"tried": kind, "times": sum(outcomes.values()),
-         "outcome": ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items()))}
+        {
+            "tried": kind,
+            "times": sum(outcomes.values()),
+            "outcome": ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items())),
+        }
         for kind, outcomes in tally["counts"].items()
-    ]  # fmt: skip
+    ]
     head = (
         f"{tally['tests']} tests, {tally['failed']} failed; {sum(row['times'] for row in rows):,} things tried, none "
         f"read wrongly, none with another's error. Commit {tally['commit'][:9]}, {tally['device']}."
@@ -57,9 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
             return done.returncode
         found = json.loads(target.read_text(encoding="utf-8"))
     about = {
-        "command": " ".join(["python benchmarks/reliability.py", *arguments]), "commit": commit,
-        "device": describe_device(torch.device("cpu")), "written": provenance.now(), "versions": provenance.versions(),
-    }  # fmt: skip
+        "command": " ".join(["python benchmarks/reliability.py", *arguments]),
+        "commit": commit,
+        "device": describe_device(torch.device("cpu")),
+        "written": provenance.now(),
+        "versions": provenance.versions(),
+    }
     write_json(TARGET, {**about, **found})
     print(write_between(ROOT / "docs" / "reliability.md", MARKERS, readable({**about, **found})))
     return 0

@@ -96,11 +96,15 @@ def run(
     chosen = {one: make for one, make in every.items() if given.only in one or one == next(iter(every))}
     about = {
         "command": f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip(),
-        "commit": provenance.commit(), "device": provenance.describe_device(device), "made": provenance.now(),
-        "rounds": given.rounds, "repeats": given.repeats, "versions": provenance.versions() | peers(),
+        "commit": provenance.commit(),
+        "device": provenance.describe_device(device),
+        "made": provenance.now(),
+        "rounds": given.rounds,
+        "repeats": given.repeats,
+        "versions": provenance.versions() | peers(),
         "tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32},
         "images": "random",
-    }  # fmt: skip
+    }
     path = provenance.results_folder(given.out) / "benchmarks" / f"{name}_{device.type}.json"
     for table in measure_all(chosen, sizes, str(device), given.rounds, given.repeats):  # a cut loses one measurement
         rows = table.astype(object).where(table.notna(), None).to_dict("records")
@@ -145,10 +149,12 @@ def summarize(found: dict[tuple[str, str], list[dict]]) -> pd.DataFrame:
         if not row["note"]:
             seconds = [value for each in measured for value in each["times"]]
             row |= {
-                "median_s": statistics.median(seconds), "min_s": min(seconds),
+                "median_s": statistics.median(seconds),
+                "min_s": min(seconds),
                 "first_s": min(each["first"] for each in measured),
-                "mib": statistics.median(each["mib"] for each in measured), "seconds": seconds,
-            }  # fmt: skip
+                "mib": statistics.median(each["mib"] for each in measured),
+                "seconds": seconds,
+            }
         if not rows or rows[-1]["size"] != size or one.endswith("plain"):
             plain = row
         row["times_as_fast"] = plain.get("median_s", math.nan) / row.get("median_s", math.nan)

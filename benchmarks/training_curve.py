@@ -95,9 +95,11 @@ def main() -> None:
     path = provenance.results_folder(given.out) / "benchmarks" / f"training_curve_{device.type}.json"
     about = {
         "command": f"python benchmarks/training_curve.py --steps {given.steps} --seeds {given.seeds}",
-        "commit": provenance.commit(), "device": provenance.describe_device(device), "data": "simulated people, 4 mm",
+        "commit": provenance.commit(),
+        "device": provenance.describe_device(device),
+        "data": "simulated people, 4 mm",
         "versions": provenance.versions(),
-    }  # fmt: skip
+    }
     curves: dict[str, list[float]] = {}
     if path.is_file():
         before = json.loads(path.read_text())

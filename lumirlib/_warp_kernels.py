@@ -52,9 +52,15 @@ def _weights(r, s, t, one):  # pragma: no cover (compiled)
     """Those of all eight neighbours."""
     near_i, near_j, near_k = one - r, one - s, one - t
     return (
-        near_i * near_j * near_k, near_i * near_j * t, near_i * s * near_k, near_i * s * t,
-        r * near_j * near_k, r * near_j * t, r * s * near_k, r * s * t,
-    )  # fmt: skip
+        near_i * near_j * near_k,
+        near_i * near_j * t,
+        near_i * s * near_k,
+        near_i * s * t,
+        r * near_j * near_k,
+        r * near_j * t,
+        r * s * near_k,
+        r * s * t,
+    )
 
 
 @njit(**_OPTIONS)

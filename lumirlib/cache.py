@@ -25,11 +25,17 @@ EXAMPLES = """examples:
 def parser(prog: str = "python -m lumirlib.cache") -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(
-        prog=prog, description=(__doc__ or "").splitlines()[0], epilog=EXAMPLES,
+        prog=prog,
+        description=(__doc__ or "").splitlines()[0],
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON; "
-                         "joined by '+': trained on all, evaluated on the last")  # fmt: skip
+    )
+    options.add_argument(
+        "--cohort",
+        default="embedded",
+        help="embedded, lumir, brains, or a Learn2Reg dataset JSON; "
+        "joined by '+': trained on all, evaluated on the last",
+    )
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     grid = options.add_mutually_exclusive_group()
     grid.add_argument("--preset", default="demo", help=f"its resolution is taken: {', '.join(PRESETS)}")

@@ -43,17 +43,21 @@ data that cannot be used, 130 after Ctrl-C.
 
 def _options(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=prog, description=description, epilog=f"examples:\n{examples}",
+        prog=prog,
+        description=description,
+        epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command itself."""
     options = argparse.ArgumentParser(
-        prog="lumirlib", description="The LUMIR reproducibility study: brain MRI registration, reproduced.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog="lumirlib",
+        description="The LUMIR reproducibility study: brain MRI registration, reproduced.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     options.add_argument("--version", action="version", version=f"lumirlib {__version__}")
     commands = options.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, words) in COMMANDS.items():
@@ -100,9 +104,10 @@ def _summarized(table: pd.DataFrame, cohort: Cohort) -> str:
 def evaluate(arguments: list[str], prog: str) -> int:
     """Score a network or a method on a cohort; the exit status is 0, or 2 for what cannot be used."""
     options = _options(
-        prog, "Score a trained network or a method on a cohort's validation pairs.",
+        prog,
+        "Score a trained network or a method on a cohort's validation pairs.",
         f"  {prog} --run <run> --cohort brains\n  {prog} --method deedsBCV --resolution 4 --out deeds.csv\n",
-    )  # fmt: skip
+    )
     _add_method(options)
     _add_cohort(options)
     options.add_argument(
@@ -149,9 +154,12 @@ def submission(arguments: list[str], prog: str) -> int:
         ("score", "score a zip where labels or landmarks are there", "--cohort brains"),
     ):
         one = actions.add_parser(
-            action, help=words, description=words, epilog=f"example:\n  {prog} {action} disp.zip {example}\n",
+            action,
+            help=words,
+            description=words,
+            epilog=f"example:\n  {prog} {action} disp.zip {example}\n",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         one.add_argument("zip", help="path of the zip")
         if action == "write":
             _add_method(one)

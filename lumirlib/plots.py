@@ -50,8 +50,14 @@ def plot_validation_dice(ax: Axes, history: pd.DataFrame) -> Axes:
     before = history.loc[history["epoch"] == 0, "val_dice"]
     if len(before):
         ax.axhline(100 * before.iloc[0], color="0.4", linestyle="--", linewidth=1.2)
-        ax.annotate("before registration", (history["epoch"].iloc[-1], 100 * before.iloc[0]), xytext=(0, 4),
-                    textcoords="offset points", ha="right", color="0.3")  # fmt: skip
+        ax.annotate(
+            "before registration",
+            (history["epoch"].iloc[-1], 100 * before.iloc[0]),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+            color="0.3",
+        )
     ax.set(xlabel="epoch", ylabel="Dice (%)", title="validation Dice")
     return ax
 
@@ -74,17 +80,25 @@ def plot_metric_before_after(ax: Axes, before: pd.DataFrame, after: pd.DataFrame
         metric: a key of :data:`METRIC_LABELS`.
     """
     label, factor = METRIC_LABELS[metric]
-    values = [
-        table[table["metric"] == metric].set_index("pair")["value"] * factor for table in (before, after)
-    ]  # fmt: skip
+    values = [table[table["metric"] == metric].set_index("pair")["value"] * factor for table in (before, after)]
     both = pd.concat(values, axis=1, keys=["before", "after"]).replace([np.inf, -np.inf], np.nan).dropna()
     if both.empty:
         ax.text(0.5, 0.5, "no data", ha="center", va="center", transform=ax.transAxes)
     for _, pair in both.iterrows():
         ax.plot([0, 1], pair, color="0.75", linewidth=0.7, zorder=1)
     long = both.melt(var_name="registration", value_name=label)
-    sns.stripplot(long, x="registration", y=label, hue="registration", jitter=False, size=4, ax=ax, legend=False,
-                  palette=["C0", "C1"], zorder=2)  # fmt: skip
+    sns.stripplot(
+        long,
+        x="registration",
+        y=label,
+        hue="registration",
+        jitter=False,
+        size=4,
+        ax=ax,
+        legend=False,
+        palette=["C0", "C1"],
+        zorder=2,
+    )
     ax.plot([0, 1], both.mean(), linestyle="none", marker="D", color="black", markersize=6, zorder=3)
     ax.set(xlabel="", ylabel=label, title=f"{len(both)} pairs", xlim=(-0.3, 1.3))
     if metric == "ndv_percent":
@@ -141,9 +155,16 @@ def plot_motion(ax: Axes, displacement: torch.Tensor, fixed: torch.Tensor, slice
     ax.imshow(plane, origin="lower", vmin=0, vmax=2.5, interpolation="nearest")
     if not outside.all() and float(speed[~outside].max()) > 0:
         lines = ax.streamplot(
-            np.arange(plane.shape[1]), np.arange(plane.shape[0]), along_i, along_j, color=np.ma.masked_where(
-                outside, speed), cmap="viridis", density=1.3, linewidth=0.9, arrowsize=0.7,
-        )  # fmt: skip
+            np.arange(plane.shape[1]),
+            np.arange(plane.shape[0]),
+            along_i,
+            along_j,
+            color=np.ma.masked_where(outside, speed),
+            cmap="viridis",
+            density=1.3,
+            linewidth=0.9,
+            arrowsize=0.7,
+        )
         bar = ax.figure.colorbar(lines.lines, ax=ax, fraction=0.045, pad=0.02)
         bar.set_label("mm")
         bar.ax.grid(False)
@@ -271,8 +292,14 @@ def plot_overlap(ax: Axes, labels: torch.Tensor, fixed_labels: torch.Tensor, sli
     first, second = _plane(labels, slice_index), _plane(fixed_labels, slice_index)
     state = np.where(first == second, 1, 2)
     state[(first == 0) & (second == 0)] = 0
-    ax.imshow(state, origin="lower", cmap=ListedColormap(["white", "0.75", "C1"]), vmin=-0.5, vmax=2.5,
-              interpolation="nearest")  # fmt: skip
+    ax.imshow(
+        state,
+        origin="lower",
+        cmap=ListedColormap(["white", "0.75", "C1"]),
+        vmin=-0.5,
+        vmax=2.5,
+        interpolation="nearest",
+    )
     return _hide_axes(ax, labels.shape[2:4])
 
 
@@ -303,8 +330,9 @@ def maps_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
     pairs = [by_name[name] for name in names]
     simulated = cohort.true_displacement(pairs[0]) is not None
     columns = 2 + 2 * cohort.has_labels + 2 * simulated
-    figure, axes = plt.subplots(len(pairs), columns, figsize=(2.7 * columns, 3.1 * len(pairs)), layout="constrained",
-                                squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(
+        len(pairs), columns, figsize=(2.7 * columns, 3.1 * len(pairs)), layout="constrained", squeeze=False
+    )
     for row, pair in enumerate(pairs):
         fixed, moving = cohort.image(pair.fixed), cohort.image(pair.moving)
         displacement = displacement_of(model, fixed, moving)

@@ -229,9 +229,14 @@ class _WarpByGridSample(torch.autograd.Function):
     def backward(ctx, gradient):
         image, displacement = ctx.saved_tensors
         by_image, by_grid = torch.ops.aten.grid_sampler_3d_backward(
-            gradient, image.to(displacement.dtype), _WarpByGridSample._grid(displacement), 0, 0, True,
+            gradient,
+            image.to(displacement.dtype),
+            _WarpByGridSample._grid(displacement),
+            0,
+            0,
+            True,
             ctx.needs_input_grad[:2],
-        )  # fmt: skip
+        )
         if by_image is not None:
             by_image = by_image.to(dtype=image.dtype, memory_format=_memory_format(image))
         if by_grid is not None:

@@ -41,21 +41,36 @@ EXAMPLES = """examples:
 def parser(prog: str = "python -m lumirlib.train") -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(
-        prog=prog, description=(__doc__ or "").splitlines()[0], epilog=EXAMPLES,
+        prog=prog,
+        description=(__doc__ or "").splitlines()[0],
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     options.add_argument("--variant", default="backbone", help=f"{', '.join(variant_choices())}, joined by '+'")
     options.add_argument("--preset", default="demo", help=", ".join(PRESETS))
-    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON; "
-                         "joined by '+': trained on all, evaluated on the last")  # fmt: skip
+    options.add_argument(
+        "--cohort",
+        default="embedded",
+        help="embedded, lumir, brains, or a Learn2Reg dataset JSON; "
+        "joined by '+': trained on all, evaluated on the last",
+    )
     options.add_argument("--seed", type=int, default=0, help="of weights and pairs")
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     options.add_argument("--out", default="", help="results folder")
     add_engine_options(options)
-    options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
-                         "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
-    options.add_argument("--init", default="", help="weights to start from: random (if empty), pretrained (packaged "
-                         "ones that fit), a name of `lumirlib weights list`, the path of a best.pt")  # fmt: skip
+    options.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of variant and preset, such as smoothness_weight=0.1 cascade=compositional",
+    )
+    options.add_argument(
+        "--init",
+        default="",
+        help="weights to start from: random (if empty), pretrained (packaged "
+        "ones that fit), a name of `lumirlib weights list`, the path of a best.pt",
+    )
     options.add_argument("--restart", action="store_true", help="start anew where a checkpoint would be resumed")
     options.add_argument("--train-only", action="store_true", help="do not evaluate")
     options.add_argument("--consistency", action="store_true", help="measure inverse consistency of every pair")

@@ -126,12 +126,16 @@ class Content(bytes):
 
 JSON_VALUES = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6),
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=6),
         st.sampled_from([10**400, -1, 0, 2**31, 1e308, "../x.nii.gz", "/etc/passwd", "a\0b", "x" * 5000, "$(true)"]),
     ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
     max_leaves=5,
-)  # fmt: skip
+)
 
 
 @st.composite

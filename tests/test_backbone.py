@@ -9,9 +9,13 @@ from lumirlib.methods.variants import Variant
 from lumirlib.models import RegistrationNetwork
 
 PUBLISHED = [
-    (16, 27, 294_272), (32, 27, 909_232), (36, 27, 1_114_812),
-    (64, 27, 3_134_480), (64, 108, 4_567_370), (64, 216, 6_477_890),
-]  # fmt: skip
+    (16, 27, 294_272),
+    (32, 27, 909_232),
+    (36, 27, 1_114_812),
+    (64, 27, 3_134_480),
+    (64, 108, 4_567_370),
+    (64, 216, 6_477_890),
+]
 
 
 def pair(shape=(11, 18, 21), seed=0):
@@ -59,8 +63,12 @@ def test_any_image_size_gives_a_displacement_of_that_size(shape, cascade):
 
 def test_levels_halve_where_sides_divide_by_16():
     assert RegistrationNetwork().level_shapes((160, 224, 192)) == [
-        (160, 224, 192), (80, 112, 96), (40, 56, 48), (20, 28, 24), (10, 14, 12),
-    ]  # fmt: skip
+        (160, 224, 192),
+        (80, 112, 96),
+        (40, 56, 48),
+        (20, 28, 24),
+        (10, 14, 12),
+    ]
 
 
 @pytest.mark.parametrize("cascade", ["additive", "compositional"])
@@ -161,10 +169,12 @@ def test_forward_on_cuda_under_autocast_stays_float32_and_close():
         (lambda: build_model("backbone", start_channels="32"), "start_channels must be a whole number, got .32."),
         (lambda: build_model("backbone", squarings=-1), "squarings must be a whole number from 0, got -1"),
         (lambda: build_model(Variant(), width=3), "unknown option width"),
-        (lambda: small()(torch.full((1, 1, 8, 9, 10), torch.nan), torch.rand(1, 1, 8, 9, 10)),
-         "fixed must hold finite values only, got 720 NaN"),
+        (
+            lambda: small()(torch.full((1, 1, 8, 9, 10), torch.nan), torch.rand(1, 1, 8, 9, 10)),
+            "fixed must hold finite values only, got 720 NaN",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_options_and_images_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -171,7 +171,7 @@ def header_with(**fields) -> bytes:
         ({"size": (0, "i", 349)}, "expected a header of 348 or 540 bytes, got 5d010000"),
         ({"affine": (280, "f", math.inf)}, "expected a finite affine"),
     ],
-)  # fmt: skip
+)
 def test_a_header_that_claims_nonsense_is_refused_without_memory_for_it(tmp_path, ending, fields, message):
     path = tmp_path / f"claims{ending}"
     raw = header_with(**fields)
@@ -276,9 +276,10 @@ TURN = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1.0]])
 
 
 @pytest.mark.parametrize(
-    "directions", [np.diag([-1.0, 1, 1]), np.eye(3)[[1, 2, 0]], -np.eye(3), TURN, 2 * TURN],
+    "directions",
+    [np.diag([-1.0, 1, 1]), np.eye(3)[[1, 2, 0]], -np.eye(3), TURN, 2 * TURN],
     ids=["LAS", "permuted", "turned round", "oblique", "oblique 2 mm"],
-)  # fmt: skip
+)
 def test_a_cohort_in_any_orientation_is_read_along_its_axes_and_measured_in_mm(tmp_path, directions):
     affine = np.eye(4)
     affine[:3, :3] = directions
@@ -449,7 +450,7 @@ def rewrite(folder: Path, name: str, change) -> Path:
         (lambda c: c.update(simulated="no"), "expected bool as 'simulated', got 'no'"),
         (lambda c: c.update(name=["x"]), "expected str as 'name'"),
     ],
-)  # fmt: skip
+)
 def test_a_dataset_that_leaves_its_folder_or_makes_no_sense_is_refused(folder, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         load_cohort(rewrite(folder, "hand.json", change))
@@ -530,13 +531,41 @@ def crafted(content: bytes, changes: dict) -> bytes:
 CACHE_HARM = st.one_of(
     BYTE_HARM,
     st.tuples(st.just("head"), st.tuples(PLACES, st.binary(min_size=1, max_size=8))),
-    st.tuples(st.just("craft"), st.fixed_dictionaries({}, optional={
-        "header": st.dictionaries(st.sampled_from(["(1, 1, 16, 20, 24)", "|u1", "False", "descr", "{"]), st.one_of(
-            st.sampled_from(["(1, 1, 99999, 99999, 24)", "(-1, 1, 16, 20, 24)", "|O", ">i2", "<f8", "True", "(16,)",
-                             "V1", "[[" * 20, "(1, 1, 16, 10, 48)"]), st.text(max_size=5)), max_size=2),
-        "record": st.dictionaries(st.sampled_from(["scale", "dtype", "error", "format", "size", "source", "mtime_ns"]),
-                                  JSON_VALUES, max_size=2)})),
-)  # fmt: skip
+    st.tuples(
+        st.just("craft"),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "header": st.dictionaries(
+                    st.sampled_from(["(1, 1, 16, 20, 24)", "|u1", "False", "descr", "{"]),
+                    st.one_of(
+                        st.sampled_from(
+                            [
+                                "(1, 1, 99999, 99999, 24)",
+                                "(-1, 1, 16, 20, 24)",
+                                "|O",
+                                ">i2",
+                                "<f8",
+                                "True",
+                                "(16,)",
+                                "V1",
+                                "[[" * 20,
+                                "(1, 1, 16, 10, 48)",
+                            ]
+                        ),
+                        st.text(max_size=5),
+                    ),
+                    max_size=2,
+                ),
+                "record": st.dictionaries(
+                    st.sampled_from(["scale", "dtype", "error", "format", "size", "source", "mtime_ns"]),
+                    JSON_VALUES,
+                    max_size=2,
+                ),
+            },
+        ),
+    ),
+)
 
 
 @amounts
@@ -591,8 +620,9 @@ def zip_harm(draw, content: bytes):
     with zipfile.ZipFile(io.BytesIO(content)) as source:
         members = {name: source.read(name) for name in source.namelist()}
     name = draw(st.sampled_from(sorted(members)))
-    members[name] = harmed(members[name], draw(BYTE_HARM)) if kind == "member" \
-        else harm_nifti(members[name], draw(NIFTI_HARM))  # fmt: skip
+    members[name] = (
+        harmed(members[name], draw(BYTE_HARM)) if kind == "member" else harm_nifti(members[name], draw(NIFTI_HARM))
+    )
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", draw(st.sampled_from([0, 8, 12, 14]))) as archive:
         for member, packed in members.items():
@@ -640,8 +670,15 @@ def trained(tmp_path_factory):
     config = make_config(parse_variant("backbone"), TINY, cohort, 0, head_channels=4)
     result = train(config, cohort, root, "cpu", progress=False)
     best, last = result.checkpoint, result.checkpoint.with_name("last.pt")
-    return SimpleNamespace(cohort=cohort, config=config, root=root, best=best, last=last,
-                           best_content=best.read_bytes(), last_content=last.read_bytes())  # fmt: skip
+    return SimpleNamespace(
+        cohort=cohort,
+        config=config,
+        root=root,
+        best=best,
+        last=last,
+        best_content=best.read_bytes(),
+        last_content=last.read_bytes(),
+    )
 
 
 def stored_weights(path: Path) -> dict:
@@ -663,9 +700,19 @@ def checkpoint_harm(draw, content: bytes):
             holder = draw(st.sampled_from(inner))
         key = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else range(len(holder))))
         if draw(st.booleans()):
-            holder[key] = draw(st.one_of(JSON_VALUES, st.sampled_from([
-                torch.zeros(3), torch.full((), math.nan), torch.zeros(1).expand(10**6), torch.arange(2),
-            ])))  # fmt: skip
+            holder[key] = draw(
+                st.one_of(
+                    JSON_VALUES,
+                    st.sampled_from(
+                        [
+                            torch.zeros(3),
+                            torch.full((), math.nan),
+                            torch.zeros(1).expand(10**6),
+                            torch.arange(2),
+                        ]
+                    ),
+                )
+            )
         else:
             del holder[key]
         if not found:
@@ -777,9 +824,13 @@ def measured(tmp_path_factory):
     root = tmp_path_factory.mktemp("measured")
     cohort = write_small_cohort(root / "small")
     run = Run.prepare(
-        "backbone", "smoke", str(cohort), out=str(root / "out"), engine="cpu",
+        "backbone",
+        "smoke",
+        str(cohort),
+        out=str(root / "out"),
+        engine="cpu",
         options={"resolution_mm": 1, "channel_divisor": 16, "levels": 2, "epochs": 1, "steps_per_epoch": 2},
-    )  # fmt: skip
+    )
     run.evaluate(run.train(progress=False), progress=False)
     run.before_registration(progress=False)
     return run
@@ -873,12 +924,15 @@ def test_a_table_that_lacks_pairs_is_not_summed_up(measured):
 # numbers -------------------------------------------------------------------------------------------------------------
 
 EXTREMES = {
-    "zero": lambda shape: torch.zeros(shape), "constant": lambda shape: torch.full(shape, 0.7),
-    "a million": lambda shape: 1e6 * noise(shape), "beyond float16": lambda shape: 1e9 * noise(shape),
-    "tiny": lambda shape: 1e-30 * noise(shape), "a million and a bit": lambda shape: 1e6 + noise(shape),
+    "zero": lambda shape: torch.zeros(shape),
+    "constant": lambda shape: torch.full(shape, 0.7),
+    "a million": lambda shape: 1e6 * noise(shape),
+    "beyond float16": lambda shape: 1e9 * noise(shape),
+    "tiny": lambda shape: 1e-30 * noise(shape),
+    "a million and a bit": lambda shape: 1e6 + noise(shape),
     "one voxel": lambda shape: (torch.arange(math.prod(shape)) == 777).float().view(shape),
     "largest": lambda shape: torch.full(shape, 3e38).mul_(noise(shape).sign()),
-}  # fmt: skip
+}
 
 
 def noise(shape) -> torch.Tensor:

@@ -23,9 +23,17 @@ from lumirlib.study.results import Measured, write_results
 
 #: The people of the embedded cohort, so that the notebook finds their images.
 PAIRS = list(itertools.permutations([f"SIM_00{number}" for number in range(24, 30)], 2))
-FACTS = {"cohort": "embedded", "cohort_name": "Embedded cohort (simulated)", "cohort_digest": "d" * 16,
-         "simulated": True, "resolution_mm": 4.0, "evaluated_pairs": len(PAIRS), "commit": "c" * 40, "device": "x",
-         "credit": "nobody"}  # fmt: skip
+FACTS = {
+    "cohort": "embedded",
+    "cohort_name": "Embedded cohort (simulated)",
+    "cohort_digest": "d" * 16,
+    "simulated": True,
+    "resolution_mm": 4.0,
+    "evaluated_pairs": len(PAIRS),
+    "commit": "c" * 40,
+    "device": "x",
+    "credit": "nobody",
+}
 NOT_MEASURED = Measured(None, {}, "not measured")
 DICE = {"LC-2": 0.60, "COMP": 0.59, "ours": 0.63, "ours+IO": 0.64}
 SECONDS = {"LC-2": 6.0, "COMP": 3.0, "ours": 9.0}
@@ -36,18 +44,41 @@ def write_run(folder, name, seed, dice, seconds_per_step=None, ndv=0.001, curve=
     row, noise = parse_variant(name), np.random.default_rng([seed, len(name)])
     values = {"dice": dice, "tre_mm": 3.0, "ndv_percent": ndv, "hd95_mm": 4.0, "seconds": 0.2}
     lines = [
-        {"pair": f"{fixed}_{moving}", "fixed": fixed, "moving": moving, "metric": metric,
-         "value": value + (noise.normal(0, 0.002) if metric == "dice" else 0)}
-        for fixed, moving in PAIRS for metric, value in values.items()
-    ]  # fmt: skip
+        {
+            "pair": f"{fixed}_{moving}",
+            "fixed": fixed,
+            "moving": moving,
+            "metric": metric,
+            "value": value + (noise.normal(0, 0.002) if metric == "dice" else 0),
+        }
+        for fixed, moving in PAIRS
+        for metric, value in values.items()
+    ]
     run, preset = f"{name}_seed{seed}", get_preset("demo")
-    about = {**FACTS, "run": run, "method": name, "seed": seed, "preset": asdict(row.adapt(preset)), "val_dice": dice,
-             "val_dice_before": 0.5, "options": asdict(preset.apply(row)), "parameters": 1234,
-             "weights": f"{row.trained().name}_seed{seed}"}  # fmt: skip
+    about = {
+        **FACTS,
+        "run": run,
+        "method": name,
+        "seed": seed,
+        "preset": asdict(row.training_preset(preset)),
+        "val_dice": dice,
+        "val_dice_before": 0.5,
+        "options": asdict(preset.apply(row)),
+        "parameters": 1234,
+        "weights": f"{row.base_row().name}_seed{seed}",
+    }
     write_results(pd.DataFrame(lines), folder / "metrics" / f"{run}.csv", about)
     if seconds_per_step:
-        log = pd.DataFrame({"epoch": range(5), "steps": [0, 10, 10, 10, 10], "val_dice": curve, "loss": 1.0,
-                            "similarity": 1.0, "seconds": [np.nan, *4 * [seconds_per_step]]})  # fmt: skip
+        log = pd.DataFrame(
+            {
+                "epoch": range(5),
+                "steps": [0, 10, 10, 10, 10],
+                "val_dice": curve,
+                "loss": 1.0,
+                "similarity": 1.0,
+                "seconds": [np.nan, *4 * [seconds_per_step]],
+            }
+        )
         (folder / "logs").mkdir(exist_ok=True)
         log.to_csv(folder / "logs" / f"{run}.csv", index=False)
 
@@ -145,8 +176,11 @@ def test_at_equal_time_a_slower_row_has_the_epochs_that_it_had_finished(runs):
     assert beyond.equal_time(replace(runs, history=runs.history[runs.history["variant"] == "COMP"])).empty
     figure = figures.equal_time_figure(runs, "t")
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
-        "LC-2", "COMP", "ours", "LC-2 is trained",
-    ]  # fmt: skip
+        "LC-2",
+        "COMP",
+        "ours",
+        "LC-2 is trained",
+    ]
 
 
 def outcomes(runs, costs=NOT_MEASURED):
@@ -187,13 +221,28 @@ def altered(folder):
     for name, seed in itertools.product(("LC-2", "ours"), (0, 1)):
         row, preset, noise = parse_variant(name), get_preset("demo"), np.random.default_rng([seed, len(name)])
         lines = [
-            {"run": f"{name}{seed}", "pair": f"{fixed}_{moving}", "fixed": fixed, "moving": moving,
-             "alteration": alteration, "dice": 0.6 - 0.1 * (alteration != "unaltered") * (1 + (name == "LC-2"))
-             + noise.normal(0, 0.002), "tre_mm": np.nan, "ndv_percent": 0.0, "hd95_mm": 4.0}
-            for fixed, moving in PAIRS for alteration in ("unaltered", "gamma 2")
-        ]  # fmt: skip
-        about = {**FACTS, "run": f"{name}{seed}", "method": name, "seed": seed,
-                 "preset": asdict(row.adapt(preset)), "options": asdict(preset.apply(row))}  # fmt: skip
+            {
+                "run": f"{name}{seed}",
+                "pair": f"{fixed}_{moving}",
+                "fixed": fixed,
+                "moving": moving,
+                "alteration": alteration,
+                "dice": 0.6 - 0.1 * (alteration != "unaltered") * (1 + (name == "LC-2")) + noise.normal(0, 0.002),
+                "tre_mm": np.nan,
+                "ndv_percent": 0.0,
+                "hd95_mm": 4.0,
+            }
+            for fixed, moving in PAIRS
+            for alteration in ("unaltered", "gamma 2")
+        ]
+        about = {
+            **FACTS,
+            "run": f"{name}{seed}",
+            "method": name,
+            "seed": seed,
+            "preset": asdict(row.training_preset(preset)),
+            "options": asdict(preset.apply(row)),
+        }
         write_results(pd.DataFrame(lines), folder / "robustness" / f"{name}{seed}.csv", about)
     return beyond.load_robustness(folder, ["LC-2", "ours", "COMP"], "demo", "embedded")
 

@@ -38,12 +38,22 @@ def jupyterlab(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
     places = {
-        "JUPYTER_CONFIG_DIR": state / "config", "JUPYTER_RUNTIME_DIR": state / "runtime",
-        "JUPYTERLAB_SETTINGS_DIR": state / "settings", "JUPYTERLAB_WORKSPACES_DIR": state / "workspaces",
+        "JUPYTER_CONFIG_DIR": state / "config",
+        "JUPYTER_RUNTIME_DIR": state / "runtime",
+        "JUPYTERLAB_SETTINGS_DIR": state / "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": state / "workspaces",
         "LUMIRLIB_RESULTS": ROOT / "results",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port=0",
-               "--IdentityProvider.token=test", f"--ServerApp.root_dir={folder}"]  # fmt: skip
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.port=0",
+        "--IdentityProvider.token=test",
+        f"--ServerApp.root_dir={folder}",
+    ]
     with (state / "log.txt").open("w") as log:
         server = subprocess.Popen(
             command, env={**os.environ, **{name: str(path) for name, path in places.items()}}, stdout=log, stderr=log

@@ -54,8 +54,19 @@ def test_the_papers_schedule_and_sizes():
 
 def test_without_a_gpu_the_table_says_how_to_measure_and_invents_nothing(folder):
     found = load_budget(folder)
-    assert list(found.rows["row"]) == ["backbone", "BF", "CA", "CA+BF", "LK", "LC-1", "LC-2",
-                                       "TransMorph", "uniGradICON", "SynthMorph", "VoxelMorph"]  # fmt: skip
+    assert list(found.rows["row"]) == [
+        "backbone",
+        "BF",
+        "CA",
+        "CA+BF",
+        "LK",
+        "LC-1",
+        "LC-2",
+        "TransMorph",
+        "uniGradICON",
+        "SynthMorph",
+        "VoxelMorph",
+    ]
     assert found.rows[["seconds_per_step", "gpu_hours", "training_mib"]].isna().all(axis=None)
     text = readable_budget(found)
     assert "`python -m lumirlib.study.costs --preset paper --device cuda`" in text and "All rows" not in text

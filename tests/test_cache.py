@@ -77,8 +77,10 @@ def test_scans_of_fractions_are_rounded_to_float16_within_the_stated_error(tmp_p
     cached = cohort.with_cache(tmp_path / "cache", progress=False)
     errors = [float((cached.image(one) - cohort.image(one)).abs().max()) for one in cohort.train]
     assert 1e-4 < max(errors) <= 2**-12
-    assert f"4 images in float16, rounded by at most {max(errors):.1e}; 3 images in uint8, exact; 7 label volumes" \
-        in cached.cache.describe()  # fmt: skip
+    assert (
+        f"4 images in float16, rounded by at most {max(errors):.1e}; 3 images in uint8, exact; 7 label volumes"
+        in cached.cache.describe()
+    )
     exact = cohort.with_cache(tmp_path / "cache", dtype="float32", progress=False)
     assert all(torch.equal(exact.image(one), cohort.image(one)) for one in people(cohort))
     half = cohort.with_cache(tmp_path / "cache", dtype="float16", progress=False)

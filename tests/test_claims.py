@@ -160,8 +160,9 @@ def test_the_cascade_that_folds_less_wherever_the_other_folds_is_smoother():
     def found(additive, compositional):
         lines = [
             {"variant": "LC-1", "seed": seed, "pair": "a", "cascade": cascade, "factor": 2.0, "ndv_percent": ndv}
-            for seed in (0, 1) for cascade, ndv in (("additive", additive), ("compositional", compositional))
-        ]  # fmt: skip
+            for seed in (0, 1)
+            for cascade, ndv in (("additive", additive), ("compositional", compositional))
+        ]
         return verdicts(study(folding=pd.DataFrame(lines)))["cascade"]
 
     assert (found(0.2, 0.0), found(0.2, 0.3), found(0.0, 0.0)) == (SUPPORTED, NOT_SUPPORTED, OPEN)

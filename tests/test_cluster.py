@@ -198,8 +198,12 @@ def test_slurm_gets_one_array_and_filters_behind_the_jobs_of_their_bases(slurm_s
 
 
 def test_the_time_of_a_job_is_a_day_unless_given(slurm_stand_in, tmp_path):
-    assert sweep.main(["--rows", "LK", "--preset", "smoke", "--out", str(tmp_path / "out"), "--executor", "slurm",
-                       "--no-wait"]) == 0  # fmt: skip
+    assert (
+        sweep.main(
+            ["--rows", "LK", "--preset", "smoke", "--out", str(tmp_path / "out"), "--executor", "slurm", "--no-wait"]
+        )
+        == 0
+    )
     assert "time=1440" in submission(tmp_path, 7)
 
 

@@ -158,8 +158,9 @@ def test_joined_cohorts_read_the_caches_of_their_parts(tmp_path):
 def test_figures_of_joined_cohorts_say_what_was_trained_on(tmp_path):
     one, two = write_joinable(tmp_path)
     path = rewrite(two, lambda content: content.update(simulated=True))
-    run = Run.prepare("backbone", "smoke", f"{one}+{path}", engine="cpu", out=str(tmp_path),
-                              options={"resolution_mm": 1, "levels": 2})  # fmt: skip
+    run = Run.prepare(
+        "backbone", "smoke", f"{one}+{path}", engine="cpu", out=str(tmp_path), options={"resolution_mm": 1, "levels": 2}
+    )
     assert "simulated people, 1 mm: not a LUMIR result; trained on one and embedded" in run.title
     assert "3 training scans of 'one' and 2 training scans of 'two', 3 pairs" in run.describe()
     assert run.config.run.startswith("backbone_one-embedded_smoke_seed0_")

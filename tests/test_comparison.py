@@ -15,10 +15,18 @@ PAIRS = list(itertools.permutations(PEOPLE, 2))
 def table(rows, metric="dice", pairs=PAIRS, seeds=(0, 1, 2)):
     """Values by row, a function of fixed, moving and seed."""
     lines = [
-        {"variant": row, "seed": seed, "fixed": fixed, "moving": moving, "metric": metric,
-         "value": value(fixed, moving, seed)}
-        for row, value in rows.items() for seed in seeds for fixed, moving in pairs
-    ]  # fmt: skip
+        {
+            "variant": row,
+            "seed": seed,
+            "fixed": fixed,
+            "moving": moving,
+            "metric": metric,
+            "value": value(fixed, moving, seed),
+        }
+        for row, value in rows.items()
+        for seed in seeds
+        for fixed, moving in pairs
+    ]
     return pd.DataFrame(lines)
 
 

@@ -105,21 +105,35 @@ def test_provenance_beside_a_table_always_belongs_to_it(tmp_path, monkeypatch):
 
 def long_table(dice, std=0.0, tre=3.0):
     rows = [("p", "dice", dice - std), ("q", "dice", dice + std)]
-    rows += [(pair, metric, value) for pair in "pq" for metric, value in
-             (("tre_mm", tre), ("ndv_percent", 0.1), ("hd95_mm", 4.0))]  # fmt: skip
+    rows += [
+        (pair, metric, value)
+        for pair in "pq"
+        for metric, value in (("tre_mm", tre), ("ndv_percent", 0.1), ("hd95_mm", 4.0))
+    ]
     return pd.DataFrame(rows, columns=["pair", "metric", "value"])
 
 
-HISTORY = pd.DataFrame({"epoch": [0, 1, 2], "val_dice": [0.5, 0.6, 0.58], "loss": [math.nan, 1.0, 0.9],
-                        "similarity": [math.nan, 0.9, 0.8], "val_ndv_percent": [0.0, 0.1, 0.05]})  # fmt: skip
+HISTORY = pd.DataFrame(
+    {
+        "epoch": [0, 1, 2],
+        "val_dice": [0.5, 0.6, 0.58],
+        "loss": [math.nan, 1.0, 0.9],
+        "similarity": [math.nan, 0.9, 0.8],
+        "val_ndv_percent": [0.0, 0.1, 0.05],
+    }
+)
 
 
 def test_the_papers_numbers_are_carried_whole():
     assert len(paper_table(1)) == 7 and len(paper_table(2)) == 8
     backbone = paper_table(2).set_index("method").loc["backbone"]
     assert backbone[["val_dice", "dice", "tre_mm", "ndv_percent", "hd95_mm"]].tolist() == [
-        76.50, 77.31, 2.3753, 0.2177, 3.3437,
-    ]  # fmt: skip
+        76.50,
+        77.31,
+        2.3753,
+        0.2177,
+        3.3437,
+    ]
 
 
 def test_table_sets_ours_beside_the_paper_in_the_papers_units():

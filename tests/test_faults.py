@@ -225,8 +225,10 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_not_finished(tmp_path, monk
     (target / "runs").mkdir(parents=True)
     planned = jobs.plan(["backbone", "LK", "CA"], [0, 1], "smoke", "embedded", "", str(target))
     if launcher == "notebook":
-        cells = [nbformat.v4.new_code_cell('variant, seed, out = "", 0, ""', metadata={"tags": ["parameters"]}),
-                 nbformat.v4.new_code_cell(WAITS)]  # fmt: skip
+        cells = [
+            nbformat.v4.new_code_cell('variant, seed, out = "", 0, ""', metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(WAITS),
+        ]
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         notebook = tmp_path / "small.ipynb"
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebook)
@@ -474,15 +476,32 @@ def test_a_papermill_run_that_is_interrupted_ends_in_the_same_figures_when_it_is
         out = tmp_path / name
         out.mkdir()
         command = [
-            sys.executable, "-m", "papermill", str(notebook), str(tmp_path / f"{name}.ipynb"), "-p", "preset", "smoke",
-            "-p", "cohort", str(cohort), "-p", "out", str(out), "-y", json.dumps({"options": options}),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "papermill",
+            str(notebook),
+            str(tmp_path / f"{name}.ipynb"),
+            "-p",
+            "preset",
+            "smoke",
+            "-p",
+            "cohort",
+            str(cohort),
+            "-p",
+            "out",
+            str(out),
+            "-y",
+            json.dumps({"options": options}),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if name == "cut":
             child = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run behind "&"
-            )  # fmt: skip
+            )
             while not list(out.rglob("last.pt")):
                 assert child.poll() is None
                 time.sleep(0.02)
@@ -542,10 +561,16 @@ def test_the_switch_is_on_for_its_run_alone_and_stands_in_the_command(small_coho
         assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
     runs = [
-        Run.prepare("backbone", "smoke", str(small_cohort_json), out=str(tmp_path), options=OPTIONS,
-                            engine=Engine("cpu", deterministic=on))
+        Run.prepare(
+            "backbone",
+            "smoke",
+            str(small_cohort_json),
+            out=str(tmp_path),
+            options=OPTIONS,
+            engine=Engine("cpu", deterministic=on),
+        )
         for on in (False, True)
-    ]  # fmt: skip
+    ]
     assert runs[0].config.run == runs[1].config.run and "-p deterministic True" in runs[1].command
     assert "--deterministic" in runs[1].arguments and "deterministic" in runs[1].engine.describe()
     with pytest.raises(ValueError, match="deterministic must be true or false, got 1"):

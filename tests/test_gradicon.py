@@ -200,7 +200,7 @@ def test_batch_entries_do_not_mix():
 
 def test_loss_counts_both_directions_and_weighs_as_the_preset_says():
     row = GradICON(encoder="2-3-4", decoder="4-3-3-2")
-    model, preset = narrow(std=0.1), row.adapt(get_preset("demo"))
+    model, preset = narrow(std=0.1), row.training_preset(get_preset("demo"))
     fixed, moving = pair()
     generator = torch.Generator().manual_seed(0)
     terms = row.loss_terms(model, fixed, moving, preset, generator)
@@ -231,7 +231,7 @@ def test_training_on_a_pair_makes_it_more_alike_and_the_maps_more_inverse():
 
     fixed, moving = blob(5.0, 6.0, 7.0), blob(6.0, 7.5, 8.0)
     torch.manual_seed(0)
-    model, preset = row.build(), row.adapt(get_preset("demo"))
+    model, preset = row.build(), row.training_preset(get_preset("demo"))
     for step in model.steps:  # a network that predicts nothing has no error to lose
         torch.nn.init.normal_(step.flow.weight, std=0.3)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -253,5 +253,5 @@ def test_row_adapts_the_preset_and_narrows():
     assert row.trains_on == "images"
     assert row.narrowed(4).encoder == "4-8-8-8" and row.narrowed(4).decoder == "8-8-8-8-8-4-4"
     assert row.narrowed(1) == row
-    adapted = row.adapt(PAPER)
+    adapted = row.training_preset(PAPER)
     assert adapted.epochs == PAPER.epochs and adapted.similarity_weight == 1.0 and adapted.smoothness_weight == 1.5

@@ -194,8 +194,16 @@ def test_a_member_that_comes_twice_is_scored_neither_as_one_nor_as_the_other(goo
 
 def hostile(mark: Path) -> list[str]:
     touch = f"touch {mark}"
-    return [f"$({touch})", f"`{touch}`", f"; {touch} #", f"x' ; {touch} '", f'" && {touch} "', f"x\n{touch}\n",
-            f"__import__('os').system('{touch}')", f"\\'); import os; os.system('{touch}') #"]  # fmt: skip
+    return [
+        f"$({touch})",
+        f"`{touch}`",
+        f"; {touch} #",
+        f"x' ; {touch} '",
+        f'" && {touch} "',
+        f"x\n{touch}\n",
+        f"__import__('os').system('{touch}')",
+        f"\\'); import os; os.system('{touch}') #",
+    ]
 
 
 def test_parameters_are_refused_or_stay_one_word(tmp_path, mark):
@@ -215,9 +223,14 @@ def test_the_command_in_provenance_is_quoted_for_a_shell(tmp_path, mark):
     folder = tmp_path / f"x; touch {mark.name} #'\"$(touch {mark.name})"
     cohort = write_small_cohort(folder, training=2, validation=2)
     run = Run.prepare(
-        "backbone", "smoke", str(cohort), data_root=str(folder), out=str(tmp_path / "a b;c"), engine="cpu",
+        "backbone",
+        "smoke",
+        str(cohort),
+        data_root=str(folder),
+        out=str(tmp_path / "a b;c"),
+        engine="cpu",
         options={"resolution_mm": 1, "levels": 2},
-    )  # fmt: skip
+    )
     words = shlex.split(run.command.replace("<output>", "output").replace("<folder>", "folder"))
     assert words[words.index("cohort") + 1] == "folder/dataset.json"
     assert json.loads(words[words.index("-y") + 1]) == {"options": {"resolution_mm": 1, "levels": 2}}
@@ -250,8 +263,9 @@ def test_what_papermill_injects_are_literals(mark):
         code = PythonTranslator.codify({"cohort": text, "options": {text: [text, 1.5]}, "seed": 3})
         assigned = {
             node.targets[0].id: ast.literal_eval(node.value)
-            for node in ast.parse(code).body if isinstance(node, ast.Assign)
-        }  # fmt: skip
+            for node in ast.parse(code).body
+            if isinstance(node, ast.Assign)
+        }
         assert assigned == {"cohort": text, "options": {text: [text, 1.5]}, "seed": 3}
 
 

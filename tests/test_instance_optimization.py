@@ -102,8 +102,8 @@ def test_wrong_options_are_named(options, message):
 
 def test_a_row_with_it_uses_the_weights_of_the_row_without(tmp_path):
     assert parse_variant("backbone+io").name == "IO"
-    assert parse_variant("BF-post+IO").trained() == parse_variant("backbone")
-    assert parse_variant("CA+BF+IO", instance_learning_rate=0.3).trained() == parse_variant("CA+BF")
+    assert parse_variant("BF-post+IO").base_row() == parse_variant("backbone")
+    assert parse_variant("CA+BF+IO", instance_learning_rate=0.3).base_row() == parse_variant("CA+BF")
     assert uses_other_weights("LC-2+IO") and not uses_other_weights("LC-2")
     planned = plan(["IO", "backbone"], [0], "demo", "embedded", "", str(tmp_path))
     assert [run.row for run in planned] == ["backbone", "IO"]
@@ -132,5 +132,5 @@ def test_it_is_counted_in_what_a_registration_costs():
     preset = get_preset("smoke")
     row = replace(preset.apply(parse_row("IO")), instance_steps=2, instance_tolerance=0.0)
     found = costs.measure(row, preset, "cpu", 1)
-    assert found["seconds_per_pair"] > costs.measure(row.trained(), preset, "cpu", 1, False)["seconds_per_pair"]
+    assert found["seconds_per_pair"] > costs.measure(row.base_row(), preset, "cpu", 1, False)["seconds_per_pair"]
     assert math.isnan(found["seconds_per_step"])

@@ -76,15 +76,16 @@ def test_only_the_network_sees_the_random_contrast():
     assert torch.equal(terms["total"], expected["total"])
     never = parse_variant("INT", intensity_probability=0.0).loss_terms(model, fixed, moving, preset, seeded(5))
     assert float(never["total"]) != float(terms["total"])
-    assert float(never["total"]) == float(parse_variant("backbone").loss_terms(
-        model, fixed, moving, preset, seeded(6))["total"])  # fmt: skip
+    assert float(never["total"]) == float(
+        parse_variant("backbone").loss_terms(model, fixed, moving, preset, seeded(6))["total"]
+    )
 
 
 def test_a_row_trains_with_it_the_same_way_twice(small_cohort_json, tmp_path):
     results = [
         small_run(small_cohort_json, tmp_path / str(number), variant="INT", epochs=1).train(progress=False)
         for number in range(2)
-    ]  # fmt: skip
+    ]
     weights = [result.model.state_dict() for result in results]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 

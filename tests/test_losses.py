@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lumirlib import losses, spatial
+from lumirlib.losses import similarity
 from lumirlib.losses.similarity import _ncc_in_parts
 
 SHAPE = (11, 12, 13)
@@ -140,7 +141,7 @@ def test_ncc_in_parts_does_not_depend_on_where_the_parts_begin(monkeypatch):
     pair = random_pair(7, (23, 6, 7))
     whole = in_parts(*pair, 5)
     for planes in (1, 4):
-        monkeypatch.setattr(losses, "_PLANES", planes)
+        monkeypatch.setattr(similarity, "_PLANES", planes)
         for found, expected in zip(in_parts(*pair, 5), whole, strict=True):
             assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9)
 

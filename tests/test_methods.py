@@ -36,14 +36,18 @@ def cohort(small_cohort_json):
 
 def config_for(name, cohort, seed=0):
     row = methods.parse_row(name)
-    return make_config(row, row.adapt(TINY), cohort, seed)
+    return make_config(row, row.training_preset(TINY), cohort, seed)
 
 
 def prepare(name, small_cohort_json, out, **options):
     return Run.prepare(
-        name, "smoke", str(small_cohort_json), out=str(out), engine="cpu",
+        name,
+        "smoke",
+        str(small_cohort_json),
+        out=str(out),
+        engine="cpu",
         options={"resolution_mm": 1, "channel_divisor": 16, **options},
-    )  # fmt: skip
+    )
 
 
 def test_every_row_of_table_1_has_a_method():
@@ -71,19 +75,19 @@ def test_a_row_is_rebuilt_from_its_options_as_json_keeps_them(name):
     row = PRESETS["demo"].apply(methods.parse_row(name))
     assert methods.row_from_options(json.loads(json.dumps(asdict(row)))) == row
     assert isinstance(row, Baseline if name in RETRAINED else Tool)
-    assert row.words
+    assert row.describe()
 
 
 @pytest.mark.parametrize("name", RETRAINED)
 def test_a_method_keeps_the_presets_number_of_steps_and_has_its_own_weights_of_the_loss(name):
     row = methods.parse_row(name)
     for preset in PRESETS.values():
-        own = row.adapt(preset)
+        own = row.training_preset(preset)
         assert (own.epochs, own.steps_per_epoch, own.window) == (preset.epochs, preset.steps_per_epoch, preset.window)
         assert own.similarity_weight == 1
-    assert row.adapt(PAPER).learning_rate == pytest.approx(PAPER.learning_rate * row.learning_rate_factor)
+    assert row.training_preset(PAPER).learning_rate == pytest.approx(PAPER.learning_rate * row.learning_rate_factor)
     assert PAPER.apply(row) == row
-    assert row.adapt(PAPER).differences_from_paper(row) == []
+    assert row.training_preset(PAPER).differences_from_paper(row) == []
     preset, for_row = split_options("paper", row, {"smoothness_weight": 3, "epochs": 7})
     assert (preset.smoothness_weight, preset.epochs, for_row) == (3, 7, {"smoothness_weight": 3})
 
@@ -177,9 +181,15 @@ def test_what_is_not_installed_says_how_to_install_it_and_does_not_run(small_coh
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("TransMorph", 17_448_285), ("uniGradICON", 4 * 301_411), ("SynthMorph", 1_336_387), ("VoxelMorph", 301_411),
-     ("deedsBCV", 0), ("LC-2", 4_567_370)],
-)  # fmt: skip
+    [
+        ("TransMorph", 17_448_285),
+        ("uniGradICON", 4 * 301_411),
+        ("SynthMorph", 1_336_387),
+        ("VoxelMorph", 301_411),
+        ("deedsBCV", 0),
+        ("LC-2", 4_567_370),
+    ],
+)
 def test_costs_are_counted_for_every_row(name, parameters):
     row = methods.parse_row(name)
     assert costs.count_parameters(row) == parameters
@@ -191,7 +201,7 @@ def test_training_costs_are_measured_by_a_rows_own_loss():
     preset = replace(PRESETS["smoke"], resolution_mm=8)
     for name in ("SynthMorph", "VoxelMorph"):
         row = methods.parse_row(name)
-        found = costs.measure(preset.apply(row), row.adapt(preset), "cpu", repeats=1)
+        found = costs.measure(preset.apply(row), row.training_preset(preset), "cpu", repeats=1)
         assert found["seconds_per_step"] > 0 and found["seconds_per_pair"] > 0
 
 
@@ -205,20 +215,39 @@ def test_more_pairs_than_scans_are_drawn_in_another_order(cohort):
 
 def test_table_1_sets_our_rows_beside_the_papers_under_its_names(tmp_path):
     values = {"dice": 0.7, "tre_mm": 3.0, "ndv_percent": 0.0, "hd95_mm": 4.0, "seconds": 0.1}
-    facts = {"cohort": "embedded", "cohort_name": "Embedded cohort (simulated)", "cohort_digest": "d" * 16,
-             "simulated": True, "resolution_mm": 4.0, "evaluated_pairs": 6, "commit": "c" * 40,
-             "device": "x"}  # fmt: skip
+    facts = {
+        "cohort": "embedded",
+        "cohort_name": "Embedded cohort (simulated)",
+        "cohort_digest": "d" * 16,
+        "simulated": True,
+        "resolution_mm": 4.0,
+        "evaluated_pairs": 6,
+        "commit": "c" * 40,
+        "device": "x",
+    }
     for number, name in enumerate(("Zero Displacement", "VoxelMorph", "deedsBCV", "LC-2")):
         table = pd.DataFrame(
-            [{"pair": f"P{pair}", "fixed": f"F{pair}", "moving": f"M{pair}", "metric": metric,
-              "value": value * (1 + 0.1 * number + 0.001 * pair)}
-             for metric, value in values.items() for pair in range(6)]
-        )  # fmt: skip
+            [
+                {
+                    "pair": f"P{pair}",
+                    "fixed": f"F{pair}",
+                    "moving": f"M{pair}",
+                    "metric": metric,
+                    "value": value * (1 + 0.1 * number + 0.001 * pair),
+                }
+                for metric, value in values.items()
+                for pair in range(6)
+            ]
+        )
         about = {**facts, "run": name.replace(" ", ""), "method": name, "seed": 0}
         if number:
             preset, _ = split_options("demo", methods.parse_row(name), {})
-            about |= {"options": asdict(preset.apply(methods.parse_row(name))), "preset": asdict(preset),
-                      "val_dice": 0.7, "val_dice_before": 0.5}  # fmt: skip
+            about |= {
+                "options": asdict(preset.apply(methods.parse_row(name))),
+                "preset": asdict(preset),
+                "val_dice": 0.7,
+                "val_dice_before": 0.5,
+            }
         trainer.write_atomically(
             tmp_path / "metrics" / f"{about['run']}.csv", lambda to, rows=table: rows.to_csv(to, index=False)
         )

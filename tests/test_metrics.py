@@ -330,8 +330,11 @@ ZERO = torch.zeros(1, 3, *SHAPE)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: metrics.dice(random_labels(0).float(), random_labels(0)), TypeError,
-         "warped_labels must have an integer dtype"),
+        (
+            lambda: metrics.dice(random_labels(0).float(), random_labels(0)),
+            TypeError,
+            "warped_labels must have an integer dtype",
+        ),
         (lambda: metrics.dice(random_labels(0)[0, 0], random_labels(0)), ValueError, r"warped_labels must be \(B, 1"),
         (lambda: metrics.dice(random_labels(0)[..., :-1], random_labels(0)), ValueError, "like fixed_labels"),
         (lambda: metrics.dice(random_labels(0) - 1, random_labels(0)), ValueError, "warped_labels must hold .* got -1"),
@@ -349,7 +352,7 @@ ZERO = torch.zeros(1, 3, *SHAPE)
         (lambda: metrics.ndv_percent(ZERO, torch.ones(SHAPE)), ValueError, r"mask must be \(1, 1, 5, 6, 7\)"),
         (lambda: metrics.ndv_percent(torch.zeros(1, *SHAPE, 3)), ValueError, r"displacement must be \(B, 3, D, H, W"),
     ],
-)  # fmt: skip
+)
 def test_input_that_does_not_fit_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

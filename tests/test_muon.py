@@ -123,7 +123,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped():
 
 def test_the_option_is_named_leaves_other_runs_alone_and_lowers_the_loss():
     row = parse_variant("LC-2+MUON")
-    assert row.optimizer == "muon" and "Muon" in row.words and parse_variant("LC-2").optimizer == "adam"
+    assert row.optimizer == "muon" and "Muon" in row.describe() and parse_variant("LC-2").optimizer == "adam"
     with pytest.raises(ValueError, match="optimizer must be one of adam, muon; got 'sgd'"):
         parse_variant("backbone", optimizer="sgd")
     small, preset = parse_variant("COMP+MUON", start_channels=4, levels=2), get_preset("smoke")

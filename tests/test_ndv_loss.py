@@ -79,8 +79,9 @@ def test_it_is_added_to_the_loss_of_a_row_and_logged():
     torch.nn.init.normal_(model.estimators[0].conv3.weight, std=2.0)  # folds
     images = torch.rand(2, 1, 1, 9, 8, 7)
     preset = get_preset("smoke", window=3)
-    plain, folded = (parse_variant(name).loss_terms(model, *images, preset, torch.Generator())
-                     for name in ("backbone", "NDV"))  # fmt: skip
+    plain, folded = (
+        parse_variant(name).loss_terms(model, *images, preset, torch.Generator()) for name in ("backbone", "NDV")
+    )
     with torch.no_grad():
         percent = metrics.ndv_percent(model(*images))
     assert percent > 0 and 100 * float(folded["ndv"]) == pytest.approx(percent, rel=1e-3)

@@ -65,7 +65,7 @@ def test_one_pass_is_the_network_without_the_option():
     once, plain = small(1), small(1, "LC-2")
     assert torch.equal(once(*images()), plain(*images()))
     assert parse_variant("COMP+REC").passes == 2 and parse_variant("COMP").cascade == "compositional"
-    assert "2 passes" in parse_variant("REC").words and "passes" not in parse_variant("COMP").words
+    assert "2 passes" in parse_variant("REC").describe() and "passes" not in parse_variant("COMP").describe()
 
 
 def test_the_loss_compares_each_levels_last_pass_and_smooths_all():
@@ -150,8 +150,13 @@ def test_a_refinement_is_a_further_pass_of_the_finest_level_in_registration_alon
     bare = small(2, name)
     bare.bilateral_filter = None
     before = bare(fixed, moving)
-    velocity = bare.estimate(0, *(features if k == 0 else spatial.warp(features, before)
-                                  for k, features in enumerate(bare.encode(fixed, moving))))  # fmt: skip
+    velocity = bare.estimate(
+        0,
+        *(
+            features if k == 0 else spatial.warp(features, before)
+            for k, features in enumerate(bare.encode(fixed, moving))
+        ),
+    )
     expected = join_levels(spatial.integrate(velocity, 7), before, bare.cascade)
     if model.bilateral_filter is not None:
         expected = model.bilateral_filter(expected, fixed)
@@ -160,7 +165,7 @@ def test_a_refinement_is_a_further_pass_of_the_finest_level_in_registration_alon
 
 def test_a_refinement_changes_neither_training_nor_instance_optimization():
     row, preset, (fixed, moving) = parse_variant("COMP+REC+REF"), get_preset("smoke", window=3), images()
-    assert row.passes == 2 and row.refinements == 1 and "further pass" in row.words
+    assert row.passes == 2 and row.refinements == 1 and "further pass" in row.describe()
     models = small(2), small(2, refinements=1)
     terms = [row.loss_terms(model, fixed, moving, preset, torch.Generator())["total"] for model in models]
     assert torch.equal(*terms)
@@ -178,8 +183,8 @@ def test_a_refinement_costs_an_estimation_at_full_resolution():
 
 def test_a_variant_may_have_its_own_learning_rate_as_baselines_have():
     preset = get_preset("demo")
-    assert parse_variant("backbone").adapt(preset) == preset
-    assert parse_variant("LC-2+LR2").adapt(preset).learning_rate == pytest.approx(2 * preset.learning_rate)
+    assert parse_variant("backbone").training_preset(preset) == preset
+    assert parse_variant("LC-2+LR2").training_preset(preset).learning_rate == pytest.approx(2 * preset.learning_rate)
     chosen, own = split_options("demo", parse_variant("LR2"), {"learning_rate": 0.005})
     assert chosen.learning_rate == 0.005 and own == {}  # what is asked for by name holds
     with pytest.raises(ValueError, match="learning_rate_factor must be above 0, got 0"):
@@ -188,7 +193,7 @@ def test_a_variant_may_have_its_own_learning_rate_as_baselines_have():
 
 def test_our_recipe_is_its_parts_and_reads_as_one_name():
     assert replace(parse_variant("COMP+REC+REF+SYM+NDV+LR4+MUON"), name="ours") == parse_variant("ours")
-    assert parse_variant("IO+ours").name == "ours+IO" and parse_variant("ours+IO").trained() == parse_variant("ours")
+    assert parse_variant("IO+ours").name == "ours+IO" and parse_variant("ours+IO").base_row() == parse_variant("ours")
     with pytest.raises(ValueError, match="cascade would be"):
         parse_variant("LC-1+ours")
 

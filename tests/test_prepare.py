@@ -60,8 +60,10 @@ def test_affine_of_the_preparation_and_that_of_the_file_are_joined_exactly(tmp_p
     prepared = prepare.PreparedScan(scan, scan.values, torch.ones_like(scan.values, dtype=torch.bool), to_scan, ())
     in_scan = points_inside(scan)
     in_frame = transform(np.linalg.inv(to_scan), in_scan)
-    by_hand = ramp(torch.einsum("ab,nbdhw->nadhw", torch.tensor(to_scan[:3, :3]), in_frame)
-                   + torch.tensor(to_scan[:3, 3]).view(1, 3, 1, 1, 1)).clamp(min=0)  # fmt: skip
+    by_hand = ramp(
+        torch.einsum("ab,nbdhw->nadhw", torch.tensor(to_scan[:3, :3]), in_frame)
+        + torch.tensor(to_scan[:3, 3]).view(1, 3, 1, 1, 1)
+    ).clamp(min=0)
     found = prepared.brain_at(transform(to_scan, in_frame))[:, 0].double()
     torch.testing.assert_close(found, by_hand, atol=1e-3, rtol=0)
 
@@ -192,8 +194,18 @@ def folder(tmp_path):
 
 
 def test_folder_becomes_a_cohort_goes_on_where_it_stopped_and_names_what_it_left_out(folder, tmp_path, capsys):
-    arguments = [str(folder), "--out", str(tmp_path / "cohort"), "--skip", *prepare.STEPS, "--jobs", "2", "--quiet",
-                 "--validation", "2"]  # fmt: skip
+    arguments = [
+        str(folder),
+        "--out",
+        str(tmp_path / "cohort"),
+        "--skip",
+        *prepare.STEPS,
+        "--jobs",
+        "2",
+        "--quiet",
+        "--validation",
+        "2",
+    ]
     assert prepare.main(arguments, "lumirlib prepare") == 1
     assert "left out: torn: ValueError" in capsys.readouterr().err
     cohort = load_cohort(tmp_path / "cohort" / "dataset.json", 4)

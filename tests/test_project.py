@@ -28,8 +28,9 @@ def test_notebook_runs_from_another_folder_with_parameters(tmp_path, monkeypatch
     papermill.execute_notebook(
         str(NOTEBOOK), "LC-2.ipynb", {"variant": "LC-2+CA", "preset": "smoke", "out": "my results"}, progress_bar=False
     )
-    csv, provenance = (list((tmp_path / "my results" / "metrics").glob(f"LC-2-CA_embedded_smoke_*.{end}"))
-                       for end in ("csv", "json"))  # fmt: skip
+    csv, provenance = (
+        list((tmp_path / "my results" / "metrics").glob(f"LC-2-CA_embedded_smoke_*.{end}")) for end in ("csv", "json")
+    )
     assert len(csv) == len(provenance) == 1
     assert json.loads(provenance[0].read_text())["options"]["cascade"] == "compositional"
     assert len(list((tmp_path / "my results" / "figures").glob("*.png"))) == 3

@@ -132,9 +132,15 @@ def test_pairs_are_described_and_ordered_from_the_hardest(embedded_cohort):
 
 def test_rank_correlations_are_those_of_ordered_columns():
     found = pd.DataFrame(
-        {"dice": [60, 70, 80, 90], "gain": [4, 3, 2, 1], "dice_before": [1, 2, 3, 9], "brain_ratio": [4, 3, 2, 1],
-         "ventricle_ratio": [1, 1, 1, 1], "displacement_mm": [1, 2, np.nan, np.inf]}
-    )  # fmt: skip
+        {
+            "dice": [60, 70, 80, 90],
+            "gain": [4, 3, 2, 1],
+            "dice_before": [1, 2, 3, 9],
+            "brain_ratio": [4, 3, 2, 1],
+            "ventricle_ratio": [1, 1, 1, 1],
+            "displacement_mm": [1, 2, np.nan, np.inf],
+        }
+    )
     explained = difficulty.explain(found).set_index("feature")
     assert explained.loc["dice_before", ["dice", "gain", "pairs"]].tolist() == pytest.approx([1, -1, 4])
     assert explained.loc["brain_ratio", "dice"] == pytest.approx(-1)

@@ -93,9 +93,12 @@ def test_files_carry_the_fixed_scans_space_and_itk_reads_the_same_map(tmp_path):
     image = sitk.ReadImage(str(files["transform"]), sitk.sitkVectorFloat64)
     assert image.GetNumberOfComponentsPerPixel() == 3
     by_itk = sitk.Resample(
-        sitk.ReadImage(str(scans[1].path), sitk.sitkFloat32), sitk.ReadImage(str(scans[0].path), sitk.sitkFloat32),
-        sitk.DisplacementFieldTransform(image), sitk.sitkLinear, 0.0,
-    )  # fmt: skip
+        sitk.ReadImage(str(scans[1].path), sitk.sitkFloat32),
+        sitk.ReadImage(str(scans[0].path), sitk.sitkFloat32),
+        sitk.DisplacementFieldTransform(image),
+        sitk.sitkLinear,
+        0.0,
+    )
     theirs = sitk.GetArrayFromImage(by_itk).T
 
     array, affine = read_nifti(files["displacement"])
@@ -153,7 +156,7 @@ def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_p
     preset = PRESETS["smoke"]
     config = RunConfig(preset.apply(parse_variant("backbone")), preset, "embedded", "0" * 16, 0)
     torch.manual_seed(0)
-    model = config.variant.build()
+    model = config.row.build()
     save_checkpoint(tmp_path / "run" / "best.pt", {"config": config.as_dict(), "model": model.state_dict()})
     template = template_in_frame(4)
     for name, turn in (("fixed", 0), ("moving", 3)):
@@ -164,8 +167,13 @@ def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_p
     assert register.main([*arguments, "--skip", *STEPS]) == 0
     assert "ncc_affine" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "warped.nii.gz", "displacement.nii.gz", "transform.nii.gz", "qc.png", "qc.pdf", "registration.json",
-    }  # fmt: skip
+        "warped.nii.gz",
+        "displacement.nii.gz",
+        "transform.nii.gz",
+        "qc.png",
+        "qc.pdf",
+        "registration.json",
+    }
     report = json.loads((tmp_path / "out" / "registration.json").read_text())
     assert (report["run"], report["resolution_mm"], report["fixed"]["file"]) == ("run", 4, "fixed.nii.gz")
     assert report["seconds"]["bias_fixed"] == 0 and report["measures"]["ncc_affine"] > 0.5

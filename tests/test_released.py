@@ -173,8 +173,12 @@ def test_deeds_control_points_come_back_as_a_dense_field_in_our_axes(tmp_path, m
     for name, image in (("F", fixed), ("M", moving)):
         assert np.allclose(nib.load(tmp_path / f"{name}.nii.gz").get_fdata(), 255 * image[0, 0].numpy())
     assert eval((tmp_path / "options").read_text()) == {
-        "-a": "1.6", "-l": "5", "-G": "6x5x4x3x2", "-L": "6x5x4x3x2", "-Q": "5x4x3x2x1",
-    }  # fmt: skip
+        "-a": "1.6",
+        "-l": "5",
+        "-G": "6x5x4x3x2",
+        "-L": "6x5x4x3x2",
+        "-Q": "5x4x3x2x1",
+    }
 
 
 def test_deeds_field_is_interpolated_as_its_own_program_does():

@@ -146,8 +146,9 @@ def test_co_attention_is_a_softmax_of_one_affinity_along_either_direction():
     affinity = (f @ attention.affinity.weight.T) @ m.T / 2  # sqrt(4)
     found = attention(fixed, moving)
     for own, other, weights, result in (
-        (f, m, affinity.softmax(1), found[0]), (m, f, affinity.softmax(0).T, found[1]),
-    ):  # fmt: skip
+        (f, m, affinity.softmax(1), found[0]),
+        (m, f, affinity.softmax(0).T, found[1]),
+    ):
         gathered = weights @ attention.value(other)
         gate = torch.sigmoid(attention.gate(torch.cat([own, gathered], 1)))
         assert torch.allclose(result.flatten(2)[0].T, own + 0.7 * gate * gathered, atol=1e-5)

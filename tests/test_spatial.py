@@ -215,17 +215,21 @@ def test_resizing_with_given_factors_multiplies_by_them():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: spatial.warp(torch.rand(1, 1, 5, 6, 7), torch.zeros(1, 5, 6, 7, 3)),
-         r"displacement must be \(B, 3, D, H, W\), got \(1, 5, 6, 7, 3\)"),
+        (
+            lambda: spatial.warp(torch.rand(1, 1, 5, 6, 7), torch.zeros(1, 5, 6, 7, 3)),
+            r"displacement must be \(B, 3, D, H, W\), got \(1, 5, 6, 7, 3\)",
+        ),
         (lambda: spatial.warp(torch.rand(1, 5, 6, 7), torch.zeros(1, 3, 5, 6, 7)), r"image must be \(B, C, D, H, W\)"),
         (lambda: spatial.warp(torch.rand(1, 1, 5, 6, 8), torch.zeros(1, 3, 5, 6, 7)), "image and displacement must sh"),
-        (lambda: spatial.warp(torch.rand(1, 1, 5, 6, 7), torch.zeros(1, 3, 5, 6, 7), "cubic"),
-         "mode must be one of bilinear, nearest; got 'cubic'"),
+        (
+            lambda: spatial.warp(torch.rand(1, 1, 5, 6, 7), torch.zeros(1, 3, 5, 6, 7), "cubic"),
+            "mode must be one of bilinear, nearest; got 'cubic'",
+        ),
         (lambda: spatial.integrate(torch.zeros(1, 3, 5, 6, 7), steps=-1), "steps must be 0 or more, got -1"),
         (lambda: spatial.identity_grid((5, 1, 7)), "at least 2 voxels"),
         (lambda: spatial.compose(torch.zeros(1, 2, 5, 6, 7), torch.zeros(1, 3, 5, 6, 7)), "outer must be"),
     ],
-)  # fmt: skip
+)
 def test_shapes_that_do_not_fit_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

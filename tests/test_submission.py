@@ -133,11 +133,12 @@ def test_a_written_submission_validates_and_scores_as_in_memory(embedded_cohort,
     assert submission.validate_submission(good, embedded_cohort, pairs, progress=False) == []
     columns = ["pair", "metric"]
     scored, direct = (
-        table[table["metric"] != "seconds"].set_index(columns)["value"] for table in (
+        table[table["metric"] != "seconds"].set_index(columns)["value"]
+        for table in (
             submission.score_submission(good, embedded_cohort, pairs, progress=False),
             evaluate_method(true_method, embedded_cohort, pairs, progress=False),
         )
-    )  # fmt: skip
+    )
     assert scored.to_numpy() == pytest.approx(direct.to_numpy(), abs=1e-4)
 
 
@@ -201,15 +202,14 @@ def findings(good, tmp_path, cohort, pairs, changes):
     ("kind", "words", "mistake"),
     [
         ("normalized", "grid_sample's normalized units", lambda u, c: field_formats.voxel_to_grid_sample(u)[0]),
-        ("normalized", "-1 to 1 across the volume",
-         lambda u, c: field_formats.voxel_to_grid_sample(u)[0].flip(-1)),
+        ("normalized", "-1 to 1 across the volume", lambda u, c: field_formats.voxel_to_grid_sample(u)[0].flip(-1)),
         ("transposed", "in the order k, j, i instead of i, j, k", lambda u, c: u[0].flip(0).movedim(0, -1)),
         ("transposed", "in the order j, k, i instead of i, j, k", lambda u, c: u[0][[1, 2, 0]].movedim(0, -1)),
         ("millimetres", "in mm along LPS axes", lambda u, c: field_formats.voxel_to_itk(u, c.affine)[:, :, :, 0]),
         ("millimetres", "in mm instead of voxels", lambda u, c: u[0].movedim(0, -1) * c.resolution_mm),
         ("direction", "points the other way", lambda u, c: -u[0].movedim(0, -1)),
     ],
-)  # fmt: skip
+)
 def test_a_misread_field_is_named_by_its_effect(embedded_cohort, pairs, good, field, tmp_path, kind, words, mistake):
     found = findings(good, tmp_path, embedded_cohort, pairs, {FIRST: packed(mistake(field, embedded_cohort))})
     assert [(finding.file, finding.kind) for finding in found] == [(FIRST, kind)]
@@ -222,8 +222,11 @@ def test_a_misread_field_is_named_by_its_effect(embedded_cohort, pairs, good, fi
         ("shape", r"expected shape .* got \(4, 5, 6, 3\)", lambda u: packed(np.zeros((4, 5, 6, 3)))),
         ("transposed", "the axes are in another order", lambda u: packed(u[0].permute(3, 2, 1, 0))),
         ("dtype", "expected floating-point displacements, got int16", lambda u: packed(u[0].round(), np.int16)),
-        ("not finite", "1 displacements are NaN or infinite",
-         lambda u: packed(np.where(np.arange(u.numel()).reshape(u[0].shape) == 5, np.nan, u[0]))),
+        (
+            "not finite",
+            "1 displacements are NaN or infinite",
+            lambda u: packed(np.where(np.arange(u.numel()).reshape(u[0].shape) == 5, np.nan, u[0])),
+        ),
         ("unreadable", "cannot be unpacked", lambda u: packed(u[0])[:2000]),
         ("unreadable", "cannot be unpacked", lambda u: b"not gzip"),
         ("unreadable", "cannot be read as NIfTI", lambda u: gzip.compress(b"not NIfTI")),
@@ -231,7 +234,7 @@ def test_a_misread_field_is_named_by_its_effect(embedded_cohort, pairs, good, fi
         ("worse than nothing", "every displacement is zero", lambda u: packed(u[0] * 0)),
         ("too large", "more than the volume's side", lambda u: packed(u[0] * 0 + 1e4)),
     ],
-)  # fmt: skip
+)
 def test_a_broken_field_is_named(embedded_cohort, pairs, good, field, tmp_path, kind, message, make):
     found = findings(good, tmp_path, embedded_cohort, pairs, {FIRST: make(field)})
     assert found[0].kind == kind and found[0].file == FIRST
@@ -245,9 +248,13 @@ def test_channels_first_and_double_precision_are_accepted(embedded_cohort, pairs
 
 def test_names_are_checked(embedded_cohort, pairs, good, tmp_path):
     changes = {
-        FIRST: None, "disp_0025_0024.nii.gz": b"", "disp_0001_0002.nii.gz": b"", "field.nii.gz": b"",
-        "out/": b"", "out/disp_0024_0026.nii.gz": b"",
-    }  # fmt: skip
+        FIRST: None,
+        "disp_0025_0024.nii.gz": b"",
+        "disp_0001_0002.nii.gz": b"",
+        "field.nii.gz": b"",
+        "out/": b"",
+        "out/disp_0024_0026.nii.gz": b"",
+    }
     found = {finding.file: finding for finding in findings(good, tmp_path, embedded_cohort, pairs, changes)}
     assert found[FIRST].kind == "missing"
     assert "fixed and moving exchanged" in found["disp_0025_0024.nii.gz"].message

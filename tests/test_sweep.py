@@ -36,8 +36,9 @@ def test_table_2_is_planned_in_the_papers_order_with_every_seed(tmp_path):
     assert paper.rows_of_table(2) == ["backbone", "BF", "CA", "CA+BF", "LK", "LC-1", "LC-2"]
     planned = jobs.plan(["table2"], [0, 1], "demo", "embedded", "", str(tmp_path))
     assert [run.output.name for run in planned[:2]] == [
-        "backbone_embedded_demo_seed0.ipynb", "backbone_embedded_demo_seed1.ipynb",
-    ]  # fmt: skip
+        "backbone_embedded_demo_seed0.ipynb",
+        "backbone_embedded_demo_seed1.ipynb",
+    ]
     assert len({run.output for run in planned}) == 14
 
 

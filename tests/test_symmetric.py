@@ -46,16 +46,16 @@ def test_both_directions_in_one_pass_are_those_of_two_passes(name, checkpointing
     assert encoded == [2]  # each image once
     for found, expected in ((0, model.fields(fixed, moving)), (1, model.fields(moving, fixed))):
         for own, others in zip(both, expected, strict=True):
-            assert all(
-                torch.allclose(a[found : found + 1], b, atol=1e-5) for a, b in zip(own, others, strict=True)
-            )  # fmt: skip
+            assert all(torch.allclose(a[found : found + 1], b, atol=1e-5) for a, b in zip(own, others, strict=True))
 
 
 def test_loss_of_both_directions_is_the_mean_of_both_with_their_inconsistency_added():
     variant, (fixed, moving), model = parse_variant("SYM", inverse_consistency_weight=0.3), pair(), narrow()
     terms = variant.loss_terms(model, fixed, moving, PRESET, torch.Generator())
-    plain = [parse_variant("backbone").loss_terms(model, *both, PRESET, torch.Generator())
-             for both in ((fixed, moving), (moving, fixed))]  # fmt: skip
+    plain = [
+        parse_variant("backbone").loss_terms(model, *both, PRESET, torch.Generator())
+        for both in ((fixed, moving), (moving, fixed))
+    ]
     for name in ("similarity", "smoothness"):
         assert float(terms[name]) == pytest.approx(sum(float(one[name]) for one in plain) / 2, abs=1e-5)
     with torch.no_grad():
@@ -124,9 +124,10 @@ def test_a_symmetric_row_trains_logs_and_reports_its_inconsistency(small_cohort_
     result = run.train(progress=False)
     trained = result.history.iloc[1:]
     expected = (
-        trained["similarity"] + run.config.preset.smoothness_weight * trained["smoothness"]
-        + run.config.variant.inverse_consistency_weight * trained["inverse_consistency"]
-    )  # fmt: skip
+        trained["similarity"]
+        + run.config.preset.smoothness_weight * trained["smoothness"]
+        + run.config.row.inverse_consistency_weight * trained["inverse_consistency"]
+    )
     assert trained["loss"].to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-5)
     run.evaluate(result, progress=False)
     written = pd.read_csv(run.metrics_path).set_index(["metric", "pair"])["value"]
@@ -138,8 +139,21 @@ def test_a_symmetric_row_trains_logs_and_reports_its_inconsistency(small_cohort_
 
 
 def test_inverse_consistency_of_any_row_is_measured_where_it_is_asked_for(small_cohort_json, tmp_path):
-    arguments = ["--preset", "smoke", "--cohort", str(small_cohort_json), "--out", str(tmp_path), "--quiet", "--set",
-                 "resolution_mm=1", "channel_divisor=16", "levels=2", "epochs=1", "steps_per_epoch=1"]  # fmt: skip
+    arguments = [
+        "--preset",
+        "smoke",
+        "--cohort",
+        str(small_cohort_json),
+        "--out",
+        str(tmp_path),
+        "--quiet",
+        "--set",
+        "resolution_mm=1",
+        "channel_divisor=16",
+        "levels=2",
+        "epochs=1",
+        "steps_per_epoch=1",
+    ]
     assert train.main(arguments) == 0
     (written,) = (tmp_path / "metrics").glob("*.csv")
     assert "inverse_consistency_mm" not in set(pd.read_csv(written)["metric"])

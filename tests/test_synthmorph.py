@@ -10,7 +10,7 @@ import torch
 from lumirlib import metrics, spatial
 from lumirlib.methods.base import PAPER
 from lumirlib.methods.presets import get_preset
-from lumirlib.methods.synthesis import (  # fmt: skip
+from lumirlib.methods.synthesis import (
     CORTEX_FROM,
     MIRRORED_PAIRS,
     SynthesisOptions,
@@ -26,9 +26,16 @@ from lumirlib.study.report.figures import synthesis_figure
 SHAPE = (15, 18, 13)
 #: Nothing but a value per label.
 FLAT = SynthesisOptions(
-    sigma_low=0, sigma_high=0, blur_voxels=0, bias_sigma=0, gamma_sigma=0, noise_sigma=0, zero_background=0,
-    mirrored=0, shared_cortex=0,
-)  # fmt: skip
+    sigma_low=0,
+    sigma_high=0,
+    blur_voxels=0,
+    bias_sigma=0,
+    gamma_sigma=0,
+    noise_sigma=0,
+    zero_background=0,
+    mirrored=0,
+    shared_cortex=0,
+)
 
 
 def seeded(seed=0):
@@ -350,7 +357,7 @@ def test_a_constant_velocity_moves_by_twice_its_length():
 
 def test_a_step_depends_on_the_generator_alone_and_weighs_as_the_preset_says():
     row = narrow()
-    model, preset = row.build(), row.adapt(get_preset("demo", smoothness_weight=9.0))
+    model, preset = row.build(), row.training_preset(get_preset("demo", smoothness_weight=9.0))
     torch.nn.init.normal_(model.flow.weight, std=0.1)
     fixed, moving = blocks(seed=1), blocks(seed=2)
     first, again, other = (row.loss_terms(model, fixed, moving, preset, seeded(seed)) for seed in (1, 1, 2))
@@ -372,10 +379,10 @@ def test_training_on_labels_aligns_images_that_were_never_seen(coarse):
         labels.append(torch.where(distance < 2.5, 45, torch.where(distance < 4, 44, 0)).to(torch.int16))
     fixed, moving = labels
     row = SynthMorph(smoothness_weight=0.2)
-    row = row.fitted(get_preset("demo")) if coarse else row
+    row = row.at_preset(get_preset("demo")) if coarse else row
     row = replace(row, encoder="8-8-8", decoder="8-8-8-8", warp_sigma_mm=0.0, draws=1)
     torch.manual_seed(0)
-    model, preset, generator = row.build(), row.adapt(get_preset("demo")), seeded()
+    model, preset, generator = row.build(), row.training_preset(get_preset("demo")), seeded()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     before = float(soft_dice_loss(moving, fixed, torch.zeros(1, 3, *shape)))
     for _ in range(40):
@@ -394,7 +401,7 @@ def test_row_adapts_the_preset_and_narrows():
     assert row.narrowed(4).encoder == "16-16-16-16" and row.narrowed(4).decoder == "16-16-16-16-16-16"
     assert row.narrowed(1) == row
     assert row.narrowed(4).build()(torch.rand(1, 1, 9, 8, 10), torch.rand(1, 1, 9, 8, 10)).shape == (1, 3, 9, 8, 10)
-    adapted = row.adapt(PAPER)
+    adapted = row.training_preset(PAPER)
     assert adapted.epochs == PAPER.epochs and adapted.smoothness_weight == 1.0
     assert row.synthesis(4).resolution_mm == 4
     with pytest.raises(ValueError, match="divisor must be 1 or more, got 0"):
@@ -407,8 +414,8 @@ def test_row_adapts_the_preset_and_narrows():
 
 def test_on_coarse_voxels_the_row_takes_the_settings_that_learn_in_few_steps():
     row = SynthMorph()
-    assert row.fitted(PAPER) == row
-    fine, coarse = row.fitted(get_preset("half")), row.fitted(get_preset("demo"))
+    assert row.at_preset(PAPER) == row
+    fine, coarse = row.at_preset(get_preset("half")), row.at_preset(get_preset("demo"))
     assert fine.draws == row.draws and not fine.normalization
     assert (coarse.draws, coarse.shared_contrast, coarse.corruption, coarse.normalization) == (4, 1.0, 0.5, True)
     assert coarse.synthesis(4).sigma_high == row.synthesis(4).sigma_high / 2

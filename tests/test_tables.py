@@ -26,8 +26,16 @@ from lumirlib.study.results import write_results
 from lumirlib.study.run import Run
 
 PAIRS = ("A_B", "B_A", "A_C")
-FACTS = {"cohort": "embedded", "cohort_name": "Embedded cohort (simulated)", "cohort_digest": "d" * 16,
-         "simulated": True, "resolution_mm": 4.0, "evaluated_pairs": 3, "commit": "c" * 40, "device": "x"}  # fmt: skip
+FACTS = {
+    "cohort": "embedded",
+    "cohort_name": "Embedded cohort (simulated)",
+    "cohort_digest": "d" * 16,
+    "simulated": True,
+    "resolution_mm": 4.0,
+    "evaluated_pairs": 3,
+    "commit": "c" * 40,
+    "device": "x",
+}
 
 
 def write_run(folder, variant, seed, dice, tre=3.0, ndv=0.0, hd95=4.0, val_dice=0.6, preset="demo", **changes):
@@ -40,10 +48,16 @@ def write_run(folder, variant, seed, dice, tre=3.0, ndv=0.0, hd95=4.0, val_dice=
     ]
     chosen = get_preset(preset)
     about = {
-        **FACTS, "run": f"{variant}_seed{seed}", "method": variant, "seed": seed, "preset": asdict(chosen),
-        "options": asdict(chosen.apply(parse_variant(variant))), "val_dice": val_dice, "val_dice_before": 0.5,
+        **FACTS,
+        "run": f"{variant}_seed{seed}",
+        "method": variant,
+        "seed": seed,
+        "preset": asdict(chosen),
+        "options": asdict(chosen.apply(parse_variant(variant))),
+        "val_dice": val_dice,
+        "val_dice_before": 0.5,
         **changes,
-    }  # fmt: skip
+    }
     return write_results(pd.DataFrame(rows), folder / "metrics" / f"{about['run']}.csv", about)
 
 
@@ -194,8 +208,9 @@ def test_tables_are_written_in_three_forms_with_their_provenance(runs, tmp_path)
 def test_figures_of_many_runs_draw_every_pair_and_seed(runs, tmp_path):
     figure = figures.variants_figure(runs, tables.paired_differences(runs), runs.title)
     assert len(figure.axes) == 8 and [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
-        "backbone", "LC-2",
-    ]  # fmt: skip
+        "backbone",
+        "LC-2",
+    ]
     assert [label.get_text() for label in figure.axes[4].get_yticklabels()] == ["LC-2"]
     diamonds = next(line for line in figure.axes[4].lines if line.get_marker() == "D")
     assert sorted(diamonds.get_xdata()) == pytest.approx([2 / 3, 4 / 3])
@@ -333,10 +348,16 @@ def test_notebook_makes_the_table_of_any_results_folder(folder, tmp_path):
 
 def test_hard_pairs_are_listed_with_what_goes_with_them(runs, tmp_path):
     pairs = pd.DataFrame(
-        {"pair": [f"P{n}" for n in range(12)], "dice": np.linspace(60, 71, 12), "gain": np.linspace(12, 1, 12),
-         "dice_before": np.linspace(48, 70, 12), "brain_ratio": 1.1, "ventricle_ratio": np.linspace(2, 1, 12),
-         "displacement_mm": np.linspace(5, 3, 12)}
-    )  # fmt: skip
+        {
+            "pair": [f"P{n}" for n in range(12)],
+            "dice": np.linspace(60, 71, 12),
+            "gain": np.linspace(12, 1, 12),
+            "dice_before": np.linspace(48, 70, 12),
+            "brain_ratio": 1.1,
+            "ventricle_ratio": np.linspace(2, 1, 12),
+            "displacement_mm": np.linspace(5, 3, 12),
+        }
+    )
     text = publish.publish_difficulty(pairs, runs, tmp_path / "hard")
     assert "The 5 hardest and the 5 easiest of 12 pairs" in text and "| P0 " in text and "| P11 " in text
     assert "| P5 " not in text and len(pd.read_csv(tmp_path / "hard_pairs.csv")) == 12

@@ -421,8 +421,7 @@ def test_a_filter_is_put_behind_the_checkpoint_of_a_trained_backbone(small_cohor
     monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("trained again"))
     result = filtered.train(progress=False)
     assert result.checkpoint == plain.checkpoint and result.best_epoch == plain.best_epoch
-    fixed, moving = (filtered.cohort.image(subject) for subject in
-                     (filtered.pairs[0].fixed, filtered.pairs[0].moving))  # fmt: skip
+    fixed, moving = (filtered.cohort.image(subject) for subject in (filtered.pairs[0].fixed, filtered.pairs[0].moving))
     with torch.no_grad():
         expected = joint_bilateral_filter(plain.model(fixed, moving), fixed, torch.tensor([0.7, 0.7, 0.7, 0.1]), 5)
         assert torch.allclose(result.model(fixed, moving), expected, atol=1e-5)
@@ -448,15 +447,16 @@ def test_a_filter_behind_a_network_that_has_one_and_other_changes_of_trained_wei
 
 def test_a_filter_set_behind_by_option_takes_the_same_backbone():
     by_name, by_option = parse_variant("CA+BF-post"), parse_variant("CA+BF", bilateral_mode="post")
-    assert by_name.trained() == by_option.trained() == parse_variant("CA")
+    assert by_name.base_row() == by_option.base_row() == parse_variant("CA")
 
 
 def test_options_of_later_versions_leave_the_names_of_earlier_runs_as_they_were(embedded_cohort):
     config = make_config(parse_variant("backbone"), get_preset("demo"), embedded_cohort, 0)
     assert "bilateral_mode" not in config.as_dict()["variant"]
-    assert "bilateral_mode" in make_config(
-        parse_variant("BF-post"), get_preset("demo"), embedded_cohort, 0
-    ).as_dict()["variant"]  # fmt: skip
+    assert (
+        "bilateral_mode"
+        in make_config(parse_variant("BF-post"), get_preset("demo"), embedded_cohort, 0).as_dict()["variant"]
+    )
     content = replace(config, cohort_digest="2d96246082c21149")
     assert content.run == "backbone_embedded_demo_seed0_2120c5ad"  # as version 0.1.0 wrote it
 
@@ -471,7 +471,7 @@ def test_every_committed_run_of_the_papers_network_still_has_its_name():
         config = RunConfig(row, preset, about["cohort"], about["cohort_digest"], about["seed"])
         config = replace(config, init_digest=(about.get("started_from") or "").rpartition(", ")[2])
         assert config.run == about["run"] == path.stem
-        assert replace(config, variant=row.trained()).run == about["weights"]
+        assert replace(config, variant=row.base_row()).run == about["weights"]
         found += 1
     assert found >= 7
 
@@ -487,10 +487,13 @@ def test_a_run_is_described_with_what_it_is_not(small_cohort_json, tmp_path):
 
 def test_options_are_set_after_the_presets(small_cohort_json, tmp_path):
     run = Run.prepare(
-        preset="smoke", cohort=str(small_cohort_json), out=str(tmp_path), data_root=str(small_cohort_json.parent),
+        preset="smoke",
+        cohort=str(small_cohort_json),
+        out=str(tmp_path),
+        data_root=str(small_cohort_json.parent),
         options={"resolution_mm": 1, "levels": 2, "start_channels": 6, "smoothness_weight": 2, "epochs": None},
-    )  # fmt: skip
-    assert (run.config.variant.levels, run.config.variant.start_channels) == (2, 6)
+    )
+    assert (run.config.row.levels, run.config.row.start_channels) == (2, 6)
     assert run.config.preset.smoothness_weight == 2.0 and run.config.preset.epochs == 2
     assert "smoothness_weight=2" in run.title and '-y \'{"options": {"resolution_mm": 1' in run.command
     assert provenance.redact_path("../elsewhere/dataset.json") == "<folder>/dataset.json"

@@ -69,9 +69,9 @@ def test_attention_stays_within_one_window_and_never_crosses_the_border(shape, w
     attention = WindowAttention(4, 2, window, shifted).double()
     tokens = torch.rand(1, *shape, 4, dtype=torch.float64, requires_grad=True)
     found = attention(tokens).sum(-1).flatten()
-    seen = torch.stack([
-        torch.autograd.grad(each, tokens, retain_graph=True)[0][0].abs().sum(-1).flatten() > 0 for each in found
-    ])  # fmt: skip
+    seen = torch.stack(
+        [torch.autograd.grad(each, tokens, retain_graph=True)[0][0].abs().sum(-1).flatten() > 0 for each in found]
+    )
     places = torch.cartesian_prod(*(torch.arange(side) for side in shape)).reshape(-1, 3)
     width = torch.tensor(window)
     moved = width // 2 * int(shifted) * (torch.tensor(shape) > width)  # a window that covers an axis is not moved
@@ -157,9 +157,7 @@ def test_the_probability_grows_from_zero_at_the_first_block_to_its_largest_at_th
 def test_training_is_random_by_its_generator_alone_and_evaluation_is_not():
     model, (fixed, moving) = narrow(flow_std=0.1, drop_path=0.5), pair()
     with torch.no_grad():
-        first, same, other = (
-            model.train()(fixed, moving, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
-        )  # fmt: skip
+        first, same, other = (model.train()(fixed, moving, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
         assert torch.equal(first, same) and not torch.equal(first, other)
         assert torch.equal(model.eval()(fixed, moving), model(fixed, moving))
 
@@ -308,7 +306,7 @@ def test_training_on_cuda_under_autocast_is_finite_and_float32():
     fixed, moving = (image.cuda() for image in pair())
     with torch.autocast("cuda", dtype=torch.bfloat16):
         displacement = model(fixed, moving)
-        terms = row.loss_terms(model, fixed, moving, row.adapt(DEMO), torch.Generator())
+        terms = row.loss_terms(model, fixed, moving, row.training_preset(DEMO), torch.Generator())
     terms["total"].backward()
     assert displacement.dtype == torch.float32 and torch.isfinite(displacement).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
@@ -319,20 +317,20 @@ def test_training_on_cuda_under_autocast_is_finite_and_float32():
 
 def test_for_the_papers_preset_the_row_has_the_organisers_recipe():
     row = TransMorph()
-    adapted = row.adapt(PAPER)
+    adapted = row.training_preset(PAPER)
     assert (adapted.learning_rate, adapted.similarity_weight, adapted.smoothness_weight) == (1e-4, 1, 1)
     assert (adapted.window, adapted.amsgrad, adapted.decay_power) == (9, True, 0.9)
     assert (adapted.epochs, adapted.steps_per_epoch) == (PAPER.epochs, PAPER.steps_per_epoch)
     assert (row.name, row.trains_on) == ("TransMorph", "images")
     demo = get_preset("demo")
-    assert row.adapt(demo).learning_rate == demo.learning_rate * row.coarse_learning_rate_factor
+    assert row.training_preset(demo).learning_rate == demo.learning_rate * row.coarse_learning_rate_factor
 
 
 def test_the_loss_is_the_mean_over_both_directions():
     fixed, moving = pair()
     row, model = TransMorph(smoothness_weight=0.5), narrow(flow_std=0.1).eval()
     with torch.no_grad():
-        terms = row.loss_terms(model, fixed, moving, row.adapt(DEMO), torch.Generator())
+        terms = row.loss_terms(model, fixed, moving, row.training_preset(DEMO), torch.Generator())
         there, back = model(fixed, moving), model(moving, fixed)
         similarity = ncc_loss(spatial.warp(moving, there), fixed, 5) + ncc_loss(spatial.warp(fixed, back), moving, 5)
         smoothness = diffusion_loss(there) + diffusion_loss(back)
@@ -348,7 +346,7 @@ def test_a_training_step_depends_on_nothing_but_its_generator():
     def losses(seed):
         model, generator = narrow(flow_std=0.1), torch.Generator().manual_seed(seed)
         torch.manual_seed(seed + int(torch.randint(9, ()).item()))  # the global one must not matter
-        return float(row.loss_terms(model, fixed, moving, row.adapt(DEMO), generator)["total"].detach())
+        return float(row.loss_terms(model, fixed, moving, row.training_preset(DEMO), generator)["total"].detach())
 
     assert losses(0) == losses(0) != losses(1)
 
@@ -359,7 +357,7 @@ def test_overfitting_a_pair_makes_the_loss_fall():
     shift[:, 1] = 2.0
     moving = spatial.warp(fixed, -shift)  # moving(p) = fixed(p - shift)
     row, model = TransMorph(smoothness_weight=0.1), narrow(drop_path=0.0)
-    preset, generator = row.adapt(DEMO), torch.Generator().manual_seed(0)
+    preset, generator = row.training_preset(DEMO), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
     history = []
     for _ in range(20):

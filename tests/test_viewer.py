@@ -72,8 +72,11 @@ def test_viewer_sends_slices_only_where_a_front_end_shows_them():
     front_end._handle_custom_msg("shown", [])
     opened = viewer.panels
     assert [panel.volumes[0].name for panel in opened] == [
-        "moving.nii.gz", "fixed.nii.gz", "warped.nii.gz", "grid.nii.gz",
-    ]  # fmt: skip
+        "moving.nii.gz",
+        "fixed.nii.gz",
+        "warped.nii.gz",
+        "grid.nii.gz",
+    ]
     assert all(set(panel.other_nv) == set(opened) - {panel} for panel in opened)
     images = [nib.Nifti1Image.from_bytes(gzip.decompress(panel.volumes[0].data)) for panel in opened]
     for image, expected in zip(images, (moving, fixed, spatial.warp(moving, displacement)), strict=False):

@@ -217,13 +217,13 @@ def test_forward_on_cuda_under_autocast_is_finite_float32():
 
 def test_for_the_papers_preset_the_row_has_the_organisers_recipe():
     row = VoxelMorph()
-    adapted = row.adapt(PAPER)
+    adapted = row.training_preset(PAPER)
     assert (adapted.learning_rate, adapted.similarity_weight, adapted.smoothness_weight) == (1e-4, 1, 1)
     assert (adapted.window, adapted.amsgrad, adapted.decay_power) == (9, True, 0.9)
     assert (adapted.epochs, adapted.steps_per_epoch) == (PAPER.epochs, PAPER.steps_per_epoch)
     assert (row.name, row.trains_on) == ("VoxelMorph", "images")
     demo = get_preset("demo")
-    assert row.adapt(demo).learning_rate == demo.learning_rate * row.coarse_learning_rate_factor
+    assert row.training_preset(demo).learning_rate == demo.learning_rate * row.coarse_learning_rate_factor
 
 
 def test_a_narrowed_row_has_its_widths_divided():
@@ -240,7 +240,7 @@ def test_the_loss_is_similarity_and_diffusion_of_the_models_displacement(symmetr
     model = narrow()
     nn.init.normal_(model.flow.weight, std=0.3)
     with torch.no_grad():
-        terms = row.loss_terms(model, fixed, moving, row.adapt(DEMO), torch.Generator())
+        terms = row.loss_terms(model, fixed, moving, row.training_preset(DEMO), torch.Generator())
         similarity, smoothness = [], []
         for to, of in [(fixed, moving), (moving, fixed)][: 1 + symmetric]:
             displacement = model(to, of)
@@ -257,7 +257,7 @@ def test_overfitting_a_pair_halves_the_way_to_a_known_translation():
     shift[:, 1] = 2.0
     moving = spatial.warp(fixed, -shift)  # moving(p) = fixed(p - shift)
     row, model = VoxelMorph(smoothness_weight=0.1, symmetric=False), narrow()
-    preset, generator = row.adapt(DEMO), torch.Generator()
+    preset, generator = row.training_preset(DEMO), torch.Generator()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     history = []
     for _ in range(30):

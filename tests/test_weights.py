@@ -26,8 +26,15 @@ from lumirlib.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "small-1mm-cpu"
-OPTIONS = {"resolution_mm": 1, "levels": 2, "epochs": 2, "steps_per_epoch": 2, "start_channels": 4, "head_channels": 4,
-           "validation_pairs": 1}  # fmt: skip
+OPTIONS = {
+    "resolution_mm": 1,
+    "levels": 2,
+    "epochs": 2,
+    "steps_per_epoch": 2,
+    "start_channels": 4,
+    "head_channels": 4,
+    "validation_pairs": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
     first = write_small_cohort(root / "first", training=2, validation=2, name="First")
     second = write_small_cohort(root / "second", training=2, validation=2, name="Second")
-    run = Run.prepare("backbone", "smoke", f"{first}+{second}", out=str(root / "out"), engine="cpu",
-                              options=OPTIONS)  # fmt: skip
+    run = Run.prepare("backbone", "smoke", f"{first}+{second}", out=str(root / "out"), engine="cpu", options=OPTIONS)
     run.evaluate(run.train(progress=False), progress=False)
     others = write_small_cohort(root / "others", training=1, validation=2, name="Others")
     with pytest.MonkeyPatch.context() as patched:
@@ -90,8 +96,16 @@ def test_the_card_says_what_the_run_and_the_evaluation_wrote(made, packaged):
     assert f"Others, 1 mm, 2 pairs, {measured['scored_labels']} labels" in card
     dice = weights.read_results(root / "out" / "pretrained" / f"{NAME}.csv")[0].groupby("metric")["value"].mean()
     assert f"{100 * dice['dice_before']:.2f} ± " in card and f"{100 * dice['dice']:.2f} ± " in card
-    for words in (run.config.run, about["trained_by"][0].split(", ")[0], "not for clinical use", "on **cpu, 1 threads",
-                  "2 epochs instead of 200", "random weights", "Apache-2.0", "`this test`"):  # fmt: skip
+    for words in (
+        run.config.run,
+        about["trained_by"][0].split(", ")[0],
+        "not for clinical use",
+        "on **cpu, 1 threads",
+        "2 epochs instead of 200",
+        "random weights",
+        "Apache-2.0",
+        "`this test`",
+    ):
         assert words.replace("1 threads", f"{torch.get_num_threads()} threads") in card, words
     assert str(root) not in card and str(root) not in json.dumps(facts)
 
@@ -158,7 +172,7 @@ def test_a_torn_file_and_one_that_is_too_large_are_refused(packaged, monkeypatch
         path.write_bytes(torn)
         with pytest.raises(ValueError, match=f"cannot read .*{NAME}.safetensors as safetensors"):
             weights.read_weights(path)
-    monkeypatch.setattr(weights, "MOST_BYTES", 1000)
+    monkeypatch.setattr(weights, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match=r"expected at most 1000 bytes, got \d+"):
         weights.read_weights(path)
     with pytest.raises(FileNotFoundError, match="no such weights"):
@@ -178,7 +192,7 @@ def test_people_that_chose_the_epoch_do_not_evaluate_it(made, packaged):
 
 
 def test_weights_beyond_the_limit_are_not_packaged(made, packaged, monkeypatch):
-    monkeypatch.setattr(weights, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(weights, "MAX_BYTES", 10_000)
     with pytest.raises(ValueError, match=r"would hold \d+ bytes of weights with other-1mm-cpu, more than 10000"):
         model_cards.export(made[0].config.run, "other-1mm-cpu", made[1] / "out", str(made[2]), progress=False)
 
@@ -219,9 +233,13 @@ def test_command_line_lists_and_explains(made, packaged, capsys):
 
 def started(made, out, init, variant="backbone", **more):
     return Run.prepare(
-        variant, "smoke", str(made[1] / "second" / "dataset.json"), out=str(out), engine="cpu",
+        variant,
+        "smoke",
+        str(made[1] / "second" / "dataset.json"),
+        out=str(out),
+        engine="cpu",
         options={**OPTIONS, **more, "init": init},
-    )  # fmt: skip
+    )
 
 
 def test_a_run_starts_from_packaged_weights_or_from_a_checkpoint_and_is_named_for_it(made, packaged, tmp_path):
@@ -245,10 +263,14 @@ def test_tables_keep_runs_apart_by_what_they_started_from(made, packaged, tmp_pa
         run = started(made, tmp_path, init)
         run.evaluate(run.train(progress=False), progress=False)
     found = {
-        init: [about["run"] for _, about in results.find_runs(
-            tmp_path, parse_variant("backbone"), "smoke", "second", {**OPTIONS, "init": init})]
+        init: [
+            about["run"]
+            for _, about in results.find_runs(
+                tmp_path, parse_variant("backbone"), "smoke", "second", {**OPTIONS, "init": init}
+            )
+        ]
         for init in ("", NAME)
-    }  # fmt: skip
+    }
     assert found[NAME] == [run.config.run] and len(found[""]) == 1 and found[""] != found[NAME]
     about = json.loads((tmp_path / "metrics" / f"{run.config.run}.json").read_text())
     assert about["started_from"] == f"{NAME}, {weights.read_packaged(NAME).digest}"
@@ -317,8 +339,13 @@ def test_a_wheel_carries_the_weights_and_loads_them_elsewhere(made, tmp_path):
         f"import lumirlib; print(lumirlib.__file__); model = lumirlib.pretrained({NAME!r}, 'cpu')\n"
         f"from lumirlib.training import weights; print((weights.FOLDER / '{NAME}.md').is_file(), type(model).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "site" / "lumirlib" / "__init__.py"), "True RegistrationNetwork"]
 
@@ -332,7 +359,7 @@ CARRIED = [pytest.param(name, id=name) for name in weights.names()] or [
 def test_packaged_weights_are_whole_small_and_have_their_card(name):
     found = weights.read_packaged(name)
     assert (weights.FOLDER / f"{name}.md").read_text(encoding="utf-8") == model_cards.model_card(found.facts)
-    assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) <= weights.MOST_BYTES
+    assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) <= weights.MAX_BYTES
     table, measured = weights.read_results(ROOT / "results" / "pretrained" / f"{name}.csv")
     assert measured["digest"] == found.digest
     dice = table.loc[table["metric"] == "dice", "value"].mean()

@@ -37,7 +37,7 @@ DTYPES = ("auto", "float16", "float32")
 #: What the numbers of a volume may be; the record behind them has at most so many bytes.
 STORED_DTYPES = {"images": ("uint8", "int16", "float16", "float32"), "labels": ("int16",)}
 
-MOST_RECORD_BYTES = 1 << 16
+MAX_RECORD_BYTES = 1 << 16
 
 REPAIR = "python -m lumirlib.cache --repair makes it anew"
 #: A second process that wants to build the same cache waits this long for the first.
@@ -247,7 +247,7 @@ class VolumeCache:
             array = np.lib.format.open_memmap(file, mode="r")
             with open(file, "rb") as stored:
                 stored.seek(array.offset + array.nbytes)
-                record = parse_json(stored.read(MOST_RECORD_BYTES), "its record")
+                record = parse_json(stored.read(MAX_RECORD_BYTES), "its record")
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']!r} instead of {FORMAT!r}")
             fingerprint = source.fingerprint()
@@ -259,15 +259,17 @@ class VolumeCache:
             if found != expected or not array.flags.c_contiguous or not array.dtype.isnative:
                 raise ValueError(f"expected shape and dtype {expected}, got {found}")
             scale, scaled = record["scale"], source.kind == "images"
-            if found[1] not in STORED_DTYPES[source.kind] or not (type(scale) is int and scale > 0 if scaled
-                                                                  else scale is None):  # fmt: skip
+            if found[1] not in STORED_DTYPES[source.kind] or not (
+                type(scale) is int and scale > 0 if scaled else scale is None
+            ):
                 raise ValueError(f"no {source.kind} are stored as {found[1]} with the scale {scale!r}")
             if not isinstance(record["crc32"], int) or not isinstance(record["error"], float):
                 raise ValueError("its record lacks a checksum or a rounding error")
             return _Entry(file, array.offset, array.dtype, array.shape, record)
         except Exception as error:  # numpy's parser of headers raises many types, a tokenizer's among them
-            raise ValueError(f"{file}: not a whole volume of this cache (truncated or foreign?): {error}; {REPAIR}") \
-                from error  # fmt: skip
+            raise ValueError(
+                f"{file}: not a whole volume of this cache (truncated or foreign?): {error}; {REPAIR}"
+            ) from error
 
     def _lock(self) -> AbstractContextManager:
         """The lock of those who build, held; the system frees it when its process dies."""
@@ -292,9 +294,14 @@ class VolumeCache:
         done = len(self.sources) - len(missing)
         with (
             ThreadPoolExecutor(workers) as pool,
-            tqdm(total=len(self.sources), initial=done, desc=f"cache {self.folder.name}", unit="volume",
-                 disable=not progress) as bar,
-        ):  # fmt: skip
+            tqdm(
+                total=len(self.sources),
+                initial=done,
+                desc=f"cache {self.folder.name}",
+                unit="volume",
+                disable=not progress,
+            ) as bar,
+        ):
             self._store(first)
             bar.update()
             self._check_space(first, rest)

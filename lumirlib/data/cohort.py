@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from lumirlib import spatial
 from lumirlib.data import embedded
 from lumirlib.data.cache import Source, StoredVolume, VolumeCache
-from lumirlib.data.landmark_files import MOST_LANDMARKS, landmark_centroids, read_landmarks
+from lumirlib.data.landmark_files import MAX_LANDMARKS, landmark_centroids, read_landmarks
 from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume
 from lumirlib.metrics.labels import LUMIR_LABELS
 from lumirlib.metrics.landmarks import Points, landmark_volume
 
 LUMIR_JSON = "LUMIR_dataset.json"
 #: Voxels that a label needs to be scored on a grid coarser than 1 mm.
-SMALLEST_LABEL = 8
+MIN_LABEL_VOXELS = 8
 #: Downsampled volumes kept in memory by one cohort, in bytes.
 MEMORY_BUDGET = 2 * 1024**3
 #: A loader's threads read too. Of the module, so that cohorts can be pickled.
@@ -137,7 +137,7 @@ class Cohort:
     def labels(self) -> tuple[int, ...]:
         """The label numbers that are scored: LUMIR's 133, background included.
 
-        On voxels coarser than 1 mm those are left out that have fewer than :data:`SMALLEST_LABEL` voxels in any
+        On voxels coarser than 1 mm those are left out that have fewer than :data:`MIN_LABEL_VOXELS` voxels in any
         validation person that has them: a warped label of one or two voxels vanishes by the grid's doing, and its
         HD95 is infinite.
 
@@ -159,7 +159,7 @@ class Cohort:
         too_small: set[int] = set()
         for subject in people.values():
             numbers, voxels = self.label_volume(subject).unique(return_counts=True)
-            too_small.update(numbers[voxels < SMALLEST_LABEL].tolist())
+            too_small.update(numbers[voxels < MIN_LABEL_VOXELS].tolist())
         return tuple(label for label in LUMIR_LABELS if label not in too_small)
 
     def image(self, subject: Subject) -> torch.Tensor:
@@ -212,9 +212,9 @@ class Cohort:
         else:
             volume = self._read_labels(subject.landmarks)[0, 0].numpy()
             count = len(np.unique(volume[volume > 0]))
-            if not 1 <= count <= MOST_LANDMARKS:
+            if not 1 <= count <= MAX_LANDMARKS:
                 raise ValueError(
-                    f"{subject.landmarks}: expected 1 to {MOST_LANDMARKS} landmarks, each a number above 0, got {count}"
+                    f"{subject.landmarks}: expected 1 to {MAX_LANDMARKS} landmarks, each a number above 0, got {count}"
                 )
             points = landmark_centroids(volume)
         shift = (self.downsampling - 1) / 2

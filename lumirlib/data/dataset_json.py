@@ -32,7 +32,7 @@ CREDITS = {
     "(http://Neuromorphometrics.com/) under academic subscription (CC BY-NC); landmarks: AFIDs-OASIS",
 }
 #: Labelled scans of which all ordered pairs are evaluated where the JSON names none; LUMIR has ten.
-MOST_HELD_OUT = 100
+MAX_HELD_OUT = 100
 
 
 def _is_file(path: Path) -> bool:
@@ -208,10 +208,10 @@ def load_cohort(
         candidates = list(dict.fromkeys(subject for subject in (labelled or training) if subject.labels))
         left_to_train = len(set(training) - set(candidates))
         if len(candidates) >= 2 and (labelled or left_to_train >= 2):
-            if len(candidates) > MOST_HELD_OUT:
+            if len(candidates) > MAX_HELD_OUT:
                 raise ValueError(
                     f"{path}: names no validation pair with labels, and {len(candidates)} labelled scans, more than "
-                    f"the {MOST_HELD_OUT} whose ordered pairs would all be evaluated: list the pairs as 'validation'"
+                    f"the {MAX_HELD_OUT} whose ordered pairs would all be evaluated: list the pairs as 'validation'"
                 )
             pairs = [Pair(fixed, moving) for fixed in candidates for moving in candidates if fixed != moving]
     _check_names(path, pairs)

@@ -48,8 +48,31 @@ FIELD_SPACING_MM = 2
 #: Landmarks are the centroids of these atlas labels in template space: deep grey matter, ventricles, cerebellum,
 #: and poles and gyri of the cortex on both sides.
 LANDMARK_LABELS = (
-    4, 11, 23, 30, 31, 32, 35, 36, 37, 47, 48, 55, 56, 59, 60, 71, 72, 73, 120, 121, 160, 161, 202, 203,
-)  # fmt: skip
+    4,
+    11,
+    23,
+    30,
+    31,
+    32,
+    35,
+    36,
+    37,
+    47,
+    48,
+    55,
+    56,
+    59,
+    60,
+    71,
+    72,
+    73,
+    120,
+    121,
+    160,
+    161,
+    202,
+    203,
+)
 
 
 @dataclass(frozen=True)
@@ -326,9 +349,14 @@ def embedded_json(
     missing = [person for person in range(people) if not _person_files(root, population, person)["done"].is_file()]
     with (
         ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool,
-        tqdm(total=people, initial=people - len(missing), desc=f"embedded cohort, {resolution_mm} mm",
-             unit="person", disable=not progress) as bar,
-    ):  # fmt: skip
+        tqdm(
+            total=people,
+            initial=people - len(missing),
+            desc=f"embedded cohort, {resolution_mm} mm",
+            unit="person",
+            disable=not progress,
+        ) as bar,
+    ):
         for _ in pool.map(lambda person: _write_person(root, population, person, resolution_mm), missing):
             bar.update()
     write_json(dataset, _dataset(population, resolution_mm))

@@ -9,9 +9,9 @@ import numpy as np
 from lumirlib.files import read_json
 
 #: Voxel coordinates of landmarks are below this.
-MOST_COORDINATE = 1e6
+MAX_COORDINATE = 1e6
 #: Landmarks of one person, which are few; an image in their place has as many as gray values.
-MOST_LANDMARKS = 1000
+MAX_LANDMARKS = 1000
 
 
 def landmark_centroids(volume: np.ndarray) -> dict[str, tuple[float, float, float]]:
@@ -45,4 +45,4 @@ def read_landmarks(path: str | Path) -> dict[str, tuple[float, float, float]]:
 
 
 def _is_coordinate(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < MOST_COORDINATE
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < MAX_COORDINATE

@@ -24,11 +24,11 @@ from nibabel.volumeutils import apply_read_scaling
 from lumirlib.files import write_atomically
 
 #: Voxels that are read of one file at most: a thousand sides of a thousand, 155 volumes of LUMIR.
-MOST_VOXELS = 2**30
+MAX_VOXELS = 2**30
 #: Bytes that are unpacked at a time.
 CHUNK = 1 << 24
 #: What a file may hold besides its voxels: header, extensions, padding.
-MOST_OTHER_BYTES = 1 << 20
+MAX_OTHER_BYTES = 1 << 20
 #: Of the longer of the two fixed headers.
 HEADER_BYTES = 540
 
@@ -74,14 +74,14 @@ def _parse_header(content: bytes) -> _Header:
     shape = tuple(int(side) for side in header["dim"][1 : sides + 1])
     if min(shape) < 1:
         raise ValueError(f"expected sides of at least 1 voxel, got shape {shape}")
-    if math.prod(shape) > MOST_VOXELS:
-        raise ValueError(f"expected at most {MOST_VOXELS:,} voxels, got shape {shape}")
+    if math.prod(shape) > MAX_VOXELS:
+        raise ValueError(f"expected at most {MAX_VOXELS:,} voxels, got shape {shape}")
     dtype = header.get_data_dtype()
     if dtype.kind not in "uif" or dtype.itemsize > 8:
         raise ValueError(f"expected real numbers of at most 64 bits, got data type {int(header['datatype'])}, {dtype}")
     offset = float(header["vox_offset"])
-    if not size + 4 <= offset <= MOST_OTHER_BYTES or offset % 1:  # four bytes say whether there are extensions
-        raise ValueError(f"expected voxels from byte {size + 4} to {MOST_OTHER_BYTES}, got from {offset:g}")
+    if not size + 4 <= offset <= MAX_OTHER_BYTES or offset % 1:  # four bytes say whether there are extensions
+        raise ValueError(f"expected voxels from byte {size + 4} to {MAX_OTHER_BYTES}, got from {offset:g}")
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
     if not np.isfinite(affine).all():
         raise ValueError(f"expected a finite affine, got {affine.tolist()}")
@@ -113,7 +113,7 @@ def _read_voxels(stream: BinaryIO, start: bytes, header: _Header) -> np.ndarray:
         if not part:
             raise ValueError(f"expected {wanted} bytes for shape {header.shape}, got {len(content)}")
         content += part
-    if len(stream.read(MOST_OTHER_BYTES + 1)) > MOST_OTHER_BYTES:  # to its end, where a gzip has its checksum
+    if len(stream.read(MAX_OTHER_BYTES + 1)) > MAX_OTHER_BYTES:  # to its end, where a gzip has its checksum
         raise ValueError(f"expected {wanted} bytes for shape {header.shape}, got a megabyte more at least")
     voxels = np.frombuffer(content, header.dtype, math.prod(header.shape), header.offset)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite then, is refused by those who call

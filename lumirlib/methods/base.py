@@ -44,11 +44,11 @@ class Row:
         """Empty where the row can be run on this machine; else "not installed: " and the steps to install it."""
         return ""
 
-    def fitted(self: AnyRow, preset: Preset) -> AnyRow:
+    def at_preset(self: AnyRow, preset: Preset) -> AnyRow:
         """The row at a preset's width and resolution."""
         raise NotImplementedError
 
-    def adapt(self, preset: Preset) -> Preset:
+    def training_preset(self, preset: Preset) -> Preset:
         """The preset with this method's own learning rate and weights of losses; the number of steps stays."""
         return preset
 
@@ -77,7 +77,7 @@ class Row:
         """
         raise NotImplementedError
 
-    def trained(self: AnyRow) -> AnyRow:
+    def base_row(self: AnyRow) -> AnyRow:
         """The row whose training gives this one its weights: itself, unless it only changes how they are used."""
         return self
 
@@ -90,8 +90,7 @@ class Row:
         """
         return model
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """The options for a reader."""
         shown = {name.replace("_", " "): getattr(self, name) for name in option_names(self)}
         return ", ".join(f"{name} {value}" for name, value in shown.items()) or "no options"
@@ -114,11 +113,11 @@ class Baseline(Row):
         """The row with its widths divided."""
         raise NotImplementedError
 
-    def fitted(self: AnyRow, preset: Preset) -> AnyRow:
+    def at_preset(self: AnyRow, preset: Preset) -> AnyRow:
         """The row at a preset's width."""
         return self.narrowed(preset.channel_divisor)
 
-    def adapt(self, preset: Preset) -> Preset:
+    def training_preset(self, preset: Preset) -> Preset:
         """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
         coarse = preset.resolution_mm >= COARSE_MM
         factor = self.coarse_learning_rate_factor if coarse else self.learning_rate_factor
@@ -140,7 +139,7 @@ class Tool(Row):
     trains_on: ClassVar[str] = "nothing"
     resolution_mm: float
 
-    def fitted(self: AnyRow, preset: Preset) -> AnyRow:
+    def at_preset(self: AnyRow, preset: Preset) -> AnyRow:
         """The row for voxels of a preset's size."""
         return replace(self, resolution_mm=preset.resolution_mm)
 
@@ -216,8 +215,15 @@ class Preset:
     init: str = field(default="", metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
-        for option in ("epochs", "steps_per_epoch", "channel_divisor", "levels", "validation_pairs",
-                       "evaluation_pairs", "batch_size"):  # fmt: skip
+        for option in (
+            "epochs",
+            "steps_per_epoch",
+            "channel_divisor",
+            "levels",
+            "validation_pairs",
+            "evaluation_pairs",
+            "batch_size",
+        ):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise ValueError(f"{option} of preset {self.name!r} must be 1 or more, got {value}")
@@ -233,11 +239,11 @@ class Preset:
 
     def apply(self, row: AnyRow) -> AnyRow:
         """The row at this preset's width, depth and resolution."""
-        return row.fitted(self)
+        return row.at_preset(self)
 
     def differences_from_paper(self, row: Row | None = None) -> list[str]:
         """What this preset changes about the paper's training, or a row's own at the paper's length, in words."""
-        paper = PAPER if row is None else row.adapt(PAPER)
+        paper = PAPER if row is None else row.training_preset(PAPER)
         own = () if row is None else option_names(row)
         words = {
             "resolution_mm": "voxels of {0:g} mm instead of 1 mm",

@@ -107,9 +107,12 @@ class AntsSyN(ExternalTool):
         fixed_image, moving_image = _ants_image(ants, fixed, affine), _ants_image(ants, moving, affine)
         with tempfile.TemporaryDirectory(prefix="lumirlib-ants-") as folder, _environment(ANTS_RANDOM_SEED=self.seed):
             found = ants.registration(
-                fixed_image, moving_image, type_of_transform=self.transform, reg_iterations=self.iterations,
+                fixed_image,
+                moving_image,
+                type_of_transform=self.transform,
+                reg_iterations=self.iterations,
                 outprefix=os.path.join(folder, "found_"),
-            )  # fmt: skip
+            )
             composed = ants.apply_transforms(
                 fixed_image, moving_image, found["fwdtransforms"], compose=os.path.join(folder, "composed_")
             )

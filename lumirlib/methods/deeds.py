@@ -19,7 +19,7 @@ from lumirlib.methods import _deeds_kernels as kernels
 from lumirlib.methods.base import Preset, Tool
 
 #: `Deeds.for_resolution` works on voxels of at most this edge in mm.
-COARSEST_MM = 2.0
+MAX_MM = 2.0
 #: It takes the LUMIR settings for voxels below this edge in mm.
 COARSE_MM = 1.5
 #: Rounds of making the two fields of a pair consistent.
@@ -79,13 +79,13 @@ class Deeds(Tool):
         """
         if not 0 < resolution_mm < math.inf:
             raise ValueError(f"resolution_mm must be above 0, got {resolution_mm}")
-        upsampling = max(1, math.ceil(resolution_mm / COARSEST_MM))
+        upsampling = max(1, math.ceil(resolution_mm / MAX_MM))
         settings: dict[str, object] = {"upsampling": upsampling}
         if resolution_mm / upsampling >= COARSE_MM:
             settings |= {"grid_spacings": (5, 4, 3, 2), "radii": (5, 4, 3, 2), "quantisations": (3, 2, 1, 1)}
         return cls(**{**settings, **options})
 
-    def fitted(self, preset: Preset) -> Deeds:
+    def at_preset(self, preset: Preset) -> Deeds:
         """The row for voxels of a preset's size."""
         return self.for_resolution(preset.resolution_mm, alpha=self.alpha, progress=self.progress)
 

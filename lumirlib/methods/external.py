@@ -82,9 +82,15 @@ def run_program(command: Sequence[str], folder: Path) -> str:
     name = Path(command[0]).name
     try:
         process = subprocess.Popen(
-            list(command), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+            list(command),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
     except OSError as error:
         raise RuntimeError(f"{name} cannot be started: {error}") from error
     try:

@@ -13,28 +13,58 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         replace(
-            PAPER, name="smoke", resolution_mm=4, epochs=2, steps_per_epoch=4, channel_divisor=8, levels=4,
-            learning_rate=2e-3, smoothness_weight=1.0, window=5, validation_pairs=2, evaluation_pairs=3,
+            PAPER,
+            name="smoke",
+            resolution_mm=4,
+            epochs=2,
+            steps_per_epoch=4,
+            channel_divisor=8,
+            levels=4,
+            learning_rate=2e-3,
+            smoothness_weight=1.0,
+            window=5,
+            validation_pairs=2,
+            evaluation_pairs=3,
             about="does everything run? seconds, the figures mean nothing",
         ),
         replace(
-            PAPER, name="demo", resolution_mm=4, epochs=8, channel_divisor=4, levels=4, learning_rate=1e-3,
-            smoothness_weight=1.0, window=5, validation_pairs=10,
+            PAPER,
+            name="demo",
+            resolution_mm=4,
+            epochs=8,
+            channel_divisor=4,
+            levels=4,
+            learning_rate=1e-3,
+            smoothness_weight=1.0,
+            window=5,
+            validation_pairs=10,
             about="the default: minutes on a 2-core laptop, narrow network, coarse voxels",
         ),
         replace(
-            PAPER, name="real-cpu", resolution_mm=4, epochs=12, channel_divisor=4, levels=4, learning_rate=1e-3,
-            smoothness_weight=1.0, window=5, validation_pairs=10,
+            PAPER,
+            name="real-cpu",
+            resolution_mm=4,
+            epochs=12,
+            channel_divisor=4,
+            levels=4,
+            learning_rate=1e-3,
+            smoothness_weight=1.0,
+            window=5,
+            validation_pairs=10,
             about="real brains at 4 mm on a CPU; about a quarter of an hour",
         ),
         replace(
-            PAPER, name="half", resolution_mm=2, epochs=100, smoothness_weight=3.0,
+            PAPER,
+            name="half",
+            resolution_mm=2,
+            epochs=100,
+            smoothness_weight=3.0,
             about="2 mm, the paper's width; for a GPU",
         ),
         replace(PAPER, name="full", resolution_mm=1, epochs=100, about="1 mm, the paper's width; for a GPU"),
         PAPER,
     )
-}  # fmt: skip
+}
 
 #: What can be overridden.
 PRESET_OPTIONS = tuple(option.name for option in fields(Preset) if option.name not in ("name", "about"))
@@ -62,7 +92,7 @@ def split_options(preset: str, row: Row, options: Mapping[str, object]) -> tuple
         raise ValueError(f"unknown option {', '.join(unknown)}: choose from {', '.join(known)}")
     for_row = check_options(row, {name: value for name, value in options.items() if name in own})
     overrides = {name: value for name, value in options.items() if name in PRESET_OPTIONS}
-    adapted = replace(row, **for_row).adapt(get_preset(preset))
+    adapted = replace(row, **for_row).training_preset(get_preset(preset))
     checked = check_option_types(PAPER, overrides)
     if "init" in checked:
         checked["init"] = init_name(checked["init"])

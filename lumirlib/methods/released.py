@@ -367,11 +367,21 @@ class ReleasedDeeds(ExternalTool):
             program = str(Path(shutil.which(self._program_path())).resolve())
             said = run_program(
                 [
-                    program, "-F", "fixed.nii.gz", "-M", "moving.nii.gz", "-O", "found",
-                    "-a", f"{self.alpha:g}", "-l", str(len(self.grid_spacing)), *options,
+                    program,
+                    "-F",
+                    "fixed.nii.gz",
+                    "-M",
+                    "moving.nii.gz",
+                    "-O",
+                    "found",
+                    "-a",
+                    f"{self.alpha:g}",
+                    "-l",
+                    str(len(self.grid_spacing)),
+                    *options,
                 ],
                 folder,
-            )  # fmt: skip
+            )
             written = folder / "found_displacements.dat"
             if not written.is_file():
                 raise RuntimeError(f"{Path(program).name} wrote no displacements: {said or 'it printed nothing'}")

@@ -23,9 +23,21 @@ from lumirlib.losses import gaussian_smooth
 CORTEX_FROM = 100
 #: (right, left) labels of the structures below :data:`CORTEX_FROM`; cortical parcels are (even, odd).
 MIRRORED_PAIRS = (
-    (23, 30), (31, 32), (36, 37), (38, 39), (40, 41), (44, 45), (47, 48), (49, 50), (51, 52), (55, 56), (57, 58),
-    (59, 60), (61, 62), (75, 76),
-)  # fmt: skip
+    (23, 30),
+    (31, 32),
+    (36, 37),
+    (38, 39),
+    (40, 41),
+    (44, 45),
+    (47, 48),
+    (49, 50),
+    (51, 52),
+    (55, 56),
+    (57, 58),
+    (59, 60),
+    (61, 62),
+    (75, 76),
+)
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,7 @@ class SynthesisOptions:
                 raise ValueError(f"{option} must be a probability from 0 to 1, got {getattr(self, option)}")
         for low, high in (("mean_low", "mean_high"), ("sigma_low", "sigma_high")):
             if not 0 <= getattr(self, low) <= getattr(self, high):
-                raise ValueError(
-                    f"{low} must be from 0 to {high}, got {getattr(self, low)} and {getattr(self, high)}"
-                )  # fmt: skip
+                raise ValueError(f"{low} must be from 0 to {high}, got {getattr(self, low)} and {getattr(self, high)}")
 
 
 def _uniform(generator: torch.Generator, low: float, high: float, count: int = 1) -> torch.Tensor:

@@ -244,15 +244,20 @@ class SynthMorph(Baseline):
             if not 0 <= getattr(self, name) <= highest:
                 raise ValueError(f"{name} must be from 0 to {highest}, got {getattr(self, name)}")
 
-    def fitted(self, preset: Preset) -> SynthMorph:
+    def at_preset(self, preset: Preset) -> SynthMorph:
         """The row at a preset's width; on coarse voxels made to learn in a few hundred steps, see DEVIATIONS.md."""
-        row = super().fitted(preset)
+        row = super().at_preset(preset)
         if preset.resolution_mm < COARSE_MM:
             return row
         return replace(
-            row, draws=4, dice_between_voxels=True, shared_contrast=1.0, corruption=0.5, normalization=True,
+            row,
+            draws=4,
+            dice_between_voxels=True,
+            shared_contrast=1.0,
+            corruption=0.5,
+            normalization=True,
             flow_std=1e-3,
-        )  # fmt: skip
+        )
 
     def narrowed(self, divisor: int) -> SynthMorph:
         """The row with its widths divided, at least 2 each."""
@@ -264,9 +269,12 @@ class SynthMorph(Baseline):
     def build(self) -> nn.Module:
         """A fresh network, its weights drawn from torch's global generator."""
         return SynthMorphNetwork(
-            parse_widths(self.encoder, "encoder"), parse_widths(self.decoder, "decoder"), self.squarings,
-            self.normalization, self.flow_std,
-        )  # fmt: skip
+            parse_widths(self.encoder, "encoder"),
+            parse_widths(self.decoder, "decoder"),
+            self.squarings,
+            self.normalization,
+            self.flow_std,
+        )
 
     def synthesis(self, resolution_mm: float) -> SynthesisOptions:
         """The generator's options at a voxel size."""

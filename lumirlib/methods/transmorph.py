@@ -33,7 +33,7 @@ BIAS_STD = 0.02
 #: Sides are padded to multiples of this, so that patches and their halvings are whole,
 SIDE_MULTIPLE = 2 * PATCH
 #: and to at least this, so that every normalized map has more than one voxel.
-LEAST_SIDE = 24
+MIN_SIDE = 24
 
 
 def partition(tokens: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
@@ -117,9 +117,8 @@ class WindowAttention(nn.Module):
         padding = [-side % width for side, width in zip(shape, self.window, strict=True)]
         padded = [side + more for side, more in zip(shape, padding, strict=True)]
         shift = [
-            width // 2 if self.shifted and side > width else 0
-            for side, width in zip(padded, self.window, strict=True)
-        ]  # fmt: skip
+            width // 2 if self.shifted and side > width else 0 for side, width in zip(padded, self.window, strict=True)
+        ]
         tokens = F.pad(tokens, (0, 0, 0, padding[2], 0, padding[1], 0, padding[0]))
         rolled = torch.roll(tokens, [-by for by in shift], (1, 2, 3))
         windows = partition(rolled, self.window)  # (B * windows, N, C)
@@ -311,8 +310,11 @@ class TransMorphTVF(nn.Module):
         super().__init__()
         depths, window = check_widths(depths, "depths"), check_widths(window, "window")
         for name, value in (
-            ("embedding", embedding), ("heads", heads), ("head_channels", head_channels), ("time_steps", time_steps),
-        ):  # fmt: skip
+            ("embedding", embedding),
+            ("heads", heads),
+            ("head_channels", head_channels),
+            ("time_steps", time_steps),
+        ):
             check_widths([value], name)
         if len(depths) != 3 or len(window) != 3:
             raise ValueError(f"depths and window must have three numbers each, got {depths} and {window}")
@@ -322,11 +324,13 @@ class TransMorphTVF(nn.Module):
             raise ValueError(f"drop_path must be from 0 to below 1, got {drop_path}")
         self.transformer = SwinTransformer(2, embedding, depths, heads, window, drop_path)
         self.skip = norm_block(2, embedding // 2, nn.BatchNorm3d)
-        self.decoders = nn.ModuleList([
-            DecoderBlock(4 * embedding, 2 * embedding, 2 * embedding),
-            DecoderBlock(2 * embedding, embedding, embedding),
-            DecoderBlock(embedding, embedding // 2, embedding // 2),
-        ])  # fmt: skip
+        self.decoders = nn.ModuleList(
+            [
+                DecoderBlock(4 * embedding, 2 * embedding, 2 * embedding),
+                DecoderBlock(2 * embedding, embedding, embedding),
+                DecoderBlock(embedding, embedding // 2, embedding // 2),
+            ]
+        )
         self.steps = nn.ModuleList(FlowStep(embedding // 2, head_channels) for _ in range(time_steps))
 
     def forward(
@@ -347,7 +351,7 @@ class TransMorphTVF(nn.Module):
         """
         check_pair(fixed, moving, self.transformer.embed.weight.dtype)
         depth, height, width = fixed.shape[2:]
-        more = [max(LEAST_SIDE, -(-side // SIDE_MULTIPLE) * SIDE_MULTIPLE) - side for side in (width, height, depth)]
+        more = [max(MIN_SIDE, -(-side // SIDE_MULTIPLE) * SIDE_MULTIPLE) - side for side in (width, height, depth)]
         pair = F.pad(torch.cat([moving, fixed], dim=1), (0, more[0], 0, more[1], 0, more[2]))
         half = F.avg_pool3d(pair, 2)
         half_moving, half_fixed = half[:, :1], half[:, 1:]
@@ -418,9 +422,14 @@ class TransMorph(Baseline):
     def build(self) -> nn.Module:
         """A fresh network, its weights drawn from torch's global generator."""
         return TransMorphTVF(
-            self.embedding, parse_widths(self.depths, "depths"), self.heads, parse_widths(self.window, "window"),
-            self.head_channels, self.time_steps, self.drop_path,
-        )  # fmt: skip
+            self.embedding,
+            parse_widths(self.depths, "depths"),
+            self.heads,
+            parse_widths(self.window, "window"),
+            self.head_channels,
+            self.time_steps,
+            self.drop_path,
+        )
 
     def loss_terms(
         self, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset, generator: torch.Generator

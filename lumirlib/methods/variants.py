@@ -115,21 +115,22 @@ class Variant(Row):
         if self.instance_steps:
             instance_optimization.check_options(*self._instance_options)
 
-    def fitted(self, preset: Preset) -> Variant:
+    def at_preset(self, preset: Preset) -> Variant:
         """The variant at a preset's width and depth."""
         channels = max(1, round(self.start_channels / preset.channel_divisor))
         return replace(self, start_channels=channels, levels=preset.levels)
 
-    def adapt(self, preset: Preset) -> Preset:
+    def training_preset(self, preset: Preset) -> Preset:
         """The preset with the variant's own learning rate."""
         return replace(preset, learning_rate=preset.learning_rate * self.learning_rate_factor)
 
     def build(self) -> RegistrationNetwork:
         """The network, with fresh weights."""
         options = {
-            option.name: getattr(self, option.name) for option in fields(self)
+            option.name: getattr(self, option.name)
+            for option in fields(self)
             if option.name != "name" and option.metadata.get("of_network", True)
-        }  # fmt: skip
+        }
         return RegistrationNetwork(**options)
 
     def loss_terms(
@@ -187,9 +188,16 @@ class Variant(Row):
             Scalars "total", "similarity" and "smoothness", means over the pairs, and "ndv" where it counts.
         """
         terms = losses.registration_loss(
-            moving, fixed, predicted.displacements, predicted.velocities,
-            preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity, self.passes,
-        )  # fmt: skip
+            moving,
+            fixed,
+            predicted.displacements,
+            predicted.velocities,
+            preset.similarity_weight,
+            preset.smoothness_weight,
+            preset.window,
+            preset.similarity,
+            self.passes,
+        )
         if self.ndv_weight:
             found = ndv_loss(predicted.displacements[0])
             terms |= {"ndv": found, "total": terms["total"] + self.ndv_weight * found}
@@ -207,8 +215,7 @@ class Variant(Row):
     def _instance_options(self) -> tuple[int, float, float, int]:
         return self.instance_steps, self.instance_learning_rate, self.instance_tolerance, self.instance_patience
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Width, cascade and schemes for a reader."""
         words = [
             f"start channels {self.start_channels}, head channels {self.head_channels}, {self.cascade} cascade, "
@@ -238,14 +245,12 @@ class Variant(Row):
             words.append(f"up to {self.instance_steps} steps of instance optimization behind trained weights")
         return ", ".join(words)
 
-    def trained(self) -> Variant:
+    def base_row(self) -> Variant:
         """The variant whose trained weights this one uses: without "BF-post" and instance optimization."""
         left_out = {"instance_": ("IO",)} if self.instance_steps else {}
         if self.bilateral_window and self.bilateral_mode == "post":
             left_out["bilateral_"] = ("BF", "BF-post")
-        plain = {
-            option.name: option.default for option in fields(self) if option.name.startswith(tuple(left_out))
-        }  # fmt: skip
+        plain = {option.name: option.default for option in fields(self) if option.name.startswith(tuple(left_out))}
         parts = [part for part in self.name.split("+") if part not in sum(left_out.values(), ())]
         return replace(self, name="+".join(parts) or "backbone", **plain)
 
@@ -261,8 +266,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "BF-post": {"bilateral_window": 5, "bilateral_mode": "post"},
     "COMP": {"cascade": "compositional"},
     "ours": {
-        "cascade": "compositional", "passes": 2, "refinements": 1, "symmetric": True,
-        "inverse_consistency_weight": 0.01, "ndv_weight": 10.0, "learning_rate_factor": 4.0, "optimizer": "muon",
+        "cascade": "compositional",
+        "passes": 2,
+        "refinements": 1,
+        "symmetric": True,
+        "inverse_consistency_weight": 0.01,
+        "ndv_weight": 10.0,
+        "learning_rate_factor": 4.0,
+        "optimizer": "muon",
     },
     "REC": {"passes": 2},
     "REF": {"refinements": 1},
@@ -276,7 +287,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "NDV": {"ndv_weight": 10.0},
     "INT": {"intensity_probability": 0.8},
     "IO": {"instance_steps": 50},
-}  # fmt: skip
+}
 
 
 def variant_choices() -> tuple[str, ...]:

@@ -29,9 +29,15 @@ def pair_loss(
         Scalars "total", "similarity" and "smoothness" (without the weights).
     """
     return losses.registration_loss(
-        moving, fixed, [displacement], [displacement],
-        preset.similarity_weight, preset.smoothness_weight, preset.window, preset.similarity,
-    )  # fmt: skip
+        moving,
+        fixed,
+        [displacement],
+        [displacement],
+        preset.similarity_weight,
+        preset.smoothness_weight,
+        preset.window,
+        preset.similarity,
+    )
 
 
 def both_directions(fixed: torch.Tensor, moving: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

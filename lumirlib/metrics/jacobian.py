@@ -17,9 +17,7 @@ BLOCK = 16
 
 def _cross(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
     """The three components of the cross product of vectors given as (3, ...) tensors."""
-    return [
-        torch.addcmul(first[a] * second[b], first[b], second[a], value=-1) for a, b in ((1, 2), (2, 0), (0, 1))
-    ]  # fmt: skip
+    return [torch.addcmul(first[a] * second[b], first[b], second[a], value=-1) for a, b in ((1, 2), (2, 0), (0, 1))]
 
 
 def _dot(first: torch.Tensor, second: list[torch.Tensor]) -> torch.Tensor:

@@ -21,8 +21,10 @@ def check_label_volumes(
     """
     moving_labels = warped_labels if moving_labels is None else moving_labels
     for volume, name in (
-        (warped_labels, "warped_labels"), (fixed_labels, "fixed_labels"), (moving_labels, "moving_labels"),
-    ):  # fmt: skip
+        (warped_labels, "warped_labels"),
+        (fixed_labels, "fixed_labels"),
+        (moving_labels, "moving_labels"),
+    ):
         check_labels(volume, name)
         if volume.shape != fixed_labels.shape or volume.shape[0] != 1:
             raise ValueError(

@@ -221,12 +221,17 @@ class RegistrationNetwork(nn.Module):
         check_choice(cascade, CASCADES, "cascade")
         check_choice(correlation_mode, CORRELATION_MODES, "correlation_mode")
         for name, value, least in (
-            ("start_channels", start_channels, 1), ("head_channels", head_channels, 1), ("levels", levels, 1),
-            ("squarings", squarings, 0), ("large_kernel", large_kernel, 0),
-            ("co_attention_levels", co_attention_levels, 0), ("bilateral_window", bilateral_window, 0),
-            ("correlation_window", correlation_window, 0), ("passes", passes, 1),
+            ("start_channels", start_channels, 1),
+            ("head_channels", head_channels, 1),
+            ("levels", levels, 1),
+            ("squarings", squarings, 0),
+            ("large_kernel", large_kernel, 0),
+            ("co_attention_levels", co_attention_levels, 0),
+            ("bilateral_window", bilateral_window, 0),
+            ("correlation_window", correlation_window, 0),
+            ("passes", passes, 1),
             ("refinements", refinements, 0),
-        ):  # fmt: skip
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
         if co_attention_levels > levels:
@@ -267,9 +272,7 @@ class RegistrationNetwork(nn.Module):
 
     def level_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Sides of each level for images of sides `shape`, finest first."""
-        return [
-            tuple(max(2, -(-side // 2**level)) for side in shape) for level in range(len(self.estimators))
-        ]  # fmt: skip
+        return [tuple(max(2, -(-side // 2**level)) for side in shape) for level in range(len(self.estimators))]
 
     def encode(self, fixed: torch.Tensor, moving: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features of both images, ``(B, N, D, H, W)`` each, from one pass over the stacked pair."""

@@ -16,7 +16,7 @@ from torch import nn
 from lumirlib._checks import check_displacement, check_image, check_same_grid
 
 #: Widths below this act as this: a neighbour at one voxel then weighs nothing.
-SMALLEST_SIGMA = 1e-3
+MIN_SIGMA = 1e-3
 
 
 def _neighbours(shape: torch.Size, window: int) -> Iterator[tuple[tuple[int, int, int], tuple, tuple]]:
@@ -83,7 +83,7 @@ def joint_bilateral_filter(
         displacement: ``(B, 3, D, H, W)`` in voxels.
         guide: ``(B, 1, D, H, W)``, the fixed image, in [0, 1]; takes no gradient.
         sigma: ``(4,)``, positive: s_i, s_j, s_k in voxels and s_r in units of the guide; takes a gradient. Values
-            below :data:`SMALLEST_SIGMA` act as that; spatial widths of zero give the identity.
+            below :data:`MIN_SIGMA` act as that; spatial widths of zero give the identity.
         window: odd side of the neighbourhood in voxels.
 
     Returns:
@@ -98,7 +98,7 @@ def joint_bilateral_filter(
         raise ValueError(f"window must be odd and positive, got {window}")
     with torch.autocast(displacement.device.type, enabled=False):
         working = torch.promote_types(displacement.dtype, torch.float32)
-        widths = sigma.to(working).clamp_min(SMALLEST_SIGMA)
+        widths = sigma.to(working).clamp_min(MIN_SIGMA)
         return _JointBilateral.apply(displacement.to(working), guide.detach().to(working), widths, window)
 
 

@@ -30,7 +30,7 @@ from lumirlib.scans.scan import require, scan_stem
 from lumirlib.training.engine import pick_device
 
 #: At most so many people, the last by name, are held out of a folder for validation.
-MOST_VALIDATION = 10
+MAX_VALIDATION = 10
 
 
 # a folder -------------------------------------------------------------------------------------------------------------
@@ -40,10 +40,13 @@ def find_scans(folder: str | Path, out: str | Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     files = sorted(
-        path for path in folder.rglob("*.nii*")
-        if path.name.endswith((".nii", ".nii.gz")) and not path.name.startswith(".") and path.is_file()
+        path
+        for path in folder.rglob("*.nii*")
+        if path.name.endswith((".nii", ".nii.gz"))
+        and not path.name.startswith(".")
+        and path.is_file()
         and not path.resolve().is_relative_to(out)
-    )  # fmt: skip
+    )
     if not files:
         raise FileNotFoundError(f"no .nii or .nii.gz file in {folder}")
     often = Counter(map(scan_stem, files))
@@ -117,7 +120,7 @@ def _prepare_into(out: Path, name: str, path: Path, skip: tuple[str, ...], devic
 def _validation_people(names: Sequence[str], validation: int | None) -> list[str]:
     """The last names, held out: a tenth, 2 to 10, where None is given and at least 4 people are there."""
     if validation is None:
-        validation = min(MOST_VALIDATION, max(2, len(names) // 10)) if len(names) >= 4 else 0
+        validation = min(MAX_VALIDATION, max(2, len(names) // 10)) if len(names) >= 4 else 0
     if validation not in (0, *range(2, len(names) + 1)):
         raise ValueError(f"validation must be 0, or from 2 to the number of scans, {len(names)}; got {validation}")
     return list(names[len(names) - validation :])

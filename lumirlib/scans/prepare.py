@@ -70,8 +70,10 @@ def brain_mask(scan: Scan, device: torch.device | str = "cpu") -> torch.Tensor:
     mask = np.asarray(found.dataobj) > 0
     volume = mask.sum() * abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     if not BRAIN_ML[0] <= volume <= BRAIN_ML[1]:
-        raise ValueError(f"{scan.path}: skull stripping found {volume:.0f} ml of brain, expected "
-                         f"{BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f}; {advice}")  # fmt: skip
+        raise ValueError(
+            f"{scan.path}: skull stripping found {volume:.0f} ml of brain, expected "
+            f"{BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f}; {advice}"
+        )
     return torch.from_numpy(mask)[None, None]
 
 
@@ -79,8 +81,10 @@ def stripped_mask(scan: Scan) -> torch.Tensor:
     """Where a scan that has been stripped before is above zero; ValueError where that is (nearly) everywhere."""
     mask = scan.values > 0
     if mask.float().mean() > 0.95:
-        raise ValueError(f"{scan.path}: expected a stripped brain on zero background, as step 'strip' is skipped; "
-                         f"{100 * float(mask.float().mean()):.0f} % of the voxels are above zero")  # fmt: skip
+        raise ValueError(
+            f"{scan.path}: expected a stripped brain on zero background, as step 'strip' is skipped; "
+            f"{100 * float(mask.float().mean()):.0f} % of the voxels are above zero"
+        )
     return mask
 
 
@@ -133,8 +137,9 @@ def affine_to_frame(values: torch.Tensor, mask: torch.Tensor, affine: np.ndarray
     brain = torch.where(mask, values, values.new_zeros(()))
     brain = (brain / np.percentile(brain[mask].numpy(), 99.9)).clamp(0, 1)
     here, there = _center(mask, affine), _center(template > 0.02, target)
-    scale = (float(mask.sum()) * abs(np.linalg.det(affine[:3, :3]))
-             / (float((template > 0.02).sum()) * TEMPLATE_MM**3)) ** (1 / 3)  # fmt: skip
+    scale = (
+        float(mask.sum()) * abs(np.linalg.det(affine[:3, :3])) / (float((template > 0.02).sum()) * TEMPLATE_MM**3)
+    ) ** (1 / 3)
     found = sitk.AffineTransform(3)
     found.SetCenter((RAS_TO_LPS @ there).tolist())
     found.SetMatrix((scale * np.eye(3)).ravel().tolist())
@@ -282,9 +287,11 @@ EXAMPLES = """examples:
 def parser(prog: str = "python -m lumirlib.scans.prepare") -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(
-        prog=prog, description="Make a folder of T1 scans into a cohort in the LUMIR frame.", epilog=EXAMPLES,
+        prog=prog,
+        description="Make a folder of T1 scans into a cohort in the LUMIR frame.",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     options.add_argument("folder", help="folder with .nii or .nii.gz files, at any depth, one scan a person")
     options.add_argument("--out", required=True, help="folder of the cohort; an interrupted call goes on from there")
     options.add_argument("--skip", nargs="+", default=[], metavar="STEP", help=f"steps done before: {', '.join(STEPS)}")
@@ -302,8 +309,9 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.sca
     try:
         from lumirlib.scans.folder import prepare_folder
 
-        path, broken = prepare_folder(given.folder, given.out, given.skip, given.jobs, given.validation, given.name,
-                                      given.device, not given.quiet)  # fmt: skip
+        path, broken = prepare_folder(
+            given.folder, given.out, given.skip, given.jobs, given.validation, given.name, given.device, not given.quiet
+        )
     except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

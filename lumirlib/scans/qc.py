@@ -65,15 +65,17 @@ def prepared_figures(scans: Sequence[tuple[dict, Path]], out: str | Path, title:
     for number, page in enumerate(pages, start=1):
         columns = min(3, len(page))
         rows = -(-len(page) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(6.4 * columns, 2.6 * rows + 0.5), layout="constrained",
-                                    squeeze=False)  # fmt: skip
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(6.4 * columns, 2.6 * rows + 0.5), layout="constrained", squeeze=False
+        )
         for ax in axes.flat[len(page) :]:
             ax.set_visible(False)
         for ax, (record, path) in zip(axes.flat, page, strict=False):
             image = torch.from_numpy(read_volume(path)[0].astype(np.float32)) / 255
             _plot_three_planes(ax, image, template)
-            ax.set_title(f"{record['name']}: r = {record['template_correlation']:.3f}, {record['brain_ml']:.0f} ml",
-                         fontsize=9)  # fmt: skip
+            ax.set_title(
+                f"{record['name']}: r = {record['template_correlation']:.3f}, {record['brain_ml']:.0f} ml", fontsize=9
+            )
         figure.suptitle(f"{title}, page {number} of {len(pages)}: contours of the template, r with it, brain volume")
         save_figure(figure, Path(out) / f"qc_{number}")
         plt.close(figure)
@@ -115,8 +117,15 @@ def registration_figure(
         title: of the page.
     """
     use_style()
-    names = ("fixed", "moving, affine", "warped", "checkerboard\nfixed, warped", "overlay: fixed red,\nwarped cyan",
-             "deformation grid", "Jacobian determinant")  # fmt: skip
+    names = (
+        "fixed",
+        "moving, affine",
+        "warped",
+        "checkerboard\nfixed, warped",
+        "overlay: fixed red,\nwarped cyan",
+        "deformation grid",
+        "Jacobian determinant",
+    )
     figure, axes = plt.subplots(len(PLANES), len(names), figsize=(16, 8.4), layout="constrained")
     images = [image[0, 0].float() / 255 for image in (fixed, moving, warped)]
     places = spatial.identity_grid(FRAME_SHAPE)[0] + displacement[0]

@@ -271,9 +271,11 @@ The map is applied elsewhere with
 def parser(prog: str = "python -m lumirlib.scans.register") -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(
-        prog=prog, description="Register two T1 scans; results lie in the fixed scan's own space.", epilog=EXAMPLES,
+        prog=prog,
+        description="Register two T1 scans; results lie in the fixed scan's own space.",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     options.add_argument("fixed", help="NIfTI file of a T1 head, any orientation and spacing")
     options.add_argument("moving", help="likewise")
     options.add_argument("--out", required=True, help="folder for warped image, displacement, transform and QC page")
@@ -283,12 +285,20 @@ def parser(prog: str = "python -m lumirlib.scans.register") -> argparse.Argument
     by.add_argument("--pretrained", default="", metavar="NAME", help="weights of the package: `lumirlib weights list`")
     by.add_argument("--method", default="", help="one that needs no training: deedsBCV, affine, ...")
     options.add_argument("--results", default="", help="results folder of --run")
-    options.add_argument("--resolution", type=int, help=f"mm, for --method: {', '.join(map(str, RESOLUTIONS_MM))}; "
-                         f"{DEFAULT_RESOLUTION_MM} if not given")  # fmt: skip
+    options.add_argument(
+        "--resolution",
+        type=int,
+        help=f"mm, for --method: {', '.join(map(str, RESOLUTIONS_MM))}; {DEFAULT_RESOLUTION_MM} if not given",
+    )
     for role in ("", "-fixed", "-moving"):
         which = f"the {role[1:]} scan" if role else "both scans"
-        options.add_argument(f"--skip{role}", nargs="+", default=[], metavar="STEP",
-                             help=f"steps done before to {which}: {', '.join(STEPS)}")  # fmt: skip
+        options.add_argument(
+            f"--skip{role}",
+            nargs="+",
+            default=[],
+            metavar="STEP",
+            help=f"steps done before to {which}: {', '.join(STEPS)}",
+        )
     options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     options.add_argument("--quiet", action="store_true", help="no progress bars")
     return options
@@ -301,10 +311,22 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.sca
     command = f"{prog} {shlex.join(map(redact_path, words))}"
     try:
         found = register(
-            given.fixed, given.moving, given.out, given.weights, given.run, given.method, given.results,
-            given.resolution, given.skip, given.skip_fixed, given.skip_moving, given.device, not given.quiet, command,
+            given.fixed,
+            given.moving,
+            given.out,
+            given.weights,
+            given.run,
+            given.method,
+            given.results,
+            given.resolution,
+            given.skip,
+            given.skip_fixed,
+            given.skip_moving,
+            given.device,
+            not given.quiet,
+            command,
             given.pretrained,
-        )  # fmt: skip
+        )
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

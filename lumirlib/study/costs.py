@@ -187,14 +187,12 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
             model = row.as_method(to_device(model, chosen), preset).eval()
         found["seconds_per_pair"] = median_seconds(infer, chosen, repeats)
     found["inference_mib"] = memory.peak / MEBIBYTE
-    if not training or row.trains_on == "nothing" or row.trained() != row:
+    if not training or row.trains_on == "nothing" or row.base_row() != row:
         return found
     del model
     if row.trains_on == "labels":
         numbers = torch.tensor(LUMIR_LABELS, dtype=torch.int16)
-        fixed, moving = (
-            numbers[torch.randint(len(numbers), shape, generator=generator)].to(chosen) for _ in range(2)
-        )  # fmt: skip
+        fixed, moving = (numbers[torch.randint(len(numbers), shape, generator=generator)].to(chosen) for _ in range(2))
     if row.trains_on_triplets:
         fixed, moving = fixed.expand(2, *shape[1:]), moving.expand(2, *shape[1:])
 
@@ -265,16 +263,21 @@ def measure_all(
             for name in rows:
                 full = parse_row(name)
                 row = preset.apply(full)
-                own = row.adapt(preset)
+                own = row.training_preset(preset)
                 what = f"{name} at preset {preset.name!r}"
                 cost = in_own_process(what, measure, row, own, chosen, repeats, training)
                 found.append(
-                    {"variant": name, "start_channels": getattr(row, "start_channels", None), "round": number, **cost,
-                     "parameters": count_parameters(row),
-                     "multiply_adds": multiply_adds(row, image_shape(preset.resolution_mm)),
-                     "paper_parameters": count_parameters(full),
-                     "paper_multiply_adds": multiply_adds(full, paper_shape)}
-                )  # fmt: skip
+                    {
+                        "variant": name,
+                        "start_channels": getattr(row, "start_channels", None),
+                        "round": number,
+                        **cost,
+                        "parameters": count_parameters(row),
+                        "multiply_adds": multiply_adds(row, image_shape(preset.resolution_mm)),
+                        "paper_parameters": count_parameters(full),
+                        "paper_multiply_adds": multiply_adds(full, paper_shape),
+                    }
+                )
                 bar.update()
             yield pd.DataFrame(found)
 
@@ -298,8 +301,9 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m lumirlib.study.costs", description=(__doc__ or "").splitlines()[0]
     )
-    options.add_argument("--rows", nargs="+", default=["table2", "BF-post"], help="table1, table2, beyond, or rows "
-                         "such as LK")  # fmt: skip
+    options.add_argument(
+        "--rows", nargs="+", default=["table2", "BF-post"], help="table1, table2, beyond, or rows such as LK"
+    )
     options.add_argument("--preset", default="demo", help="gives widths and the size of the images")
     options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     options.add_argument("--rounds", type=int, default=3, help="how often each variant is measured")
@@ -412,11 +416,16 @@ def load_budget(folder: str | Path) -> Budget:
             rows_option = f"--rows table{table} " if prefix else ""
             missing.append(f"`python -m lumirlib.study.costs {rows_option}--preset {PAPER.name} --device cuda`")
         lines += [
-            {"table": table, "row": name, "parameters": int(row["paper_parameters"]),
-             "multiply_adds": row["paper_multiply_adds"], **row[times],
-             "gpu_hours": gpu_hours(row["seconds_per_step"], row["seconds_per_pair"])}
+            {
+                "table": table,
+                "row": name,
+                "parameters": int(row["paper_parameters"]),
+                "multiply_adds": row["paper_multiply_adds"],
+                **row[times],
+                "gpu_hours": gpu_hours(row["seconds_per_step"], row["seconds_per_pair"]),
+            }
             for name, row in trained.iterrows()
-        ]  # fmt: skip
+        ]
     return Budget(pd.DataFrame(lines), tuple(measured), tuple(missing))
 
 
@@ -435,14 +444,18 @@ def readable_budget(budget: Budget) -> str:
         return f"{value:{form}}" + ("" if math.isnan(ratio_to) else f" ({value / ratio_to:.2f}×)")
 
     shown = [
-        {"Table": str(row["table"]), "row": row["row"], "parameters": f"{row['parameters']:,}",
-         "checkpoints (MB)": f"{checkpoint_bytes(row['parameters']) / 1e6:.0f}",
-         "T multiply-adds, forward": number(row["multiply_adds"] / 1e12, ".2f", reference["multiply_adds"] / 1e12),
-         "s / training step": number(row["seconds_per_step"], ".3f", reference["seconds_per_step"]),
-         "GPU memory, training (GiB)": number(row["training_mib"] / 1024, ".1f"),
-         "GPU-hours, one seed": number(row["gpu_hours"], ".0f")}
+        {
+            "Table": str(row["table"]),
+            "row": row["row"],
+            "parameters": f"{row['parameters']:,}",
+            "checkpoints (MB)": f"{checkpoint_bytes(row['parameters']) / 1e6:.0f}",
+            "T multiply-adds, forward": number(row["multiply_adds"] / 1e12, ".2f", reference["multiply_adds"] / 1e12),
+            "s / training step": number(row["seconds_per_step"], ".3f", reference["seconds_per_step"]),
+            "GPU memory, training (GiB)": number(row["training_mib"] / 1024, ".1f"),
+            "GPU-hours, one seed": number(row["gpu_hours"], ".0f"),
+        }
         for _, row in budget.rows.iterrows()
-    ]  # fmt: skip
+    ]
     voxels = math.prod(FRAME_SHAPE)
     disk = sum(checkpoint_bytes(parameters) for parameters in budget.rows["parameters"])
     notes = [

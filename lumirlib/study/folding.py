@@ -69,9 +69,14 @@ def amplified_folding(
                 displacement = join_velocities([factor * v for v in velocities], cascade, model.squarings)[0]
                 length = displacement.norm(dim=1, keepdim=True)[inside].mean() * cohort.resolution_mm
                 rows.append(
-                    {"pair": pair.name, "cascade": cascade, "factor": factor,
-                     "ndv_percent": metrics.ndv_percent(displacement, inside), "displacement_mm": float(length)}
-                )  # fmt: skip
+                    {
+                        "pair": pair.name,
+                        "cascade": cascade,
+                        "factor": factor,
+                        "ndv_percent": metrics.ndv_percent(displacement, inside),
+                        "displacement_mm": float(length),
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -100,16 +105,24 @@ def main(arguments: list[str] | None = None) -> int:
             for seed in given.seeds:
                 run = Run.prepare(row, given.preset, given.cohort, seed, given.data_root, given.out, given.device)
                 table = amplified_folding(
-                    load_model(run.checkpoint, str(run.device)), run.cohort, run.pairs, given.factors, run.device,
+                    load_model(run.checkpoint, str(run.device)),
+                    run.cohort,
+                    run.pairs,
+                    given.factors,
+                    run.device,
                     description=f"{row}, seed {seed}",
-                )  # fmt: skip
+                )
                 found.append(table.assign(variant=parse_variant(row).name, seed=seed))
                 used.append(run.config.run)
     except (ValueError, FileNotFoundError) as error:
         print(f"python -m lumirlib.study.folding: {error}", file=sys.stderr)
         return 2
-    words = [f"--rows {' '.join(given.rows)}", f"--seeds {' '.join(map(str, given.seeds))}", f"--preset {given.preset}",
-             f"--cohort {redact_path(given.cohort)}"]  # fmt: skip
+    words = [
+        f"--rows {' '.join(given.rows)}",
+        f"--seeds {' '.join(map(str, given.seeds))}",
+        f"--preset {given.preset}",
+        f"--cohort {redact_path(given.cohort)}",
+    ]
     about = {
         "command": " ".join(["python -m lumirlib.study.folding", *words]),
         "commit": run.commit,

@@ -112,9 +112,14 @@ class SweepRun:
         measured = any(str(about["seed"]) == given["seed"] for _, about in runs)
         if self.launcher == "train":
             return measured
-        others = [about for _, about in read_provenance(folder, cohort) if about.get("method") == row.name
-                  and str(about.get("seed")) == given["seed"] and about.get("set_besides") == self.options
-                  and about["preset"]["name"] == given["preset"]]  # fmt: skip
+        others = [
+            about
+            for _, about in read_provenance(folder, cohort)
+            if about.get("method") == row.name
+            and str(about.get("seed")) == given["seed"]
+            and about.get("set_besides") == self.options
+            and about["preset"]["name"] == given["preset"]
+        ]
         if others and not measured:
             return False
         try:

@@ -19,8 +19,9 @@ from lumirlib.files import write_atomically
 from lumirlib.methods.base import PAPER, Preset
 from lumirlib.metrics.pair import METRICS
 from lumirlib.study.results import cohort_facts, read_results, write_results
+from lumirlib.training import weights as packaged
 from lumirlib.training.engine import pick_device
-from lumirlib.training.weights import FOLDER, FORMAT, MOST_BYTES, Weights, names, read_checkpoint, read_packaged
+from lumirlib.training.weights import FORMAT, MAX_BYTES, Weights, names, read_checkpoint, read_packaged
 
 #: Of a file besides its weights: configuration, facts, names and shapes.
 HEADER_BYTES = 100_000
@@ -29,8 +30,12 @@ DICE_TOLERANCE = 1e-3
 
 LICENSE = "Apache-2.0"
 #: What the card shows of each metric: heading, factor from the unit of the files, digits.
-SHOWN = {"dice": ("Dice (%)", 100, 2), "hd95_mm": ("HD95 (mm)", 1, 3), "tre_mm": ("TRE (mm)", 1, 3),
-         "ndv_percent": ("NDV (%)", 1, 4)}  # fmt: skip
+SHOWN = {
+    "dice": ("Dice (%)", 100, 2),
+    "hd95_mm": ("HD95 (mm)", 1, 3),
+    "tre_mm": ("TRE (mm)", 1, 3),
+    "ndv_percent": ("NDV (%)", 1, 4),
+}
 
 
 # writing --------------------------------------------------------------------------------------------------------------
@@ -81,15 +86,17 @@ def export(
         raise FileNotFoundError(f"no such log: {log}")
     devices = [session.partition(", ")[2] for session in about["trained_by"]]
     _check_name(name, weights.resolution_mm, devices)
-    others = [path for path in FOLDER.glob("*.safetensors") if path.stem != name]
+    others = [path for path in packaged.FOLDER.glob("*.safetensors") if path.stem != name]
     size = sum(path.stat().st_size for path in others) + sum(one.nbytes for one in weights.tensors.values())
-    if size + HEADER_BYTES > MOST_BYTES:
-        raise ValueError(f"{FOLDER} would hold {size} bytes of weights with {name}, more than {MOST_BYTES}")
+    if size + HEADER_BYTES > MAX_BYTES:
+        raise ValueError(f"{packaged.FOLDER} would hold {size} bytes of weights with {name}, more than {MAX_BYTES}")
 
     people = load_cohort(cohort, weights.resolution_mm, data_root or None)
     if people.name == about["cohort_name"]:
-        raise ValueError(f"{people.name!r}, which {run} is to be evaluated on, has chosen its epoch: train it with "
-                         "another cohort, such as --cohort brains+embedded")  # fmt: skip
+        raise ValueError(
+            f"{people.name!r}, which {run} is to be evaluated on, has chosen its epoch: train it with "
+            "another cohort, such as --cohort brains+embedded"
+        )
     target = pick_device(device)
     tables = [
         evaluate_method(method, people, people.validation_pairs, target, progress=progress, description=words)
@@ -98,16 +105,21 @@ def export(
     tables[1]["metric"] += "_before"
     measured = folder / "pretrained" / f"{name}.csv"
     evaluation = {
-        "weights": name, "run": run, "digest": weights.digest, "evaluated_pairs": len(people.validation_pairs),
-        "command": command, "commit": provenance.commit(), "device": provenance.describe_device(target),
-    }  # fmt: skip
+        "weights": name,
+        "run": run,
+        "digest": weights.digest,
+        "evaluated_pairs": len(people.validation_pairs),
+        "command": command,
+        "commit": provenance.commit(),
+        "device": provenance.describe_device(target),
+    }
     write_results(pd.concat(tables, ignore_index=True), measured, evaluation | cohort_facts(people))
 
     facts = _facts(name, weights, about, pd.read_csv(log), *read_results(measured))
     stored = {"format": FORMAT, "digest": weights.digest}
     stored |= {"config": json.dumps(weights.config), "facts": json.dumps(facts)}
     tensors = {key: tensor.contiguous() for key, tensor in weights.tensors.items()}
-    path = FOLDER / f"{name}.safetensors"
+    path = packaged.FOLDER / f"{name}.safetensors"
     write_atomically(path, lambda to: safetensors.torch.save_file(tensors, to, stored))
     write_cards()
     return path
@@ -130,15 +142,37 @@ def _facts(
     preset = Preset(**about["preset"])
     summary = summarize(table)
     trained = log[log["epoch"] > 0]
-    keys = ("run", "method", "seed", "command", "trained_by", "parameters", "best_epoch", "val_dice", "trained_on",
-            "credit", "cohort_name", "simulated", "started_from")  # fmt: skip
-    evaluation = ("cohort_name", "cohort_digest", "evaluated_pairs", "scored_labels", "credit", "device", "commit",
-                  "written", "command")  # fmt: skip
+    keys = (
+        "run",
+        "method",
+        "seed",
+        "command",
+        "trained_by",
+        "parameters",
+        "best_epoch",
+        "val_dice",
+        "trained_on",
+        "credit",
+        "cohort_name",
+        "simulated",
+        "started_from",
+    )
+    evaluation = (
+        "cohort_name",
+        "cohort_digest",
+        "evaluated_pairs",
+        "scored_labels",
+        "credit",
+        "device",
+        "commit",
+        "written",
+        "command",
+    )
     return {
         "name": name,
         "license": LICENSE,
         "resolution_mm": weights.resolution_mm,
-        "words": weights.row.words,
+        "words": weights.row.describe(),
         **{key: about.get(key) for key in keys},
         "preset": preset.name,
         "batch_size": preset.batch_size,
@@ -244,7 +278,7 @@ def write_cards() -> list[Path]:
     """Write the card of all packaged weights anew from their facts; the paths."""
     return [
         write_atomically(
-            FOLDER / f"{name}.md",
+            packaged.FOLDER / f"{name}.md",
             lambda to, name=name: to.write_text(model_card(read_packaged(name).facts), encoding="utf-8"),
         )
         for name in names()
@@ -260,19 +294,29 @@ def check(name: str, cohort: str = "brains", data_root: str = "", device: str = 
     """
     weights = read_packaged(name)
     stated, done = weights.facts["figures"]["dice"]["mean"], weights.facts["evaluation"]
-    card = FOLDER / f"{name}.md"
+    card = packaged.FOLDER / f"{name}.md"
     if not card.is_file() or card.read_text(encoding="utf-8") != model_card(weights.facts):
         print(f"{name}: {card.name} is not the card of the facts in {name}.safetensors")
         return False
     people = load_cohort(cohort, weights.resolution_mm, data_root or None)
     if people.digest != done["cohort_digest"]:
-        print(f"{name}: the card is of {done['cohort_name']!r}, {done['cohort_digest']}; this is {people.name!r}, "
-              f"{people.digest}")  # fmt: skip
-    table = evaluate_method(weights.network(device), people, people.validation_pairs, pick_device(device),
-                            progress=progress, description=name)  # fmt: skip
+        print(
+            f"{name}: the card is of {done['cohort_name']!r}, {done['cohort_digest']}; this is {people.name!r}, "
+            f"{people.digest}"
+        )
+    table = evaluate_method(
+        weights.network(device),
+        people,
+        people.validation_pairs,
+        pick_device(device),
+        progress=progress,
+        description=name,
+    )
     found = float(summarize(table).loc["dice", "mean"])
     agrees = abs(found - stated) <= DICE_TOLERANCE
     verdict = f"{'the same' if agrees else 'NOT the same'} to {100 * DICE_TOLERANCE} point"
-    print(f"{name}: Dice {100 * found:.2f} % over {len(people.validation_pairs)} pairs, the card says "
-          f"{100 * stated:.2f} %: {verdict}")  # fmt: skip
+    print(
+        f"{name}: Dice {100 * found:.2f} % over {len(people.validation_pairs)} pairs, the card says "
+        f"{100 * stated:.2f} %: {verdict}"
+    )
     return agrees

@@ -77,14 +77,28 @@ def paper_method(variant: str) -> str:
 #: The variant that stands for the paper's submission in Table 1: its figures there are those of LC-2 in Table 2.
 NEXT_GEN_NN = "LC-2"
 #: The ablation of our own options, see docs/beyond.md: one option each on the compositional cascade, and the recipe.
-BEYOND = ("LC-2", "COMP", "COMP+CORR", "COMP+SYM", "COMP+NDV", "COMP+INT", "COMP+GROUP", "COMP+REC", "COMP+MUON",
-          "LC-2+MUON", "COMP+IO", "ours", "ours+IO", "LC-2+IO")  # fmt: skip
+BEYOND = (
+    "LC-2",
+    "COMP",
+    "COMP+CORR",
+    "COMP+SYM",
+    "COMP+NDV",
+    "COMP+INT",
+    "COMP+GROUP",
+    "COMP+REC",
+    "COMP+MUON",
+    "LC-2+MUON",
+    "COMP+IO",
+    "ours",
+    "ours+IO",
+    "LC-2+IO",
+)
 
 
 def uses_other_weights(name: str) -> bool:
     """Whether the row uses another run's weights, as "BF-post" and "IO" do."""
     row = parse_row(name)
-    return row.trained() != row
+    return row.base_row() != row
 
 
 def rows_of_table(table: int) -> list[str]:

@@ -133,12 +133,26 @@ def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
 
 
 #: What the provenance of everything measured says, and that of a run besides.
-MEASURED_FACTS = {"run": str, "method": str, "cohort": str, "cohort_digest": str, "resolution_mm": (int, float),
-                  "evaluated_pairs": int}  # fmt: skip
+MEASURED_FACTS = {
+    "run": str,
+    "method": str,
+    "cohort": str,
+    "cohort_digest": str,
+    "resolution_mm": (int, float),
+    "evaluated_pairs": int,
+}
 
-RUN_FACTS = {"options": dict, "preset": dict, "seed": int, "val_dice": (int, float),
-             "val_dice_before": (int, float, type(None)), "commit": str,
-             "device": str, "cohort_name": str, "simulated": bool}  # fmt: skip
+RUN_FACTS = {
+    "options": dict,
+    "preset": dict,
+    "seed": int,
+    "val_dice": (int, float),
+    "val_dice_before": (int, float, type(None)),
+    "commit": str,
+    "device": str,
+    "cohort_name": str,
+    "simulated": bool,
+}
 
 
 def _check_facts(path: Path, about: Mapping[str, object]) -> None:
@@ -177,11 +191,18 @@ def studies(folder: str | Path) -> pd.DataFrame:
         rows, seeds, runs (their numbers), methods (names, joined by ", "); real data first, then by voxel size.
     """
     found = [
-        {"cohort": about["cohort"], "preset": about["preset"]["name"], "method": about["method"], "seed": about["seed"],
-         "set_besides": ", ".join(f"{name}={value}" for name, value in sorted(about.get("set_besides", {}).items())),
-         "resolution_mm": about["resolution_mm"], "simulated": about["simulated"]}
-        for _, about in read_provenance(folder) if "preset" in about
-    ]  # fmt: skip
+        {
+            "cohort": about["cohort"],
+            "preset": about["preset"]["name"],
+            "method": about["method"],
+            "seed": about["seed"],
+            "set_besides": ", ".join(f"{name}={value}" for name, value in sorted(about.get("set_besides", {}).items())),
+            "resolution_mm": about["resolution_mm"],
+            "simulated": about["simulated"],
+        }
+        for _, about in read_provenance(folder)
+        if "preset" in about
+    ]
     keys = ["simulated", "resolution_mm", "cohort", "preset", "set_besides"]
     columns = ["cohort", "preset", "set_besides", "resolution_mm", "simulated", "rows", "seeds", "runs", "methods"]
     if not found:

@@ -177,7 +177,7 @@ def evaluate_altered(method: Method, run: Run, pair: Pair) -> pd.DataFrame:
 
 def _identity(run: Run) -> dict[str, object]:
     """What figures must agree in to stand in one table."""
-    trained = run.config.variant.trains_on != "nothing"
+    trained = run.config.row.trains_on != "nothing"
     return {
         "run": run.config.run,
         "weights_sha256": hashlib.sha256(run.checkpoint.read_bytes()).hexdigest() if trained else None,
@@ -229,7 +229,7 @@ def measure(run: Run, command: str, pairs: int | None = None, progress: bool = T
     check_writable(path.parent)
     method = run.trained_method()
     session = f"{run.commit}, {run.engine.describe()}"
-    label = f"{run.config.variant.name}, seed {run.config.seed}"
+    label = f"{run.config.row.name}, seed {run.config.seed}"
     for pair in tqdm(lacking, desc=f"robustness of {label}", unit="pair", disable=not progress):
         known[pair.name] = evaluate_altered(method, run, pair)
         measured_by = list(dict.fromkeys([*measured_by, session]))
@@ -238,11 +238,19 @@ def measure(run: Run, command: str, pairs: int | None = None, progress: bool = T
     table = pd.concat([known[pair.name] for pair in run.pairs if pair.name in known], ignore_index=True)
     table = table.assign(run=run.config.run)[["run", *table.columns.drop("run", errors="ignore")]]
     about = {
-        **identity, "method": run.config.variant.name, "set_besides": run.options,
-        "options": asdict(run.config.variant), "preset": asdict(run.config.preset), "seed": run.config.seed,
-        "command": command, "commit": run.commit, "device": run.engine.describe(), "measured_by": measured_by,
-        "evaluated_pairs": len(known), **cohort_facts(run.cohort),
-    }  # fmt: skip
+        **identity,
+        "method": run.config.row.name,
+        "set_besides": run.options,
+        "options": asdict(run.config.row),
+        "preset": asdict(run.config.preset),
+        "seed": run.config.seed,
+        "command": command,
+        "commit": run.commit,
+        "device": run.engine.describe(),
+        "measured_by": measured_by,
+        "evaluated_pairs": len(known),
+        **cohort_facts(run.cohort),
+    }
     write_results(table, path, about)
     unfinished.unlink(missing_ok=True)
     return path
@@ -250,8 +258,9 @@ def measure(run: Run, command: str, pairs: int | None = None, progress: bool = T
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    options = argparse.ArgumentParser(prog="python -m lumirlib.study.robustness",
-                                      description=(__doc__ or "").splitlines()[0])  # fmt: skip
+    options = argparse.ArgumentParser(
+        prog="python -m lumirlib.study.robustness", description=(__doc__ or "").splitlines()[0]
+    )
     options.add_argument("--rows", nargs="+", default=["LC-2", "ours"], help="rows whose trained weights are used")
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each")
     options.add_argument("--preset", default="demo", help="preset that they were trained with")
@@ -266,8 +275,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; the exit status is 0, 2 for what cannot be used, 130 after Ctrl-C."""
     given = parser().parse_args(arguments)
-    words = [f"--rows {shlex.join(given.rows)}", f"--seeds {' '.join(map(str, given.seeds))}",
-             f"--preset {given.preset}", f"--cohort {redact_path(given.cohort)}"]  # fmt: skip
+    words = [
+        f"--rows {shlex.join(given.rows)}",
+        f"--seeds {' '.join(map(str, given.seeds))}",
+        f"--preset {given.preset}",
+        f"--cohort {redact_path(given.cohort)}",
+    ]
     words += [f"--pairs {given.pairs}"] if given.pairs else []
     command = " ".join(["python -m lumirlib.study.robustness", *words])
     try:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from lumirlib import provenance
 from lumirlib.data import Cohort, Pair, load_cohort
-from lumirlib.data.cohort import SMALLEST_LABEL
+from lumirlib.data.cohort import MIN_LABEL_VOXELS
 from lumirlib.evaluation import Method, evaluate_method, zero_displacement
 from lumirlib.files import check_writable, read_json, write_atomically
 from lumirlib.methods import parse_row
@@ -118,7 +118,7 @@ class Run:
         for pair in loaded.validation_pairs:
             loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
         config = make_config(row, chosen_preset, loaded, seed, **for_row)
-        start = starting_weights(str(given.get("init", "")), config.variant, chosen_preset.resolution_mm)
+        start = starting_weights(str(given.get("init", "")), config.row, chosen_preset.resolution_mm)
         config = replace(config, init_digest=start.digest if start else "")
         named = given | ({"init": chosen_preset.init} if start else {})  # no path of this machine
         shown = {
@@ -140,12 +140,17 @@ class Run:
             command=" ".join([command, *words]),
             commit=provenance.commit(),
             arguments=(
-                f"--variant={variant}", f"--preset={preset}", f"--cohort={cohort}", f"--seed={seed}",
-                f"--data-root={data_root}", f"--out={provenance.results_folder(out)}", *engine.as_arguments(),
+                f"--variant={variant}",
+                f"--preset={preset}",
+                f"--cohort={cohort}",
+                f"--seed={seed}",
+                f"--data-root={data_root}",
+                f"--out={provenance.results_folder(out)}",
+                *engine.as_arguments(),
                 *(["--set", *(f"{name}={json.dumps(value)}" for name, value in given.items())] if given else []),
             ),
             start=start,
-        )  # fmt: skip
+        )
 
     @property
     def device(self) -> torch.device:
@@ -163,21 +168,21 @@ class Run:
         cohort = self.cohort
         data = data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm)
         set_besides = "".join(f", {name}={value}" for name, value in self.options.items() if name != "start_channels")
-        row = self.config.variant
+        row = self.config.row
         if isinstance(row, Variant):
             return f"{row.name} (sc:{row.start_channels}){set_besides}, {data}"
         return f"{row.name}{' (retrained here)' if row.trains_on != 'nothing' else ''}{set_besides}, {data}"
 
     def describe(self) -> str:
         """The run in a few lines of Markdown, with all that differs from the paper's training."""
-        row, preset = self.config.variant, self.config.preset
+        row, preset = self.config.row, self.config.preset
         parts = [(part, f" of {part.name!r}" if self.cohort.joined else "") for part in self.cohort.parts]
         lines = [
             f"**{self.title}**",
             "",
             f"- run `{self.config.run}`, preset *{preset.name}* ({preset.about}), seed {self.config.seed}, "
             f"on {self.engine.describe()}",
-            f"- {'method' if row.trains_on == 'nothing' else 'network'}: {row.words}",
+            f"- {'method' if row.trains_on == 'nothing' else 'network'}: {row.describe()}",
             f"- {' and '.join(f'{len(part.train)} training scans{of}' for part, of in parts)}, {len(self.pairs)} pairs "
             f"to evaluate, {'x'.join(map(str, self.cohort.shape))} voxels",
         ]
@@ -193,7 +198,7 @@ class Run:
         if self.cohort.has_labels and len(self.cohort.labels) < len(LUMIR_LABELS):
             lines.append(
                 f"- {len(self.cohort.labels)} of the {len(LUMIR_LABELS)} labels are scored; the others have fewer "
-                f"than {SMALLEST_LABEL} voxels of {self.cohort.resolution_mm:g} mm in one of the people"
+                f"than {MIN_LABEL_VOXELS} voxels of {self.cohort.resolution_mm:g} mm in one of the people"
             )
         if not self.cohort.has_labels:
             lines.append("- no labels for the validation pairs: the best epoch is chosen by similarity, not Dice")
@@ -208,7 +213,7 @@ class Run:
     @property
     def missing(self) -> str:
         """Empty where the row can be run on this machine; else what to install."""
-        return self.config.variant.available()
+        return self.config.row.available()
 
     @property
     def checkpoint(self) -> Path:
@@ -217,7 +222,7 @@ class Run:
         Raises:
             FileNotFoundError: not trained, or not to the end.
         """
-        row = self.config.variant.trained()
+        row = self.config.row.base_row()
         run = replace(self.config, variant=row).run
         path, log = self.out / "checkpoints" / run / "best.pt", self.out / "logs" / f"{run}.csv"
         epochs = len(pd.read_csv(log)) - 1 if log.is_file() else 0
@@ -231,13 +236,13 @@ class Run:
 
     def trained_method(self) -> nn.Module | Method:
         """What :meth:`evaluate` would score, from :attr:`checkpoint`; nothing is trained."""
-        if self.config.variant.trains_on == "nothing":
-            return self.config.variant.build()
+        if self.config.row.trains_on == "nothing":
+            return self.config.row.build()
         return method_of_weights(self.config, self.checkpoint, self.device)
 
     def training_labels(self) -> torch.Tensor:
         """A label volume ``(1, 1, D, H, W)`` of those that a row that trains on labels learns from."""
-        source = training_source(self.config.variant, self.cohort)
+        source = training_source(self.config.row, self.cohort)
         return source.label_volume(source.train[0])
 
     def inverse_consistency(self, result: TrainingResult, count: int = 5, progress: bool = True) -> pd.DataFrame:
@@ -255,7 +260,7 @@ class Run:
         stages = {"as run": result.model}
         if result.log:
             torch.manual_seed(self.config.seed)
-            stages = {"before training": self.config.variant.build().to(self.device).eval(), "after": result.model}
+            stages = {"before training": self.config.row.build().to(self.device).eval(), "after": result.model}
         rows = []
         for when, model in stages.items():
             found = []
@@ -280,7 +285,7 @@ class Run:
         """
         if self.engine.is_first:
             check_writable(self.out)
-        if self.engine.processes == 1 or self.config.variant.trains_on == "nothing":
+        if self.engine.processes == 1 or self.config.row.trains_on == "nothing":
             return train(self.config, self.cohort, self.out, self.engine, resume, progress, self._start)
         train_in_processes(self.config, self.out, self.engine.processes, self.arguments, resume, progress)
         alone = replace(self.engine, processes=1)
@@ -298,19 +303,24 @@ class Run:
             progress: show a progress bar.
             consistency: measure inverse consistency on every pair; None does so for rows trained on both directions.
         """
-        name = self.config.variant.name
+        name = self.config.row.name
         if consistency is None:
-            consistency = getattr(self.config.variant, "symmetric", False)
+            consistency = getattr(self.config.row, "symmetric", False)
         with self.engine.reproducibly():
             table = evaluate_method(
-                result.model, self.cohort, self.pairs, self.device, progress=progress, description=f"evaluate {name}",
+                result.model,
+                self.cohort,
+                self.pairs,
+                self.device,
+                progress=progress,
+                description=f"evaluate {name}",
                 consistency=consistency,
-            )  # fmt: skip
+            )
         about = {
             "run": self.config.run,
             "method": name,
             "set_besides": self.options,
-            "options": asdict(self.config.variant),
+            "options": asdict(self.config.row),
             "preset": asdict(self.config.preset),
             "seed": self.config.seed,
             "command": self.command,
@@ -335,7 +345,7 @@ class Run:
         return table
 
     def _trained_on(self) -> str:
-        row = self.config.variant
+        row = self.config.row
         if row.trains_on == "nothing":
             return "nothing"
         parts = training_source(row, self.cohort).parts

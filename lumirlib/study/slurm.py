@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 #: A job's time unless it is given: submitit's own would be five minutes.
 TIMEOUT_MIN = 24 * 60
 #: How often a job whose time is over goes back into the queue.
-MOST_TIMEOUTS = 100
+MAX_TIMEOUTS = 100
 #: How long a file of a job that has ended may take to be seen here, on a shared disk.
 LATE_SECONDS = 20.0
 
@@ -164,8 +164,9 @@ class Queue:
             given["dependency"] = ",".join(filter(None, [str(given.get("dependency", "")), dependency]))
             # or the job would wait for ever when the other breaks
             given["additional_parameters"] = {
-                "kill_on_invalid_dep": "yes", **dict(given.get("additional_parameters", {})),
-            }  # fmt: skip
+                "kill_on_invalid_dep": "yes",
+                **dict(given.get("additional_parameters", {})),
+            }
         shared = self._submitit.AutoExecutor._typed_parameters()
         own = self._submitit.SlurmExecutor._valid_parameters()
         unknown = [name for name in given if name not in shared and name not in own]
@@ -176,7 +177,7 @@ class Queue:
             )
         try:
             executor = self._submitit.AutoExecutor(
-                self.folder, cluster=self.executor, slurm_max_num_timeout=MOST_TIMEOUTS
+                self.folder, cluster=self.executor, slurm_max_num_timeout=MAX_TIMEOUTS
             )
         except RuntimeError as error:
             raise ClusterError(f"the executor slurm needs Slurm's srun and sbatch on the PATH: {error}") from error
@@ -277,7 +278,7 @@ class Queue:
 def _base(run: SweepRun, runs: Sequence[SweepRun]) -> SweepRun | None:
     """The one of the runs whose weights a run filters; None for one that trains its own."""
     row = parse_row(run.row)
-    base = row.trained().name
+    base = row.base_row().name
     if base == row.name:
         return None
     same_seed = [other for other in runs if other.row == base and other.parameters["seed"] == run.parameters["seed"]]

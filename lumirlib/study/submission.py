@@ -141,8 +141,9 @@ def _read_array(archive: zipfile.ZipFile, member: str, shape: tuple[int, ...]) -
     limit = int(np.prod(shape)) * 3 * 8 + HEADER_BYTES
     about = archive.getinfo(member)
     if about.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take the memory they ask for
-        raise ValueError(f"{member}: cannot be unpacked: expected it stored or deflated, got method "
-                         f"{about.compress_type}")  # fmt: skip
+        raise ValueError(
+            f"{member}: cannot be unpacked: expected it stored or deflated, got method {about.compress_type}"
+        )
     if about.file_size > limit:
         raise ValueError(f"{member}: has {about.file_size} bytes, more than the {limit} of a field of {shape} voxels")
     try:
@@ -184,16 +185,23 @@ def read_submission(path: str | Path, cohort: Cohort, pairs: tuple[Pair, ...] | 
 
 
 def score_submission(
-    path: str | Path, cohort: Cohort, pairs: tuple[Pair, ...] | None = None, ndv_mask: str = "moving",
+    path: str | Path,
+    cohort: Cohort,
+    pairs: tuple[Pair, ...] | None = None,
+    ndv_mask: str = "moving",
     progress: bool = True,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """The evaluator on the files of a zip; the long table of :func:`lumirlib.evaluation.evaluate_method`."""
     chosen = cohort.validation_pairs if pairs is None else pairs
     displacements = read_submission(path, cohort, chosen)
     return evaluate_method(
-        lambda fixed, moving: next(displacements)[1], cohort, chosen, ndv_mask=ndv_mask, progress=progress,
+        lambda fixed, moving: next(displacements)[1],
+        cohort,
+        chosen,
+        ndv_mask=ndv_mask,
+        progress=progress,
         description="score submission",
-    )  # fmt: skip
+    )
 
 
 # validation ----------------------------------------------------------------------------------------------------------
@@ -246,8 +254,9 @@ def validate_submission(
             findings.append(_misplaced(name, expected))
         for name in sorted(expected.keys() - members.keys()):
             findings.append(Problem(name, "missing", f"{name} (pair {expected[name].name}) is missing"))
-        for name in tqdm([name for name in expected if name in members], desc="validate", unit="pair",
-                         disable=not progress):  # fmt: skip
+        for name in tqdm(
+            [name for name in expected if name in members], desc="validate", unit="pair", disable=not progress
+        ):
             findings += _check_file(archive, name, cohort, expected[name])
     return findings
 

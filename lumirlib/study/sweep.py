@@ -90,25 +90,40 @@ EXAMPLES = """examples:
 def parser(prog: str = "python -m lumirlib.study.sweep") -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(
-        prog=prog, description=(__doc__ or "").splitlines()[0], epilog=EXAMPLES,
+        prog=prog,
+        description=(__doc__ or "").splitlines()[0],
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    options.add_argument("--rows", nargs="+", default=["table2"], help="table1, table2, beyond, or rows such as "
-                         "LK+BF")  # fmt: skip
+    )
+    options.add_argument("--rows", nargs="+", default=["table2"], help="table1, table2, beyond, or rows such as LK+BF")
     options.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of each row")
     options.add_argument("--preset", default="demo", help="preset of every run")
-    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON; "
-                         "joined by '+': trained on all, evaluated on the last")  # fmt: skip
+    options.add_argument(
+        "--cohort",
+        default="embedded",
+        help="embedded, lumir, brains, or a Learn2Reg dataset JSON; "
+        "joined by '+': trained on all, evaluated on the last",
+    )
     options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
     options.add_argument("--out", default="", help="results folder")
     add_engine_options(options)
-    options.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of variant and preset, "
-                         "such as smoothness_weight=0.1 cascade=compositional")  # fmt: skip
+    options.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of variant and preset, such as smoothness_weight=0.1 cascade=compositional",
+    )
     options.add_argument("--jobs", type=int, help="runs at a time: 1 here, all on a cluster")
     options.add_argument("--launcher", default="notebook", help="notebook, or train: `python -m lumirlib.train`")
     options.add_argument("--executor", default="local", choices=["local", "slurm"], help="where the runs are executed")
-    options.add_argument("--slurm", nargs="+", default=[], metavar="NAME=VALUE", help="of each job, as submitit "
-                         "has them: partition=gpu gpus_per_node=1 mem_gb=64 timeout_min=1440 ...")  # fmt: skip
+    options.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of each job, as submitit has them: partition=gpu gpus_per_node=1 mem_gb=64 timeout_min=1440 ...",
+    )
     options.add_argument("--no-wait", action="store_true", help="submit to Slurm and return")
     options.add_argument("--dry-run", action="store_true", help="list what would be run, and stop")
     return options
@@ -123,8 +138,17 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.stu
             raise ValueError(f"--jobs must be 1 or more, got {given.jobs}")
         if not on_slurm and (given.slurm or given.no_wait):
             raise ValueError("--slurm and --no-wait go with --executor slurm")
-        runs = plan(given.rows, given.seeds, given.preset, given.cohort, given.data_root, given.out,
-                    dict(parse_setting(text) for text in given.set), given.launcher, engine_options(given))  # fmt: skip
+        runs = plan(
+            given.rows,
+            given.seeds,
+            given.preset,
+            given.cohort,
+            given.data_root,
+            given.out,
+            dict(parse_setting(text) for text in given.set),
+            given.launcher,
+            engine_options(given),
+        )
         if given.dry_run:
             for run in runs:
                 print("finished" if run.is_finished() else "to run  ", shlex.join(run.command(run.output)))

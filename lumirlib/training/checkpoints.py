@@ -23,7 +23,7 @@ from lumirlib.training.muon import MUON_STATE
 
 CHECKPOINT_FORMAT = "lumirlib-checkpoint-1"
 #: Widths, levels and the like of a network are at most this, so that a file cannot ask for one that fills the memory.
-MOST_OPTION = 4096
+MAX_OPTION = 4096
 #: What a run's history has of every epoch, at least.
 HISTORY_COLUMNS = {"epoch", "steps", "val_dice", "val_similarity", "val_ndv_percent"}
 #: What Adam keeps of a parameter, at least.
@@ -164,8 +164,8 @@ def described_row(path: str | Path, content: Mapping[str, Any]) -> Row:
     for name in option_names(row):
         values = getattr(row, name)
         for value in values if isinstance(values, tuple) else (values,):
-            if isinstance(value, (int, float)) and not -MOST_OPTION <= value <= MOST_OPTION:
-                raise ValueError(f"{path}: config.variant.{name} must be at most {MOST_OPTION}, got {value}")
+            if isinstance(value, (int, float)) and not -MAX_OPTION <= value <= MAX_OPTION:
+                raise ValueError(f"{path}: config.variant.{name} must be at most {MAX_OPTION}, got {value}")
     return row
 
 

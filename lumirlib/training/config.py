@@ -15,7 +15,7 @@ class RunConfig:
     """What names a run: the same configuration gives the same files, and resumes.
 
     Attributes:
-        variant: the row at its final width, as :meth:`Preset.apply` gives it: a variant of the paper's network, or a
+        row: at its final width, as :meth:`Preset.apply` gives it: a variant of the paper's network, or a
             method of :mod:`lumirlib.methods`.
         preset: how it is trained, as the row adapts it.
         cohort: short name of the cohort, for file names.
@@ -24,7 +24,7 @@ class RunConfig:
         init_digest: of the weights that training starts from, where the preset's `init` names some.
     """
 
-    variant: Row
+    row: Row
     preset: Preset
     cohort: str
     cohort_digest: str
@@ -34,8 +34,9 @@ class RunConfig:
     def as_dict(self) -> dict[str, object]:
         """The configuration as plain values; options that came after the first runs only where they are used."""
         content = asdict(self)
-        for part in ("variant", "preset"):
-            for option in fields(getattr(self, part)):
+        content["variant"] = content.pop("row")  # as written since the first run: a digest hangs on it
+        for part, described in (("variant", self.row), ("preset", self.preset)):
+            for option in fields(described):
                 if option.metadata.get("unnamed_at_default") and content[part][option.name] == option.default:
                     del content[part][option.name]
         if not self.init_digest:
@@ -49,7 +50,7 @@ class RunConfig:
     @property
     def run(self) -> str:
         """Name of the run's files."""
-        name = file_name(self.variant.name)
+        name = file_name(self.row.name)
         return f"{name}_{self.cohort}_{self.preset.name}_seed{self.seed}_{self.digest()}".replace("+", "-")
 
 

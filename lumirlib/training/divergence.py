@@ -43,9 +43,12 @@ def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: to
             if not values.isfinite().all():
                 return f"the {name} of level {level}"
         terms = losses.registration_loss(
-            *(pyramid[level] for pyramid in images), [displacement], [velocity],
-            window=preset.window, similarity=preset.similarity,
-        )  # fmt: skip
+            *(pyramid[level] for pyramid in images),
+            [displacement],
+            [velocity],
+            window=preset.window,
+            similarity=preset.similarity,
+        )
         for name in ("similarity", "smoothness"):
             if not terms[name].isfinite():
                 return f"the {name} of level {level}"

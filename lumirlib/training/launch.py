@@ -44,17 +44,30 @@ def train_in_processes(
     """
     log = out / "logs" / f"{config.run}.csv"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        "-m", "lumirlib.train", *arguments, "--train-only", "--quiet", *([] if resume else ["--restart"]),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "lumirlib.train",
+        *arguments,
+        "--train-only",
+        "--quiet",
+        *([] if resume else ["--restart"]),
+    ]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
-        tqdm(total=config.preset.epochs, desc=f"train {config.variant.name} in {processes} processes", unit="epoch",
-             disable=not progress) as bar,
+        tqdm(
+            total=config.preset.epochs,
+            desc=f"train {config.row.name} in {processes} processes",
+            unit="epoch",
+            disable=not progress,
+        ) as bar,
         StopRequest() as stop,
-    ):  # fmt: skip
+    ):
         # a session of its own: Ctrl-C reaches it once, by us
         child = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
         try:

@@ -103,7 +103,16 @@ class Muon(torch.optim.Optimizer):
         kept = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
         largest = [state["max_exp_avg_sq"] for state in states if amsgrad]
         adam(
-            parameters, [parameter.grad for parameter in parameters], *kept, largest,
-            [state["step"] for state in states], amsgrad=amsgrad, beta1=BETAS[0], beta2=BETAS[1], lr=rate,
-            weight_decay=0.0, eps=EPSILON, maximize=False,
-        )  # fmt: skip
+            parameters,
+            [parameter.grad for parameter in parameters],
+            *kept,
+            largest,
+            [state["step"] for state in states],
+            amsgrad=amsgrad,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            lr=rate,
+            weight_decay=0.0,
+            eps=EPSILON,
+            maximize=False,
+        )

@@ -44,15 +44,22 @@ class Registrar:
         with torch.no_grad():
             found = self.method(*coarse).float().cpu()
         if found.shape != (1, 3, *coarse[0].shape[2:]) or not torch.isfinite(found).all():
-            raise ValueError(f"{self.name} must give finite displacements of {(1, 3, *coarse[0].shape[2:])}, got "
-                             f"{tuple(found.shape)}")  # fmt: skip
+            raise ValueError(
+                f"{self.name} must give finite displacements of {(1, 3, *coarse[0].shape[2:])}, got "
+                f"{tuple(found.shape)}"
+            )
         return found
 
 
 def choose_registrar(
-    weights: str | Path = "", run: str = "", method: str = "", results: str | Path = "",
-    resolution_mm: int | None = None, device: str = "auto", pretrained: str = "",
-) -> Registrar:  # fmt: skip
+    weights: str | Path = "",
+    run: str = "",
+    method: str = "",
+    results: str | Path = "",
+    resolution_mm: int | None = None,
+    device: str = "auto",
+    pretrained: str = "",
+) -> Registrar:
     """The network of a checkpoint or of a run, pretrained weights, or a method that is not trained: exactly one.
 
     Args:
@@ -84,13 +91,18 @@ def choose_registrar(
         weights = folder / run / "best.pt"
         if not weights.is_file():
             known = sorted(path.parent.name for path in folder.glob("*/best.pt"))
-            raise FileNotFoundError(f"no trained run {run!r} in {folder}, which has {', '.join(known) or 'none'}; "
-                                    f"{train_first}")  # fmt: skip
+            raise FileNotFoundError(
+                f"no trained run {run!r} in {folder}, which has {', '.join(known) or 'none'}; {train_first}"
+            )
     found = read_packaged(pretrained) if pretrained else read_checkpoint(weights)
     if found.resolution_mm not in RESOLUTIONS_MM:
         raise ValueError(f"{found.name}: works at {found.resolution_mm:g} mm, expected one of {RESOLUTIONS_MM}")
-    facts = {"pretrained" if pretrained else "run": found.name, "cohort": found.config["cohort"],
-             "preset": found.config["preset"].get("name"), "weights": found.digest}  # fmt: skip
+    facts = {
+        "pretrained" if pretrained else "run": found.name,
+        "cohort": found.config["cohort"],
+        "preset": found.config["preset"].get("name"),
+        "weights": found.digest,
+    }
     return Registrar(found.row.name, int(found.resolution_mm), found.network(device), facts)
 
 
@@ -102,9 +114,10 @@ def _untrained(name: str, resolution_mm: int, train_first: str) -> Registrar:
     row = parse_row(name)
     if row.trains_on != "nothing":
         choices = [AFFINE, *(known for known, kind in BASELINES.items() if kind.trains_on == "nothing")]
-        raise ValueError(f"{row.name} is a network, which needs weights; {train_first}. Not trained are: "
-                         f"{', '.join(choices)}")  # fmt: skip
+        raise ValueError(
+            f"{row.name} is a network, which needs weights; {train_first}. Not trained are: {', '.join(choices)}"
+        )
     if row.available():
         raise ValueError(f"{row.name}: {row.available()}")
-    fitted = row.fitted(replace(get_preset("full"), resolution_mm=float(resolution_mm)))
-    return Registrar(row.name, resolution_mm, fitted.build(), {"options": fitted.words})
+    fitted = row.at_preset(replace(get_preset("full"), resolution_mm=float(resolution_mm)))
+    return Registrar(row.name, resolution_mm, fitted.build(), {"options": fitted.describe()})

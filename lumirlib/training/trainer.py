@@ -167,11 +167,11 @@ class Trainer:
         self.config, self.engine, self.progress = config, engine, progress and engine.is_first
         self.folder = out / "checkpoints" / config.run
         self.log = out / "logs" / f"{config.run}.csv"
-        preset, row = config.preset, config.variant
+        preset, row = config.preset, config.row
         if row.trains_on == "nothing":
             raise ValueError(f"{row.name} is not trained")
-        if row.trained() != row:
-            raise ValueError(f"{row.name} is not trained: train {row.trained().name}")
+        if row.base_row() != row:
+            raise ValueError(f"{row.name} is not trained: train {row.base_row().name}")
         if preset.batch_size % engine.world_size:
             raise ValueError(
                 f"batch_size must be a multiple of the {engine.world_size} processes that share it, got "
@@ -263,9 +263,14 @@ class Trainer:
         with (
             StopRequest() as stop,
             self.engine.reproducibly(),
-            tqdm(total=preset.epochs * self.steps, initial=done, desc=f"train {self.config.variant.name}",
-                 unit="pair" if preset.batch_size == 1 else "step", disable=not self.progress) as bar,
-        ):  # fmt: skip
+            tqdm(
+                total=preset.epochs * self.steps,
+                initial=done,
+                desc=f"train {self.config.row.name}",
+                unit="pair" if preset.batch_size == 1 else "step",
+                disable=not self.progress,
+            ) as bar,
+        ):
             while state.epoch < preset.epochs:
                 self._epoch(bar, stop)
 
@@ -278,15 +283,17 @@ class Trainer:
         """This process's share of each batch that is left of the epoch under way; of triplets both pairs in turn."""
         preset, engine, state = self.config.preset, self.engine, self.state
         pairs = epoch_pairs(self.source.train, self.config.seed, state.epoch, self.steps * preset.batch_size)
-        triplets, source = self.config.variant.trains_on_triplets, self.source.train
+        triplets, source = self.config.row.trains_on_triplets, self.source.train
         for step in range(self.steps):
             batch = tuple(itertools.islice(pairs, preset.batch_size))
             if step < state.step:
                 continue
             if triplets:
                 first = step * preset.batch_size
-                batch = [with_third(pair, source, self.config.seed, state.epoch, first + place)
-                         for place, pair in enumerate(batch)]  # fmt: skip
+                batch = [
+                    with_third(pair, source, self.config.seed, state.epoch, first + place)
+                    for place, pair in enumerate(batch)
+                ]
                 yield tuple(itertools.chain.from_iterable(batch[engine.rank :: engine.world_size]))
             else:
                 yield batch[engine.rank :: engine.world_size]
@@ -297,7 +304,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        read = self.source.stored_image if self.config.variant.trains_on == "images" else self.source.label_volume
+        read = self.source.stored_image if self.config.row.trains_on == "images" else self.source.label_volume
         with PairLoader(read, list(self._batches()), self.engine.target, workers=self.engine.readers) as loader:
             waited = 0.0
             for batch in loader:
@@ -345,7 +352,7 @@ class Trainer:
         preset, state, fabric = self.config.preset, self.state, self.engine.fabric
         self._called_optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
-        together = 2 if self.config.variant.trains_on_triplets else 1
+        together = 2 if self.config.row.trains_on_triplets else 1
         count = len(batch.pairs) // together
         parts = zip(batch.fixed.split(together), batch.moving.split(together), strict=True)
         for index, (fixed, moving) in enumerate(parts):
@@ -355,7 +362,7 @@ class Trainer:
             generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
             with fabric.no_backward_sync(self._called_model, enabled=index + 1 < count):
                 with fabric.autocast():
-                    terms = self.config.variant.loss_terms(self._called_model, fixed, moving, preset, generator)
+                    terms = self.config.row.loss_terms(self._called_model, fixed, moving, preset, generator)
                 fabric.backward(terms["total"] / count)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach())
@@ -378,19 +385,26 @@ class Trainer:
         save_checkpoint(
             path,
             {
-                "config": self.config.as_dict(), "model": self.model.state_dict(), "fixed": batch.fixed,
-                "moving": batch.moving, "names": [pair.name for pair in batch.pairs],
+                "config": self.config.as_dict(),
+                "model": self.model.state_dict(),
+                "fixed": batch.fixed,
+                "moving": batch.moving,
+                "names": [pair.name for pair in batch.pairs],
             },
-        )  # fmt: skip
+        )
         if math.isfinite(sums["total"]):
-            bad = [name for name, parameter in self.model.named_parameters()
-                   if parameter.grad is not None and not parameter.grad.isfinite().all()]  # fmt: skip
+            bad = [
+                name
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None and not parameter.grad.isfinite().all()
+            ]
             what = f"the gradient of {', '.join(bad) or 'another process'} is not finite"
         else:
             where = [
-                found for fixed, moving in zip(batch.fixed.split(1), batch.moving.split(1), strict=True)
-                if (found := first_non_finite(self.config.variant, self.model, fixed, moving, self.config.preset))
-            ]  # fmt: skip
+                found
+                for fixed, moving in zip(batch.fixed.split(1), batch.moving.split(1), strict=True)
+                if (found := first_non_finite(self.config.row, self.model, fixed, moving, self.config.preset))
+            ]
             what = f"the loss became {sums['total']}"
             what += f" (first in {where[0]})" if where else ""
         return NonFiniteLossError(f"{what} in {place}, {pairs}; weights are those before it; batch saved in {path}")
@@ -400,7 +414,7 @@ def _run_as_it_is(config: RunConfig, cohort: Cohort, device: torch.device) -> Tr
     """The result of a method that is not trained: its figures on the validation pairs, beside zero displacement's."""
     preset = config.preset
     pairs = evenly_spaced(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
-    method = config.variant.build()
+    method = config.row.build()
     history = [
         {"epoch": epoch, "steps": 0} | validate(one, cohort, pairs, device, preset.window)
         for epoch, one in enumerate((zero_displacement, method))
@@ -449,10 +463,10 @@ def train(
         ValueError: a checkpoint that is torn or foreign, or a cohort without validation pairs.
     """
     engine = engine if isinstance(engine, Engine) else Engine(engine)
-    if config.variant.trains_on == "nothing":
+    if config.row.trains_on == "nothing":
         return _run_as_it_is(config, cohort, engine.target)
-    base = config.variant.trained()
-    if base != config.variant:
+    base = config.row.base_row()
+    if base != config.row:
         trained = train(replace(config, variant=base), cohort, out, engine, resume, progress, start)
         return _from_trained(config, trained, cohort, engine.target)
     if not cohort.validation_pairs:

@@ -37,7 +37,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "pretrained_weights"
 
 FORMAT = "lumirlib-weights-1"
 #: All weights together, in bytes.
-MOST_BYTES = 20_000_000
+MAX_BYTES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ def read_weights(path: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: larger than :data:`MOST_BYTES`, torn, damaged or foreign, or weights that do not fit their network.
+        ValueError: larger than :data:`MAX_BYTES`, torn, damaged or foreign, or weights that do not fit their network.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such weights: {path}")
     size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise ValueError(f"{path}: expected at most {MOST_BYTES} bytes, got {size}")
+    if size > MAX_BYTES:
+        raise ValueError(f"{path}: expected at most {MAX_BYTES} bytes, got {size}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             stored = file.metadata() or {}
@@ -173,9 +173,10 @@ def pretrained(name: str, device: str = "auto") -> nn.Module:
 def _network_options(row: Row) -> dict[str, object]:
     """What a row's network is built from."""
     return {"kind": type(row)} | {
-        one.name: getattr(row, one.name) for one in fields(row)  # type: ignore[arg-type]
+        one.name: getattr(row, one.name)
+        for one in fields(row)  # type: ignore[arg-type]
         if one.name != "name" and one.metadata.get("of_network", True)
-    }  # fmt: skip
+    }
 
 
 def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | None:
@@ -199,14 +200,14 @@ def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | Non
         return None
     if row.trains_on == "nothing":
         raise ValueError(f"{row.name} is not trained, and cannot start from {init!r}")
-    base = row.trained()
+    base = row.base_row()
     if init == "pretrained":
         return _fitting(base, resolution_mm)
     if init not in names() and not init.endswith(".pt"):
         choices = ", ".join(("random", "pretrained", *names()))
         raise ValueError(f"init must be one of {choices}, or the path of a best.pt; got {init!r}")
     found = read_checkpoint(init) if init.endswith(".pt") else read_packaged(init)
-    check_weights(f"{init} for {base.name} ({base.words})", found.tensors, shapes_of(init, base))
+    check_weights(f"{init} for {base.name} ({base.describe()})", found.tensors, shapes_of(init, base))
     return found
 
 
@@ -216,19 +217,20 @@ def _fitting(row: Row, resolution_mm: float) -> Weights:
     for preferred in (lambda one: one.row.name == row.name, lambda one: one.resolution_mm == resolution_mm):
         fitting = [one for one in fitting if preferred(one)] or fitting
     if len(fitting) != 1:
-        there = "; ".join(f"{one.name}: {one.row.name} ({one.row.words})" for one in fitting or packaged)
+        there = "; ".join(f"{one.name}: {one.row.name} ({one.row.describe()})" for one in fitting or packaged)
         what = "several pretrained weights are" if fitting else "no pretrained weights are"
-        raise ValueError(f"{what} of the network of {row.name} ({row.words}); there are {there or 'none'}")
+        raise ValueError(f"{what} of the network of {row.name} ({row.describe()}); there are {there or 'none'}")
     return fitting[0]
 
 
 def parser(prog: str = "python -m lumirlib.training.weights") -> argparse.ArgumentParser:
     """The options of the command line."""
     options = argparse.ArgumentParser(
-        prog=prog, description="Pretrained weights of the package.",
+        prog=prog,
+        description="Pretrained weights of the package.",
         epilog=f"examples:\n  {prog} list\n  {prog} export --run <run> --name ours-4mm-cpu\n  {prog} check\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     actions = options.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="what there is, with its Dice")
     actions.add_parser("cards", help="write the cards anew from what the weights' files say")
@@ -259,8 +261,10 @@ def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.tra
         if given.action == "list":
             for one in map(read_packaged, names()):
                 dice = one.facts["figures"]["dice"]["mean"]
-                print(f"{one.name}: {one.row.name}, {one.resolution_mm:g} mm, Dice {100 * dice:.2f} % on "
-                      f"{one.facts['evaluation']['cohort_name']}; {FOLDER / one.name}.md")  # fmt: skip
+                print(
+                    f"{one.name}: {one.row.name}, {one.resolution_mm:g} mm, Dice {100 * dice:.2f} % on "
+                    f"{one.facts['evaluation']['cohort_name']}; {FOLDER / one.name}.md"
+                )
             return 0
         if given.action == "cards":
             print(*write_cards(), sep="\n")
@@ -333,7 +337,7 @@ def method_of_weights(config: RunConfig, checkpoint: str | Path, device: torch.d
     Raises:
         FileNotFoundError, ValueError: as :func:`load_model`.
     """
-    row, widths = config.variant, {}
+    row, widths = config.row, {}
     if isinstance(row, Variant) and row.bilateral_window and row.bilateral_mode == "post":
         widths = {name: getattr(row, name) for name in ("bilateral_window", "bilateral_sigma", "bilateral_sigma_range")}
     return row.as_method(load_model(checkpoint, str(device), **widths), config.preset).eval()

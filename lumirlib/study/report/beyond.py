@@ -28,7 +28,7 @@ RECIPES = ("ours", "ours+IO")
 #: Metrics of the table.
 COMPARED = ("dice", "hd95_mm", "tre_mm", "ndv_percent")
 #: Targets: points of Dice above both references; NDV (%); seconds for a pair, of the first reference's.
-DICE_GAIN, MOST_NDV, MOST_SECONDS = 1.0, 0.005, 1.5
+DICE_GAIN, MAX_NDV, MAX_SECONDS = 1.0, 0.005, 1.5
 
 
 MET, NOT_MET, OPEN = "met", "not met", "cannot be told"
@@ -46,7 +46,7 @@ def with_measured_step_times(runs: Runs, costs: Measured) -> Runs:
     seconds = pd.Series(dtype=float)
     if costs.table is not None:
         seconds = costs.table.groupby("variant")["seconds_per_step"].median()
-    trained = {name: parse_row(name).trained().name for name in runs.variants}
+    trained = {name: parse_row(name).base_row().name for name in runs.variants}
     history = runs.history.assign(seconds=runs.history["variant"].map(trained).map(seconds))
     return replace(runs, history=history.assign(seconds=history["seconds"].where(history["steps"] > 0)))
 
@@ -90,9 +90,16 @@ def equal_time(runs: Runs, reference: str = REFERENCES[0]) -> pd.DataFrame:
         for name, own in times[times["seed"] == seed].groupby("variant", sort=False):
             by_then = own[own["minutes"] <= minutes]
             lines.append(
-                {"variant": name, "seed": seed, "minutes": minutes, "epochs": by_then["epoch"].max(),
-                 "of_epochs": own["epoch"].max(), "val_dice": by_then["val_dice"].max(), "reference_val_dice": best}
-            )  # fmt: skip
+                {
+                    "variant": name,
+                    "seed": seed,
+                    "minutes": minutes,
+                    "epochs": by_then["epoch"].max(),
+                    "of_epochs": own["epoch"].max(),
+                    "val_dice": by_then["val_dice"].max(),
+                    "reference_val_dice": best,
+                }
+            )
     columns = ["variant", "seed", "minutes", "epochs", "of_epochs", "val_dice", "reference_val_dice"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -109,7 +116,7 @@ def differences(runs: Runs, metric: str = "dice") -> dict[str, pd.DataFrame]:
         if reference in runs.variants and others:
             found[reference] = compare_rows(
                 runs.values, others, reference, metric, deterministic=_deterministic_rows(runs.variants)
-            ).set_index("row")  # fmt: skip
+            ).set_index("row")
     return found
 
 
@@ -135,17 +142,26 @@ def ablation(runs: Runs) -> pd.DataFrame:
             line |= {metric: values.mean(), f"{metric}_sd": values.std(ddof=1)}
         seconds = own[own["metric"] == "seconds"].groupby("seed")["value"].median()
         spent = minutes[name].mean() if name in minutes else math.nan
-        line |= {"parameters": facts["parameters"].iloc[0], "training_minutes": spent,
-                 "seconds_per_pair": seconds.mean()}  # fmt: skip
+        line |= {
+            "parameters": facts["parameters"].iloc[0],
+            "training_minutes": spent,
+            "seconds_per_pair": seconds.mean(),
+        }
         for reference, table in compared.items():
             if name in table.index:
                 found, key = table.loc[name], f"dice_minus_{reference}"
-                line |= {key: 100 * found["difference"], f"{key}_low": 100 * found["low"],
-                         f"{key}_high": 100 * found["high"], f"{key}_p_holm": found["p_holm"],
-                         f"{key}_verdict": _judged(found)}  # fmt: skip
+                line |= {
+                    key: 100 * found["difference"],
+                    f"{key}_low": 100 * found["low"],
+                    f"{key}_high": 100 * found["high"],
+                    f"{key}_p_holm": found["p_holm"],
+                    f"{key}_verdict": _judged(found),
+                }
         reached = at_once[at_once["variant"] == name]
-        line |= {"equal_time_dice": reached["val_dice"].mean(),
-                 "equal_time_minus": (reached["val_dice"] - reached["reference_val_dice"]).mean()}  # fmt: skip
+        line |= {
+            "equal_time_dice": reached["val_dice"].mean(),
+            "equal_time_minus": (reached["val_dice"] - reached["reference_val_dice"]).mean(),
+        }
         line["converged"] = bool(rises.loc[[name], "converged"].all()) if name in rises.index else None
         lines.append(line)
     return pd.DataFrame(lines)
@@ -178,9 +194,11 @@ def readable_ablation(table: pd.DataFrame) -> pd.DataFrame:
         for reference in REFERENCES:
             key = f"dice_minus_{reference}"
             known = not pd.isna(line.get(key, math.nan))
-            text = "–" if not known else (
-                f"{_interval(line[key], line[f'{key}_low'], line[f'{key}_high'])}, {line[f'{key}_verdict']}"
-            )  # fmt: skip
+            text = (
+                "–"
+                if not known
+                else (f"{_interval(line[key], line[f'{key}_low'], line[f'{key}_high'])}, {line[f'{key}_verdict']}")
+            )
             row[f"Dice − {reference}"] = text
         row["val Dice at equal time"] = as_text(line["equal_time_dice"], 2)
         if not pd.isna(line["equal_time_minus"]):
@@ -208,8 +226,9 @@ def publish_ablation(runs: Runs, costs: Measured, stem: str | Path) -> str:
     note += f" Devices: {'; '.join(devices)}." + not_converged_note(runs)
     if runs.missing:
         note += f" Not run: {', '.join(runs.missing)}."
-    return publish(stem, table, readable_ablation(table), f"Ablation of our own options ({runs.title})", note,
-                   runs.about())  # fmt: skip
+    return publish(
+        stem, table, readable_ablation(table), f"Ablation of our own options ({runs.title})", note, runs.about()
+    )
 
 
 def unused_pairs(runs: Runs) -> list[str]:
@@ -235,8 +254,8 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
     - Dice: at least :data:`DICE_GAIN` points over each reference. Met if the whole 95 % interval over people and seeds
       is, and the row is "better" by docs/protocol.md; not met if the whole interval is below; else it cannot be told,
       nor from one seed.
-    - NDV: a mean over pairs of at most :data:`MOST_NDV` percent, with every seed; not met if with none.
-    - Seconds for a pair, of the recipe without IO: at most :data:`MOST_SECONDS` times the first reference's, in every
+    - NDV: a mean over pairs of at most :data:`MAX_NDV` percent, with every seed; not met if with none.
+    - Seconds for a pair, of the recipe without IO: at most :data:`MAX_SECONDS` times the first reference's, in every
       round of :mod:`lumirlib.study.costs`, which measures both in turn; not met if in none. The runs' own timings,
       made at different times, decide nothing.
 
@@ -252,10 +271,30 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
     dice = runs.values[(runs.values["metric"] == "dice") & runs.values["pair"].isin(unused)]
     dice = 100 * dice.pivot_table(index="pair", columns="variant", values="value").mean()
 
-    def add(target: str, row: str, unit: str, outcome: str, why: str = "", value=math.nan, low=math.nan,
-            high=math.nan, elsewhere=math.nan) -> None:  # fmt: skip
-        lines.append({"target": target, "row": row, "value": value, "low": low, "high": high, "unit": unit,
-                      "outcome": outcome, "why": why, "value_on_unused": elsewhere})  # fmt: skip
+    def add(
+        target: str,
+        row: str,
+        unit: str,
+        outcome: str,
+        why: str = "",
+        value=math.nan,
+        low=math.nan,
+        high=math.nan,
+        elsewhere=math.nan,
+    ) -> None:
+        lines.append(
+            {
+                "target": target,
+                "row": row,
+                "value": value,
+                "low": low,
+                "high": high,
+                "unit": unit,
+                "outcome": outcome,
+                "why": why,
+                "value_on_unused": elsewhere,
+            }
+        )
 
     for row in RECIPES:
         for reference in REFERENCES:
@@ -275,13 +314,13 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
             if unused:
                 why += f"; {as_text(elsewhere, 2, True)} on the {len(unused)} pairs that chose no epoch"
             add(words, row, "points", outcome, why, value, low, high, elsewhere)
-        words = f"NDV at most {MOST_NDV:g} %"
+        words = f"NDV at most {MAX_NDV:g} %"
         if row not in runs.variants:
             add(words, row, "%", OPEN, f"not run: {row}")
             continue
         own = runs.values[(runs.values["variant"] == row) & (runs.values["metric"] == "ndv_percent")]
         seeds = own.groupby("seed")["value"].mean()
-        outcome = _judge_interval(seeds.min(), seeds.max(), MOST_NDV, False) if len(seeds) > 1 else OPEN
+        outcome = _judge_interval(seeds.min(), seeds.max(), MAX_NDV, False) if len(seeds) > 1 else OPEN
         add(words, row, "%", outcome, f"{len(seeds)} seed(s)", seeds.mean(), seeds.min(), seeds.max())
     lines.append(_time_target(runs, costs))
     return pd.DataFrame(lines)
@@ -289,16 +328,28 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
 
 def _time_target(runs: Runs, costs: Measured) -> dict[str, object]:
     row, reference = RECIPES[0], REFERENCES[0]
-    line = {"target": f"seconds for a pair at most {MOST_SECONDS:g} times {reference}'s", "row": row,
-            "value": math.nan, "low": math.nan, "high": math.nan, "unit": "times"}  # fmt: skip
+    line = {
+        "target": f"seconds for a pair at most {MAX_SECONDS:g} times {reference}'s",
+        "row": row,
+        "value": math.nan,
+        "low": math.nan,
+        "high": math.nan,
+        "unit": "times",
+    }
     measured = costs.table
     if measured is not None and {row, reference} <= set(measured["variant"]):
         seconds = measured.pivot_table(index="round", columns="variant", values="seconds_per_pair")
         ratios = (seconds[row] / seconds[reference]).dropna()
-        outcome = _judge_interval(ratios.min(), ratios.max(), MOST_SECONDS, False)
+        outcome = _judge_interval(ratios.min(), ratios.max(), MAX_SECONDS, False)
         why = f"{len(ratios)} round(s) in turn, {costs.about['device']}"
-        return {**line, "value": ratios.median(), "low": ratios.min(), "high": ratios.max(), "outcome": outcome,
-                "why": why}  # fmt: skip
+        return {
+            **line,
+            "value": ratios.median(),
+            "low": ratios.min(),
+            "high": ratios.max(),
+            "outcome": outcome,
+            "why": why,
+        }
     why = f"not measured in turn: python -m lumirlib.study.costs --rows beyond --preset {runs.preset.name}"
     if {row, reference} <= set(runs.variants):
         own = runs.values[runs.values["metric"] == "seconds"].groupby("variant")["value"].median()
@@ -318,15 +369,23 @@ def publish_targets(found: pd.DataFrame, runs: Runs, stem: str | Path) -> str:
             if not pd.isna(line["low"]):
                 text += f" [{as_text(line['low'], digits, signed)}, {as_text(line['high'], digits, signed)}]"
             text += f" {line['unit']}"
-        rows.append({"target": line["target"], "row": line["row"], "measured": text,
-                     "outcome": f"**{line['outcome']}**", "because": line["why"]})  # fmt: skip
+        rows.append(
+            {
+                "target": line["target"],
+                "row": line["row"],
+                "measured": text,
+                "outcome": f"**{line['outcome']}**",
+                "because": line["why"],
+            }
+        )
     shown = pd.DataFrame(rows)
     note = (
         "In brackets: of Dice the 95 % interval over people and seeds, of NDV the least and the largest mean of a "
         "seed, of times those of a round. Met: wholly on the right side; not met: wholly on the wrong one."
     )
-    return publish(stem, found, shown, f"Targets ({runs.title})", note, runs.about(),
-                   shown.assign(outcome=found["outcome"]))  # fmt: skip
+    return publish(
+        stem, found, shown, f"Targets ({runs.title})", note, runs.about(), shown.assign(outcome=found["outcome"])
+    )
 
 
 # robustness -----------------------------------------------------------------------------------------------------------
@@ -367,9 +426,12 @@ def load_robustness(
     if len({about["cohort_digest"] for about in facts}) > 1:
         raise ValueError(f"{Path(folder, 'robustness')}: the runs are on different states of the cohort {cohort!r}")
     about = {
-        "preset": preset, "cohort": cohort, "runs": sorted(about["run"] for about in facts),
-        "commits": sorted({about["commit"] for about in facts}), "missing": missing,
-    }  # fmt: skip
+        "preset": preset,
+        "cohort": cohort,
+        "runs": sorted(about["run"] for about in facts),
+        "commits": sorted({about["commit"] for about in facts}),
+        "missing": missing,
+    }
     return Measured(pd.concat(parts, ignore_index=True), about, how if missing else "")
 
 
@@ -394,17 +456,42 @@ def robustness_table(measured: pd.DataFrame, reference: str = REFERENCES[0]) -> 
         for name in names:
             own = table[table["variant"] == name]
             seeds = 100 * own.groupby("seed")["dice"].mean()
-            line = {"alteration": alteration, "variant": name, "seeds": len(seeds), "pairs": own["pair"].nunique(),
-                    "dice": seeds.mean(), "dice_sd": seeds.std(ddof=1), "ndv_percent": own["ndv_percent"].mean(),
-                    "hd95_mm": own["hd95_mm"].mean()}  # fmt: skip
+            line = {
+                "alteration": alteration,
+                "variant": name,
+                "seeds": len(seeds),
+                "pairs": own["pair"].nunique(),
+                "dice": seeds.mean(),
+                "dice_sd": seeds.std(ddof=1),
+                "ndv_percent": own["ndv_percent"].mean(),
+                "hd95_mm": own["hd95_mm"].mean(),
+            }
             if name in found.index:
                 judged = found.loc[name]
-                line |= {"difference": 100 * judged["difference"], "low": 100 * judged["low"],
-                         "high": 100 * judged["high"], "p_holm": judged["p_holm"],
-                         "verdict": _judged(judged)}  # fmt: skip
+                line |= {
+                    "difference": 100 * judged["difference"],
+                    "low": 100 * judged["low"],
+                    "high": 100 * judged["high"],
+                    "p_holm": judged["p_holm"],
+                    "verdict": _judged(judged),
+                }
             lines.append(line)
-    columns = ["alteration", "variant", "seeds", "pairs", "dice", "dice_sd", "change", "ndv_percent", "hd95_mm",
-               "difference", "low", "high", "p_holm", "verdict"]  # fmt: skip
+    columns = [
+        "alteration",
+        "variant",
+        "seeds",
+        "pairs",
+        "dice",
+        "dice_sd",
+        "change",
+        "ndv_percent",
+        "hd95_mm",
+        "difference",
+        "low",
+        "high",
+        "p_holm",
+        "verdict",
+    ]
     frame = pd.DataFrame(lines, columns=columns)
     whole = frame[frame["alteration"] == robustness.UNALTERED].set_index("variant")["dice"]
     return frame.assign(change=frame["dice"] - frame["variant"].map(whole))
@@ -419,14 +506,20 @@ def publish_robustness(measured: Measured, runs: Runs, stem: str | Path, referen
     for _, line in table.iterrows():
         known = not pd.isna(line["difference"])
         rows.append(
-            {"moving image": line["alteration"], "row": line["variant"], "seeds": str(line["seeds"]),
-             "Dice (%)": as_text(line["dice"], 2)
-             + ("" if pd.isna(line["dice_sd"]) else f" ± {line['dice_sd']:.2f}"),
-             "change (points)": as_text(line["change"], 2, True),
-             f"Dice − {reference}": f"{_interval(line['difference'], line['low'], line['high'])}, {line['verdict']}"
-             if known else "–",
-             "NDV (%)": as_text(line["ndv_percent"], 4), "HD95 (mm)": as_text(line["hd95_mm"], 2)}
-        )  # fmt: skip
+            {
+                "moving image": line["alteration"],
+                "row": line["variant"],
+                "seeds": str(line["seeds"]),
+                "Dice (%)": as_text(line["dice"], 2)
+                + ("" if pd.isna(line["dice_sd"]) else f" ± {line['dice_sd']:.2f}"),
+                "change (points)": as_text(line["change"], 2, True),
+                f"Dice − {reference}": f"{_interval(line['difference'], line['low'], line['high'])}, {line['verdict']}"
+                if known
+                else "–",
+                "NDV (%)": as_text(line["ndv_percent"], 4),
+                "HD95 (mm)": as_text(line["hd95_mm"], 2),
+            }
+        )
     note = (
         f"{int(table['pairs'].min())} pairs; the fixed images are unaltered, labels are those of the unaltered moving "
         "image, in a hole too. ± is the sample standard deviation over seeds; in brackets the "

@@ -139,7 +139,7 @@ class Evidence:
             ]
             self._compared[reference, metric] = compare_rows(
                 self.values, family, reference, metric, deterministic=idle
-            ).set_index("row", drop=False)  # fmt: skip
+            ).set_index("row", drop=False)
         line = self._compared[reference, metric].loc[row].copy()
         if not direct:
             line["row"], line["reference"] = first, second
@@ -216,9 +216,12 @@ class Check:
         """
         factor = COLUMNS[self.metric][1]
         found: dict[str, object] = {
-            "row": self.row, "reference": self.reference, "metric": self.metric, "expect": self.expect,
+            "row": self.row,
+            "reference": self.reference,
+            "metric": self.metric,
+            "expect": self.expect,
             "paper": study.paper(self.row, self.reference, self.metric),
-        }  # fmt: skip
+        }
         try:
             line = study.compare(self.row, self.reference, self.metric)
         except ValueError as error:
@@ -344,13 +347,20 @@ class Claim:
         for check in self.checks:
             name = COLUMNS[check.metric][2].split(" (")[0]
             size = f", with an interval that reaches {check.at_least:g}" if check.at_least else ""
-            parts.append(f"{check.row} {asked[check.expect]} than {check.reference} in {name}{size}".replace(
-                "differs by no more than the margin than", "differs by no more than the margin from"))  # fmt: skip
+            parts.append(
+                f"{check.row} {asked[check.expect]} than {check.reference} in {name}{size}".replace(
+                    "differs by no more than the margin than", "differs by no more than the margin from"
+                )
+            )
         return Verdict(
-            self.key, self.words, f"Supported if {'; '.join(parts)}. {self.note}".strip(),
-            _all_of(list(judged["outcome"])), _paper_in_words(judged),
-            "; ".join(_in_words(check) for check in judged.to_dict("records")), judged,
-        )  # fmt: skip
+            self.key,
+            self.words,
+            f"Supported if {'; '.join(parts)}. {self.note}".strip(),
+            _all_of(list(judged["outcome"])),
+            _paper_in_words(judged),
+            "; ".join(_in_words(check) for check in judged.to_dict("records")),
+            judged,
+        )
 
 
 def _checks(row: str, reference: str, *metrics: str, expect: str = "better") -> tuple[Check, ...]:
@@ -433,44 +443,76 @@ def smoother_cascade(study: Evidence) -> Verdict:
 def beyond_validation(study: Evidence) -> Verdict:
     """Does what validation pairs gain carry over to the leaderboard?"""
     return Verdict(
-        "leaderboard", "LC's larger gains on the validation people do not carry over to the leaderboard",
-        "Needs labels of the challenge's own validation pairs, which only its server has.", OPEN,
+        "leaderboard",
+        "LC's larger gains on the validation people do not carry over to the leaderboard",
+        "Needs labels of the challenge's own validation pairs, which only its server has.",
+        OPEN,
         "; ".join(
             f"{name}: Val Dice {study.paper(name, 'backbone', 'val_dice'):+.2f}, leaderboard "
-            f"{study.paper(name, 'backbone', 'dice'):+.2f}" for name in ("LC-1", "LC-2")
+            f"{study.paper(name, 'backbone', 'dice'):+.2f}"
+            for name in ("LC-1", "LC-2")
         ),
         "not testable without the challenge's server",
-    )  # fmt: skip
+    )
 
 
 #: The claims, in the order of the paper's text.
 CLAIMS: tuple[Claim | Callable[[Evidence], Verdict], ...] = (
-    Claim("transmorph", "next-gen-nn beats TransMorph by 1.4 Dice points",
-          (Check(NEXT_GEN_NN, "TransMorph", "dice", at_least=1.4),)),
-    Claim("transmorph-hd95-ndv", "next-gen-nn beats TransMorph in HD95 and NDV",
-          _checks(NEXT_GEN_NN, "TransMorph", "hd95_mm", "ndv_percent")),
-    Claim("table1", "next-gen-nn has the best Dice of Table 1",
-          tuple(Check(NEXT_GEN_NN, name, "dice") for name in rows_of_table(1) if name != NEXT_GEN_NN)),
-    Claim("ncc", "NCC beats MSE significantly", _checks("backbone", WITH_MSE, "dice"),
-          "MSE has the λ1 of three that serves it best on the validation pairs."),
-    Claim("bf", "BF improves Dice and HD95 and makes fields smoother",
-          _checks("BF", "backbone", "dice", "hd95_mm", "ndv_percent")),
-    Claim("bf-post", "the same, with BF put behind the trained backbone (DEVIATIONS.md, N13)",
-          _checks("BF-post", "backbone", "dice", "hd95_mm", "ndv_percent")),
+    Claim(
+        "transmorph",
+        "next-gen-nn beats TransMorph by 1.4 Dice points",
+        (Check(NEXT_GEN_NN, "TransMorph", "dice", at_least=1.4),),
+    ),
+    Claim(
+        "transmorph-hd95-ndv",
+        "next-gen-nn beats TransMorph in HD95 and NDV",
+        _checks(NEXT_GEN_NN, "TransMorph", "hd95_mm", "ndv_percent"),
+    ),
+    Claim(
+        "table1",
+        "next-gen-nn has the best Dice of Table 1",
+        tuple(Check(NEXT_GEN_NN, name, "dice") for name in rows_of_table(1) if name != NEXT_GEN_NN),
+    ),
+    Claim(
+        "ncc",
+        "NCC beats MSE significantly",
+        _checks("backbone", WITH_MSE, "dice"),
+        "MSE has the λ1 of three that serves it best on the validation pairs.",
+    ),
+    Claim(
+        "bf",
+        "BF improves Dice and HD95 and makes fields smoother",
+        _checks("BF", "backbone", "dice", "hd95_mm", "ndv_percent"),
+    ),
+    Claim(
+        "bf-post",
+        "the same, with BF put behind the trained backbone (DEVIATIONS.md, N13)",
+        _checks("BF-post", "backbone", "dice", "hd95_mm", "ndv_percent"),
+    ),
     Claim("lk", "LK improves TRE and NDV", _checks("LK", "backbone", "tre_mm", "ndv_percent")),
-    Claim("channels", "more channels improve TRE and NDV", _checks("LC-1", "backbone", "tre_mm", "ndv_percent"),
-          "LC-1 has the backbone's cascade, so that only channels differ."),
+    Claim(
+        "channels",
+        "more channels improve TRE and NDV",
+        _checks("LC-1", "backbone", "tre_mm", "ndv_percent"),
+        "LC-1 has the backbone's cascade, so that only channels differ.",
+    ),
     Claim("channels-dice", "larger channels generally give higher accuracy", _checks("LC-1", "backbone", "dice")),
     Claim("ca-bf", "CA with BF improves Dice", _checks("CA+BF", "backbone", "dice")),
-    Claim("lc", "LC-2's cascade brings NDV from 0.19 % to 0 without losing Dice",
-          (*_checks("LC-2", "LC-1", "ndv_percent"), *_checks("LC-2", "LC-1", "dice", expect="kept"))),
+    Claim(
+        "lc",
+        "LC-2's cascade brings NDV from 0.19 % to 0 without losing Dice",
+        (*_checks("LC-2", "LC-1", "ndv_percent"), *_checks("LC-2", "LC-1", "dice", expect="kept")),
+    ),
     smoother_cascade,
-    Claim("comparable", "other schemes merely match the backbone",
-          tuple(Check(name, "backbone", "dice", "alike") for name in rows_of_table(2) if name != "backbone")),
+    Claim(
+        "comparable",
+        "other schemes merely match the backbone",
+        tuple(Check(name, "backbone", "dice", "alike") for name in rows_of_table(2) if name != "backbone"),
+    ),
     beyond_validation,
     convergence,
     spread_between_pairs,
-)  # fmt: skip
+)
 
 
 def judge(study: Evidence) -> list[Verdict]:
@@ -508,8 +550,9 @@ def publish_claims(study: Evidence, findings: Sequence[Verdict], stem: str | Pat
     )
     shown = readable(findings)
     plain = shown.assign(verdict=[finding.verdict for finding in findings])
-    return publish.publish(stem, numbers(findings), shown, f"The paper's claims ({study.runs.title})", note,
-                          study.runs.about(), plain)  # fmt: skip
+    return publish.publish(
+        stem, numbers(findings), shown, f"The paper's claims ({study.runs.title})", note, study.runs.about(), plain
+    )
 
 
 def summary(study: Evidence, findings: Sequence[Verdict]) -> str:

@@ -72,10 +72,16 @@ def pair_table(cohort: Cohort, before: pd.DataFrame, after: pd.DataFrame, progre
         (brain, ventricles), (other_brain, other_ventricles) = map(measured, (pairs[name].fixed, pairs[name].moving))
         dice = 100 * values["dice", name]
         rows.append(
-            {"pair": name, "dice": dice, "gain": dice - 100 * dice_before[name], "dice_before": 100 * dice_before[name],
-             "brain_ratio": _ratio(brain, other_brain), "ventricle_ratio": _ratio(ventricles, other_ventricles),
-             "displacement_mm": values["displacement_mm", name]}
-        )  # fmt: skip
+            {
+                "pair": name,
+                "dice": dice,
+                "gain": dice - 100 * dice_before[name],
+                "dice_before": 100 * dice_before[name],
+                "brain_ratio": _ratio(brain, other_brain),
+                "ventricle_ratio": _ratio(ventricles, other_ventricles),
+                "displacement_mm": values["displacement_mm", name],
+            }
+        )
     return pd.DataFrame(rows).sort_values("dice", kind="stable", ignore_index=True)
 
 

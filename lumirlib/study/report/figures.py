@@ -75,15 +75,25 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
     order = list(runs.variants)
     others = [name for name in order if name != reference]
     colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
-    figure, axes = plt.subplots(2, len(METRIC_LABELS), figsize=(15, 1.6 + 0.7 * len(order)), layout="constrained",
-                                sharey="row")  # fmt: skip
+    figure, axes = plt.subplots(
+        2, len(METRIC_LABELS), figsize=(15, 1.6 + 0.7 * len(order)), layout="constrained", sharey="row"
+    )
 
     def draw(ax: Axes, table: pd.DataFrame, value: str, names: list[str]) -> None:
         pairs = table.groupby(["variant", "pair"], as_index=False)[value].mean()
         shared = {"data": pairs, "x": value, "y": "variant", "order": names, "ax": ax, "legend": False}
         sns.stripplot(**shared, hue="variant", palette=colours, size=3, alpha=0.6, zorder=1)
-        sns.pointplot(**shared, estimator="median", errorbar=("pi", 50), linestyle="none", marker="|", markersize=12,
-                      color="0.15", err_kws={"linewidth": 2}, zorder=3)  # fmt: skip
+        sns.pointplot(
+            **shared,
+            estimator="median",
+            errorbar=("pi", 50),
+            linestyle="none",
+            marker="|",
+            markersize=12,
+            color="0.15",
+            err_kws={"linewidth": 2},
+            zorder=3,
+        )
 
     for column, (metric, (label, factor)) in enumerate(METRIC_LABELS.items()):
         above, below = axes[:, column]
@@ -96,8 +106,15 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
         change = differences[differences["metric"] == metric]
         draw(below, change, "difference", others)
         seeds = change.groupby(["variant", "seed"], as_index=False)["difference"].mean()
-        below.plot(seeds["difference"], [others.index(name) + 0.3 for name in seeds["variant"]], linestyle="none",
-                   marker="D", markersize=4, color="black", zorder=4)  # fmt: skip
+        below.plot(
+            seeds["difference"],
+            [others.index(name) + 0.3 for name in seeds["variant"]],
+            linestyle="none",
+            marker="D",
+            markersize=4,
+            color="black",
+            zorder=4,
+        )
         below.axvline(0, color="0.4", linewidth=1.2)
         below.set(xlabel=f"{label}, minus the {reference}'s", ylabel="")
         for ax in (above, below):
@@ -124,8 +141,17 @@ def time_figure(runs: Runs, costs: pd.DataFrame, title: str, device: str) -> Fig
     markers = "osD^vP*Xh<>"
     for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
         values = dice[name]
-        ax.errorbar(seconds[name], values.mean(), values.std(ddof=0), color=colour, marker=markers[number % 11],
-                    markersize=8, capsize=3, linestyle="none", label=name)  # fmt: skip
+        ax.errorbar(
+            seconds[name],
+            values.mean(),
+            values.std(ddof=0),
+            color=colour,
+            marker=markers[number % 11],
+            markersize=8,
+            capsize=3,
+            linestyle="none",
+            label=name,
+        )
     before = [name for name in runs.values["variant"].unique() if name not in runs.variants]
     for name in before:
         ax.axhline(dice[name].mean(), color="0.4", linestyle="--", linewidth=1.2, label="zero displacement")
@@ -146,8 +172,9 @@ def folding_figure(folding: pd.DataFrame, title: str) -> Figure:
     """
     variants = list(dict.fromkeys(folding["variant"]))
     paper = paper_table(2).set_index("method")["ndv_percent"]
-    figure, axes = plt.subplots(1, len(variants), figsize=(5 * len(variants), 3.6), layout="constrained", sharey=True,
-                                squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(
+        1, len(variants), figsize=(5 * len(variants), 3.6), layout="constrained", sharey=True, squeeze=False
+    )
     for ax, variant in zip(axes[0], variants, strict=True):
         own = folding[folding["variant"] == variant]
         seeds = own.groupby(["cascade", "factor", "seed"], as_index=False)[["ndv_percent", "displacement_mm"]].mean()
@@ -157,14 +184,26 @@ def folding_figure(folding: pd.DataFrame, title: str) -> Figure:
             ax.plot(middle["displacement_mm"], middle["ndv_percent"], marker="o", color=colour, label=cascade)
             ax.fill_between(middle["displacement_mm"], ndv.min(), ndv.max(), color=colour, alpha=0.25, linewidth=0)
             for factor, row in middle.iterrows():
-                ax.annotate(f"×{factor:g}", (row["displacement_mm"], row["ndv_percent"]), xytext=(3, 3),
-                            textcoords="offset points", fontsize=7, color=colour)  # fmt: skip
+                ax.annotate(
+                    f"×{factor:g}",
+                    (row["displacement_mm"], row["ndv_percent"]),
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=colour,
+                )
         for method in ("backbone+LC-1", "backbone+LC-2"):
             ax.axhline(paper[method], color="0.4", linestyle="--", linewidth=1)
             ax.annotate(
-                f"paper, {method.removeprefix('backbone+')}", (0.99, paper[method]), xytext=(0, 2), color="0.3",
-                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=7,
-            )  # fmt: skip
+                f"paper, {method.removeprefix('backbone+')}",
+                (0.99, paper[method]),
+                xytext=(0, 2),
+                color="0.3",
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                ha="right",
+                fontsize=7,
+            )
         ax.set_yscale("symlog", linthresh=1e-5)
         ax.set_ylim(bottom=0)
         ax.set(xlabel="mean displacement (mm)", ylabel="NDV (%)", title=f"velocities of {variant}")
@@ -187,13 +226,14 @@ def histories_figure(runs: Runs, title: str, columns: int = 6) -> Figure:
         ValueError: no run has a log.
     """
     rows = {name: parse_row(name) for name in runs.variants if name in set(runs.history["variant"])}
-    names = [name for name, row in rows.items() if row.trained() == row]
+    names = [name for name, row in rows.items() if row.base_row() == row]
     if not names:
         raise ValueError(f"no run of {', '.join(runs.variants)} has a log")
     blocks = -(-len(names) // columns)
     columns = min(columns, len(names))
-    figure, axes = plt.subplots(2 * blocks, columns, figsize=(2.5 * columns, 4.4 * blocks), layout="constrained",
-                                squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(
+        2 * blocks, columns, figsize=(2.5 * columns, 4.4 * blocks), layout="constrained", squeeze=False
+    )
     trained = runs.history[runs.history["variant"].isin(names)]
     lowest, highest = 100 * trained["val_dice"].min(), 100 * trained["val_dice"].max()
     for ax in axes.flat:
@@ -235,8 +275,9 @@ def claim_figure(finding: Verdict) -> Figure | None:
     shown = checks.dropna(subset="difference")
     groups = list(shown.groupby("metric", sort=False))
     height = 1.1 + 0.36 * max(len(part) for _, part in groups)
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups) + 1.2, height), layout="constrained",
-                                squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(4.6 * len(groups) + 1.2, height), layout="constrained", squeeze=False
+    )
     for ax, (metric, part) in zip(axes[0], groups, strict=True):
         plot_differences(ax, part)
         ax.set_xlabel(f"{METRIC_LABELS[metric][0]}: row minus reference")
@@ -257,11 +298,20 @@ def plot_differences(ax: Axes, checks: pd.DataFrame) -> Axes:
     ax.axvline(0, color="0.4", linewidth=1)
     ax.hlines(places, checks["low"], checks["high"], color="C0", linewidth=2.2)
     ax.plot(checks["difference"], places, linestyle="none", marker="o", color="C0", label="ours, 95 % interval")
-    ax.plot(checks["paper"], places, linestyle="none", marker="D", markerfacecolor="white", color="C1", markersize=6,
-            label="paper")  # fmt: skip
+    ax.plot(
+        checks["paper"],
+        places,
+        linestyle="none",
+        marker="D",
+        markerfacecolor="white",
+        color="C1",
+        markersize=6,
+        label="paper",
+    )
     ax.set(yticks=places, ylim=(-0.7, len(checks) - 0.3))
-    ax.set_yticklabels([f"{row} − {reference}" for row, reference in zip(checks["row"], checks["reference"],
-                                                                        strict=True)])  # fmt: skip
+    ax.set_yticklabels(
+        [f"{row} − {reference}" for row, reference in zip(checks["row"], checks["reference"], strict=True)]
+    )
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.grid(visible=False, axis="y")
     return ax
@@ -282,8 +332,9 @@ def study_figure(runs: Runs, comparable: pd.DataFrame, title: str) -> Figure:
     published = paper_table().drop_duplicates("method").set_index("method")["dice"]
     theirs = published - published["Zero Displacement"]
     names = sorted(runs.variants, key=lambda name: ours[name])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.34 * len(names) + 1.4), layout="constrained",
-                                         width_ratios=(1, 1.1))  # fmt: skip
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 0.34 * len(names) + 1.4), layout="constrained", width_ratios=(1, 1.1)
+    )
     for place, name in enumerate(names):
         seeds = dice[name] - dice[BEFORE].mean()
         left.plot(seeds, [place] * len(seeds), linestyle="none", marker="|", color="C0", markersize=10)
@@ -320,8 +371,13 @@ def equal_time_figure(runs: Runs, title: str, reference: str = beyond.REFERENCES
         raise ValueError(f"no run of {', '.join(runs.variants)} has a log")
     figure, ax = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
     leading = [name for name in names if name in (*beyond.REFERENCES, *beyond.RECIPES)]  # solid; single options dashed
-    colours = dict(zip([*leading, *(name for name in names if name not in leading)],
-                       itertools.cycle(sns.color_palette("colorblind")), strict=False))  # fmt: skip
+    colours = dict(
+        zip(
+            [*leading, *(name for name in names if name not in leading)],
+            itertools.cycle(sns.color_palette("colorblind")),
+            strict=False,
+        )
+    )
     for name in names:
         own, colour, style = times[times["variant"] == name], colours[name], "-" if name in leading else (0, (4, 1.5))
         for _, seed in own.groupby("seed"):
@@ -378,8 +434,9 @@ def alterations_figure(cohort, pair, title: str, method=None) -> Figure:
     missing = moving - robustness.remove_tissue(moving, pair.name, cohort.resolution_mm)
     middle = int((missing[0, 0] > 0).sum((0, 1)).argmax())
     rows, columns = 1 if method is None else 2, 1 + len(robustness.ALTERATIONS)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.6 * rows + 0.3), layout="constrained",
-                                squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.9 * columns, 2.6 * rows + 0.3), layout="constrained", squeeze=False
+    )
     plot_slice(axes[0, 0], fixed, middle).set_title("fixed")
     for ax in axes[1:, 0]:
         ax.set_visible(False)
@@ -408,8 +465,9 @@ def difficulty_figure(table: pd.DataFrame, title: str) -> Figure:
         title: of the figure.
     """
     correlations = explain(table).set_index("feature")
-    figure, axes = plt.subplots(len(OUTCOMES), len(FEATURES), figsize=(13, 6), layout="constrained", sharex="col",
-                                sharey="row")  # fmt: skip
+    figure, axes = plt.subplots(
+        len(OUTCOMES), len(FEATURES), figsize=(13, 6), layout="constrained", sharex="col", sharey="row"
+    )
     for row, (outcome, outcome_words) in enumerate(OUTCOMES.items()):
         for column, (feature, words) in enumerate(FEATURES.items()):
             ax = axes[row, column]

@@ -65,8 +65,9 @@ def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
         seeds = str(int(part["seeds"].max())) if variant != BEFORE else ""
         for source, values in lines.items():
             rows[name if source == "paper" else "", source, method] = {
-                **values, "seeds": seeds if source == "ours" else "",
-            }  # fmt: skip
+                **values,
+                "seeds": seeds if source == "ours" else "",
+            }
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.index = pd.MultiIndex.from_tuples(list(rows)).droplevel(2)
     frame = frame.reset_index(names=["method", "whose"])
@@ -128,16 +129,21 @@ def readable_costs(costs: pd.DataFrame, reference: str = "backbone") -> pd.DataF
     for name, row in middle.iterrows():
         trained = not pd.isna(row["seconds_per_step"])
         rows.append(
-            {"variant": name, "sc": as_text(row["start_channels"], 0), "parameters": f"{int(row['parameters']):,}",
-             "G multiply-adds": as_text(row["multiply_adds"] / 1e9, 1),
-             "s / pair": f"{row['seconds_per_pair']:.3f} ({ratio('seconds_per_pair', name)})",
-             "s / training step": f"{row['seconds_per_step']:.2f} ({ratio('seconds_per_step', name)})" if trained
-             else "–",
-             "peak memory, inference (MiB)": f"{row['inference_mib']:.0f}",
-             "peak memory, training (MiB)": f"{row['training_mib']:.0f}" if trained else "–",
-             "parameters, paper's width": f"{int(row['paper_parameters']):,}",
-             "T multiply-adds, paper's width, 1 mm": as_text(row["paper_multiply_adds"] / 1e12, 2)}
-        )  # fmt: skip
+            {
+                "variant": name,
+                "sc": as_text(row["start_channels"], 0),
+                "parameters": f"{int(row['parameters']):,}",
+                "G multiply-adds": as_text(row["multiply_adds"] / 1e9, 1),
+                "s / pair": f"{row['seconds_per_pair']:.3f} ({ratio('seconds_per_pair', name)})",
+                "s / training step": f"{row['seconds_per_step']:.2f} ({ratio('seconds_per_step', name)})"
+                if trained
+                else "–",
+                "peak memory, inference (MiB)": f"{row['inference_mib']:.0f}",
+                "peak memory, training (MiB)": f"{row['training_mib']:.0f}" if trained else "–",
+                "parameters, paper's width": f"{int(row['paper_parameters']):,}",
+                "T multiply-adds, paper's width, 1 mm": as_text(row["paper_multiply_adds"] / 1e12, 2),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -173,9 +179,11 @@ def publish(
     text = f"**{title}**\n\n{to_markdown(shown)}\n\n{note}\n"
     escaped = (shown if latex is None else latex).map(escape_latex).rename(columns=escape_latex)
     tex = escaped.style.hide(axis="index").to_latex(
-        hrules=True, column_format="l" * len(escaped.columns), caption=escape_latex(f"{title}. {note}"),
+        hrules=True,
+        column_format="l" * len(escaped.columns),
+        caption=escape_latex(f"{title}. {note}"),
         position_float="centering",
-    )  # fmt: skip
+    )
     csv, md, tex_path, provenance = (stem.with_name(f"{stem.name}.{end}") for end in ("csv", "md", "tex", "json"))
     provenance.unlink(missing_ok=True)
     write_atomically(csv, lambda to: numbers.to_csv(to, index=False))
@@ -206,8 +214,15 @@ def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
     if idle:
         note += f" Not better than zero displacement in Dice, so it has learned nothing yet: {', '.join(idle)}."
     note += not_converged_note(runs)
-    return publish(stem, table, readable_table(table), f"Table {number}, paper and ours ({runs.title})", note,
-                   runs.about(), readable_table(table, r"\textbf{{{}}}"))  # fmt: skip
+    return publish(
+        stem,
+        table,
+        readable_table(table),
+        f"Table {number}, paper and ours ({runs.title})",
+        note,
+        runs.about(),
+        readable_table(table, r"\textbf{{{}}}"),
+    )
 
 
 def publish_ranks(runs: Runs, stem: str | Path) -> str:
@@ -314,15 +329,28 @@ def publish_difficulty(pairs: pd.DataFrame, runs: Runs, stem: str | Path, shown:
     }
     text = explained.assign(
         feature=explained["feature"].map(words), pairs=explained["pairs"].astype(str), **signed
-    ).rename(columns={"feature": "known before or measured", **words})  # fmt: skip
+    ).rename(columns={"feature": "known before or measured", **words})
     note = "Spearman's rank correlation over pairs, from −1 to +1; pairs share people, so no p-value is given."
-    return hard + "\n" + publish(f"{stem}_explained", explained, text, f"What goes with Dice and gain ({runs.title})",
-                                 note, runs.about())  # fmt: skip
+    return (
+        hard
+        + "\n"
+        + publish(
+            f"{stem}_explained", explained, text, f"What goes with Dice and gain ({runs.title})", note, runs.about()
+        )
+    )
 
 
 def escape_latex(text: str) -> str:
     """Text with the characters that LaTeX takes for its own, and those that it lacks, written its way."""
-    for plain, escaped in (("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("&", r"\&"), ("±", r"$\pm$"), ("−", "$-$"),
-                           ("–", "--"), ("×", r"$\times$")):  # fmt: skip
+    for plain, escaped in (
+        ("%", r"\%"),
+        ("_", r"\_"),
+        ("#", r"\#"),
+        ("&", r"\&"),
+        ("±", r"$\pm$"),
+        ("−", "$-$"),
+        ("–", "--"),
+        ("×", r"$\times$"),
+    ):
         text = text.replace(plain, escaped)
     return text

@@ -158,10 +158,13 @@ def load_runs(
         raise ValueError(f"{folder / 'metrics'}: the runs are on different states of the cohort {cohort!r}")
     first = about.iloc[0]
     before = [
-        (path, other) for path, other in read_provenance(folder, cohort)
-        if other["method"] == "Zero Displacement" and other["cohort_digest"] == first["cohort_digest"]
-        and other["resolution_mm"] == first["resolution_mm"] and other["evaluated_pairs"] == first["evaluated_pairs"]
-    ]  # fmt: skip
+        (path, other)
+        for path, other in read_provenance(folder, cohort)
+        if other["method"] == "Zero Displacement"
+        and other["cohort_digest"] == first["cohort_digest"]
+        and other["resolution_mm"] == first["resolution_mm"]
+        and other["evaluated_pairs"] == first["evaluated_pairs"]
+    ]
     if not before:
         raise ValueError(f"{folder / 'metrics'} has no zero displacement on the pairs of {first['run']}")
     tables.insert(0, table_of(*before[0]).assign(variant=BEFORE, seed=0))
@@ -200,7 +203,5 @@ def late_rises(runs: Runs) -> pd.DataFrame:
         dice = 100 * log.set_index("epoch")["val_dice"]
         last = int(dice.index.max())
         rise = float(dice[last] - dice[last - max(1, last // 4)])
-        rows.append(
-            {"variant": variant, "seed": seed, "epochs": last, "rise": rise, "converged": not rise > CONVERGED}
-        )  # fmt: skip
+        rows.append({"variant": variant, "seed": seed, "epochs": last, "rise": rise, "converged": not rise > CONVERGED})
     return pd.DataFrame(rows, columns=["variant", "seed", "epochs", "rise", "converged"])

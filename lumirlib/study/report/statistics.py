@@ -143,25 +143,33 @@ def compare_rows(
         deviation = differences.std(ddof=1)
         lines.append(
             {
-                "row": row, "reference": reference, "metric": metric, "difference": differences.mean(),
-                "low": low, "high": high,
+                "row": row,
+                "reference": reference,
+                "metric": metric,
+                "difference": differences.mean(),
+                "low": low,
+                "high": high,
                 "p": float(wilcoxon(differences).pvalue) if differences.any() else 1.0,
                 # np.max: one seed of a trained row makes it NaN
-                "seeds_sd": float(np.max([
-                    0.0 if name in deterministic else values.mean().std(ddof=1)
-                    for name, values in ((row, first), (reference, second))
-                ])),
+                "seeds_sd": float(
+                    np.max(
+                        [
+                            0.0 if name in deterministic else values.mean().std(ddof=1)
+                            for name, values in ((row, first), (reference, second))
+                        ]
+                    )
+                ),
                 "effect": differences.mean() / deviation if deviation > 0 else np.nan,
-                "pairs": len(shared), "people": len({person for pair in shared for person in pair}),
+                "pairs": len(shared),
+                "people": len({person for pair in shared for person in pair}),
                 "seeds": first.shape[1],
             }
-        )  # fmt: skip
+        )
     found = pd.DataFrame(lines)
     found.insert(found.columns.get_loc("p") + 1, "p_holm", holm(found["p"].to_numpy()))
     found["verdict"] = [
-        verdict(line.difference, line.low, line.high, line.p_holm, line.seeds_sd, metric)
-        for line in found.itertuples()
-    ]  # fmt: skip
+        verdict(line.difference, line.low, line.high, line.p_holm, line.seeds_sd, metric) for line in found.itertuples()
+    ]
     return found
 
 
@@ -223,8 +231,16 @@ def compare(tables: Mapping[str, pd.DataFrame], alpha: float = 0.05) -> pd.DataF
                 with np.errstate(invalid="ignore"):
                     difference = np.nan_to_num((values[first] - values[second]).to_numpy(), nan=0.0)
                 p = float(wilcoxon(difference).pvalue) if np.any(difference) else 1.0
-                found.append({"metric": metric, "first": first, "second": second, "difference": difference.mean(),
-                              "pairs": len(values), "p": p})  # fmt: skip
+                found.append(
+                    {
+                        "metric": metric,
+                        "first": first,
+                        "second": second,
+                        "difference": difference.mean(),
+                        "pairs": len(values),
+                        "p": p,
+                    }
+                )
         for row, adjusted in zip(found, holm(np.array([row["p"] for row in found])), strict=True):
             ahead = row["first"] if (row["difference"] > 0) == higher_is_better else row["second"]
             rows.append({**row, "p_holm": adjusted, "better": ahead if adjusted < alpha else ""})

@@ -116,11 +116,19 @@ def _beside(runs: Runs, names: Mapping[str, str], table: int) -> pd.DataFrame:
         ours = pd.DataFrame([values for values, _ in seeds])
         for column in COLUMNS if table == 2 else [column for column in COLUMNS if column != "val_dice"]:
             rows.append(
-                {"method": method if name != "BF-post" else "backbone+BF-post", "variant": name, "sc": sc,
-                 "metric": column, "paper": paper[column], "ours": ours[column].mean(),
-                 "seed_std": ours[column].std(ddof=1), "difference": ours[column].mean() - paper[column],
-                 "seeds": len(ours), "pairs": min(pairs[column] for _, pairs in seeds)}
-            )  # fmt: skip
+                {
+                    "method": method if name != "BF-post" else "backbone+BF-post",
+                    "variant": name,
+                    "sc": sc,
+                    "metric": column,
+                    "paper": paper[column],
+                    "ours": ours[column].mean(),
+                    "seed_std": ours[column].std(ddof=1),
+                    "difference": ours[column].mean() - paper[column],
+                    "seeds": len(ours),
+                    "pairs": min(pairs[column] for _, pairs in seeds),
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -173,10 +181,17 @@ def effects(runs: Runs, reference: str = "backbone") -> pd.DataFrame:
         pairs = table.groupby("pair")["difference"].mean()
         better = pairs > 0 if metric in HIGHER_IS_BETTER else pairs < 0
         rows.append(
-            {"variant": name, "metric": metric, "paper": _theirs(paper_method(name))[metric] - paper_reference[metric],
-             "ours": pairs.mean(), "seed_std": seeds.std(ddof=1), "better_pairs": better.mean(), "seeds": len(seeds),
-             "pairs": len(pairs)}
-        )  # fmt: skip
+            {
+                "variant": name,
+                "metric": metric,
+                "paper": _theirs(paper_method(name))[metric] - paper_reference[metric],
+                "ours": pairs.mean(),
+                "seed_std": seeds.std(ddof=1),
+                "better_pairs": better.mean(),
+                "seeds": len(seeds),
+                "pairs": len(pairs),
+            }
+        )
     order = [column for column in COLUMNS if column not in ("val_dice", "dice_std")]
     frame = pd.DataFrame(rows)
     if frame.empty:
