@@ -471,7 +471,7 @@ def test_every_committed_run_of_the_papers_network_still_has_its_name():
         config = RunConfig(row, preset, about["cohort"], about["cohort_digest"], about["seed"])
         config = replace(config, init_digest=(about.get("started_from") or "").rpartition(", ")[2])
         assert config.run == about["run"] == path.stem
-        assert replace(config, variant=row.base_row()).run == about["weights"]
+        assert replace(config, row=row.base_row()).run == about["weights"]
         found += 1
     assert found >= 7
 

@@ -223,7 +223,7 @@ class Run:
             FileNotFoundError: not trained, or not to the end.
         """
         row = self.config.row.base_row()
-        run = replace(self.config, variant=row).run
+        run = replace(self.config, row=row).run
         path, log = self.out / "checkpoints" / run / "best.pt", self.out / "logs" / f"{run}.csv"
         epochs = len(pd.read_csv(log)) - 1 if log.is_file() else 0
         if not path.is_file() or epochs < self.config.preset.epochs:

@@ -467,7 +467,7 @@ def train(
         return _run_as_it_is(config, cohort, engine.target)
     base = config.row.base_row()
     if base != config.row:
-        trained = train(replace(config, variant=base), cohort, out, engine, resume, progress, start)
+        trained = train(replace(config, row=base), cohort, out, engine, resume, progress, start)
         return _from_trained(config, trained, cohort, engine.target)
     if not cohort.validation_pairs:
         raise ValueError(f"{cohort.path}: names no validation pairs, which training needs to choose its best epoch")
