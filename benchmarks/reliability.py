@@ -25,7 +25,7 @@ from lumirlib.provenance import describe_device
 from lumirlib.study.report.publish import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["tests/test_faults.py", "tests/test_bad_data.py", "tests/test_hostile.py", "tests/test_long_run.py"]
+TESTS = "tests/reliability"
 MARKERS = ("<!-- python benchmarks/reliability.py -->", "<!-- end of python benchmarks/reliability.py -->")
 TARGET = ROOT / "results" / "reliability" / "tally.json"
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "tally.json")
         commit = provenance.commit()
-        command = [sys.executable, "-m", "pytest", "--long", "-q", *FILES, *arguments]
+        command = [sys.executable, "-m", "pytest", "--long", "-q", TESTS, *arguments]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "LUMIRLIB_TALLY": str(target)})
         if done.returncode:
             return done.returncode

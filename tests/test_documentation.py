@@ -165,7 +165,7 @@ def test_every_command_of_the_documentation_is_accepted(page, command, monkeypat
 def test_every_program_of_the_documentation_is_run_by_a_test():
     named = {name for _, command in ALL for name in re.findall(r"-m lumirlib\.(\w+)", command)}
     assert {"train", "sweep", "costs"} <= named
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for name in named:
         aliases = [name, *re.findall(rf"import {name} as (\w+)", tests)]
         assert any(f"{alias}.main(" in tests for alias in aliases), f"no test runs lumirlib.{name}"

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from small_cohorts import SMALL_SHAPE, write_small_cohort
+from small_runs import CPU, TINY, small_run
 
 from lumirlib import load_cohort, losses, parse_variant, provenance
 from lumirlib import train as train_command
@@ -20,7 +21,7 @@ from lumirlib.data.loader import Batch
 from lumirlib.losses import multilevel
 from lumirlib.methods import row_from_options
 from lumirlib.methods.base import PAPER, Preset
-from lumirlib.methods.presets import PRESETS, get_preset
+from lumirlib.methods.presets import get_preset
 from lumirlib.models.bilateral_filter import joint_bilateral_filter
 from lumirlib.provenance import project_root
 from lumirlib.study import run as run_module
@@ -28,16 +29,11 @@ from lumirlib.study.run import Run, evaluate_method
 from lumirlib.training import interrupts
 from lumirlib.training.config import RunConfig, make_config
 from lumirlib.training.divergence import NonFiniteLossError
-from lumirlib.training.engine import Engine
 from lumirlib.training.pairs import epoch_pairs, evenly_spaced
 from lumirlib.training.trainer import Trainer, load_checkpoint, train
 from lumirlib.training.weights import load_model
 
-CPU = Engine("cpu")
 PAPERS_ROWS = ("backbone", "BF", "BF-post", "CA", "CA+BF", "LK", "LC-1", "LC-2")
-TINY = replace(
-    PRESETS["smoke"], name="tiny", resolution_mm=1, epochs=2, steps_per_epoch=None, channel_divisor=16, levels=3
-)
 
 
 @pytest.fixture
@@ -377,13 +373,6 @@ def test_training_needs_scans_validation_pairs_and_the_presets_resolution(tmp_pa
 
 
 # from parameters to files --------------------------------------------------------------------------------------------
-
-
-def small_run(small_cohort_json, out, variant="backbone", **changes):
-    options = {"resolution_mm": 1, "channel_divisor": 16, "levels": 3, **changes}
-    return Run.prepare(
-        variant, preset="smoke", cohort=str(small_cohort_json), out=str(out), engine="cpu", options=options
-    )
 
 
 def test_a_run_writes_one_row_per_pair_and_metric_with_provenance(small_cohort_json, tmp_path):

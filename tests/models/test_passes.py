@@ -2,12 +2,11 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from test_backbone import ConstantVelocity, known_velocity
+from known_fields import ConstantVelocity, known_velocity
 from torch import nn
 
 from lumirlib import build_model, losses, parse_variant, spatial
@@ -15,6 +14,7 @@ from lumirlib.methods.instance_optimization import InstanceOptimization
 from lumirlib.methods.presets import get_preset, split_options
 from lumirlib.models import RegistrationNetwork
 from lumirlib.models.backbone import join_levels, join_velocities
+from lumirlib.provenance import project_root
 from lumirlib.study import costs
 from lumirlib.training.divergence import first_non_finite
 
@@ -204,7 +204,7 @@ def test_no_passes_are_refused():
 
 
 def test_the_documented_trials_are_those_of_the_table():
-    root = Path(__file__).resolve().parent.parent
+    root = project_root()
     trials = pd.read_csv(root / "results" / "trials" / "trials.csv")
     documented = re.findall(
         r"^\|[^|]+\| (\d\d\.\d\d) +\| (0\.\d{5}) +\|$", (root / "docs" / "beyond.md").read_text(), re.M
@@ -217,7 +217,7 @@ def test_the_documented_trials_are_those_of_the_table():
 
 
 def test_the_documented_refinements_are_those_of_the_table():
-    root = Path(__file__).resolve().parent.parent
+    root = project_root()
     found = pd.read_csv(root / "results" / "trials" / "refinements.csv")
     documented = re.findall(r"(\d\d\.\d\d), (0\.\d{4}) +\|", (root / "docs" / "beyond.md").read_text())
     expected = [

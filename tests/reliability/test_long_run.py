@@ -1,17 +1,12 @@
 """A long training takes no more memory and no more open files as it goes on."""
 
-import sys
-from pathlib import Path
-
+import long_run
 import pytest
 from faults import TALLY
 
 from lumirlib import load_cohort
 from lumirlib.methods.presets import get_preset
 from lumirlib.training.engine import Engine
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import long_run
 
 
 def test_sixty_steps_leave_no_file_and_no_thread_open(small_cohort_json, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_training import small_run
+from small_runs import small_run
 
 from lumirlib import build_model, parse_variant
 from lumirlib.data import intensity

@@ -8,7 +8,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from test_training import small_run
+from small_runs import small_run
 
 from lumirlib import build_model, parse_variant
 from lumirlib.methods import parse_row

@@ -1,18 +1,14 @@
 """The fast training step against the plain one of benchmarks/plain.py: fields, gradients, mixed precision, memory."""
 
 import shutil
-import sys
-from pathlib import Path
 
+import plain
 import pytest
 import torch
 
 from lumirlib import build_model, parse_variant, spatial
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.layers import Conv3d, compile_model, instance_norm_prelu, place
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import plain
 
 NAMES = ["backbone", "LC-2", "LK", "CA", "BF"]
 SHAPE = (21, 26, 19)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_cohorts import write_small_cohort
-from test_training import CPU, TINY, small_run
+from small_runs import CPU, TINY, small_run
 
 from lumirlib import build_model, load_cohort, parse_variant
 from lumirlib.data import Pair

@@ -2,11 +2,11 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import nbformat
 import pytest
 
+from lumirlib.provenance import project_root
 from lumirlib.study import jobs, paper, sweep
 
 CODE = """
@@ -124,7 +124,7 @@ def test_a_notebook_counts_as_finished_until_the_row_of_its_name_is_another_one(
     (run,) = jobs.plan(["LC-2"], [0], "demo", "embedded", "", str(tmp_path / "out"))
     run = replace(run, notebook=runs[0].notebook)
     assert run.execute(threads=1) == ""
-    committed = Path(__file__).resolve().parent.parent / "results" / "metrics"
+    committed = project_root() / "results" / "metrics"
     (tmp_path / "out" / "metrics").mkdir()
     for path in committed.glob("LC-2_embedded_demo_seed0_*"):
         shutil.copy(path, tmp_path / "out" / "metrics")
@@ -136,7 +136,7 @@ def test_a_notebook_counts_as_finished_until_the_row_of_its_name_is_another_one(
 
 def test_the_launcher_train_takes_a_run_with_metrics_of_its_parameters_for_finished(tmp_path):
     arguments = {"preset": "demo", "cohort": "embedded", "data_root": "", "launcher": "train"}
-    committed = str(Path(__file__).resolve().parent.parent / "results")
+    committed = str(project_root() / "results")
     planned = jobs.plan(["LC-2"], [0, 2, 77], out=committed, **arguments)
     assert [run.is_finished() for run in planned] == [True, True, False]
     (other,) = jobs.plan(["LC-2"], [0], out=committed, options={"epochs": 9}, **arguments)

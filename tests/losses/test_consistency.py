@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from test_training import small_run
+from small_runs import small_run
 
 from lumirlib import build_model, metrics, parse_variant, spatial, train
 from lumirlib.losses.consistency import group_consistency_loss, inverse_consistency_loss

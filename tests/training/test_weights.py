@@ -18,13 +18,14 @@ import lumirlib
 from lumirlib import load_cohort
 from lumirlib.methods.presets import get_preset
 from lumirlib.methods.variants import parse_variant
+from lumirlib.provenance import project_root
 from lumirlib.study import model_cards, results
 from lumirlib.study.run import Run
 from lumirlib.training import weights
 from lumirlib.training.registrar import choose_registrar
 from lumirlib.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = project_root()
 NAME = "small-1mm-cpu"
 OPTIONS = {
     "resolution_mm": 1,

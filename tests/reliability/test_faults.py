@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import reliability
 import torch
 from faults import TALLY, is_ours
 from matplotlib.figure import Figure
@@ -36,6 +37,7 @@ from lumirlib import train as train_command
 from lumirlib.data.nifti import read_volume, write_nifti
 from lumirlib.files import check_writable, read_json, write_atomically, write_json
 from lumirlib.methods.presets import PRESETS
+from lumirlib.provenance import project_root
 from lumirlib.study import jobs, results, submission, sweep
 from lumirlib.study.results import write_results
 from lumirlib.study.run import Run
@@ -43,9 +45,6 @@ from lumirlib.training import trainer
 from lumirlib.training.checkpoints import load_checkpoint, save_checkpoint
 from lumirlib.training.config import make_config
 from lumirlib.training.engine import Engine
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import reliability
 
 matplotlib.use("Agg")
 KILLS = 20
@@ -469,7 +468,7 @@ def test_a_sweep_into_a_folder_that_cannot_be_written_ends_with_a_sentence(tmp_p
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_papermill_run_that_is_interrupted_ends_in_the_same_figures_when_it_is_run_again(tmp_path, number):
     cohort = write_small_cohort(tmp_path / "small")
-    notebook = Path(__file__).resolve().parent.parent / "notebooks" / "run_ablation.ipynb"
+    notebook = project_root() / "notebooks" / "run_ablation.ipynb"
     options = {**OPTIONS, "epochs": 40, "steps_per_epoch": 4}
     found = []
     for name in ("whole", "cut"):
@@ -581,9 +580,9 @@ def test_the_switch_is_on_for_its_run_alone_and_stands_in_the_command(small_coho
 
 
 def test_the_page_of_reliability_names_tests_that_are_there_and_the_counts_of_its_run():
-    root = Path(__file__).resolve().parent.parent
+    root = project_root()
     page = (root / "docs" / "reliability.md").read_text(encoding="utf-8")
-    sources = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (root / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", page)
     assert len(named) > 20
     assert [name for name in named if f"def {name}(" not in sources] == []

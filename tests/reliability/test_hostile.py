@@ -23,13 +23,14 @@ from small_cohorts import write_small_cohort
 
 from lumirlib import load_cohort
 from lumirlib.evaluation import zero_displacement
+from lumirlib.provenance import project_root
 from lumirlib.study import jobs, submission, sweep
 from lumirlib.study.run import Run
 from lumirlib.training import weights
 from lumirlib.training.checkpoints import CHECKPOINT_FORMAT, load_checkpoint
 from lumirlib.training.engine import Engine
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = project_root()
 
 
 class Runs:
