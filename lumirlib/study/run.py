@@ -30,9 +30,8 @@ from lumirlib.provenance import redact_path
 from lumirlib.study.results import cohort_facts, data_title, read_results, write_results
 from lumirlib.training.config import RunConfig, make_config
 from lumirlib.training.engine import Engine
-from lumirlib.training.launch import train_in_processes
+from lumirlib.training.launch import TrainingResult, train, train_in_processes
 from lumirlib.training.pairs import evenly_spaced, training_source
-from lumirlib.training.trainer import TrainingResult, train
 from lumirlib.training.weights import Weights, method_of_weights, starting_weights
 
 
@@ -275,7 +274,7 @@ class Run:
         return pd.DataFrame(rows)
 
     def train(self, resume: bool = True, progress: bool = True) -> TrainingResult:
-        """Train, or go on from the last checkpoint; see :func:`lumirlib.training.trainer.train`.
+        """Train, or go on from the last checkpoint; see :func:`lumirlib.training.launch.train`.
 
         An engine of several processes has torchrun start them; they end when all epochs are trained.
 

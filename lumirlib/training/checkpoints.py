@@ -37,7 +37,7 @@ class TrainingState:
     Attributes:
         epoch: epochs completed.
         step: steps completed within the epoch under way.
-        best: best validation figure so far (see :func:`lumirlib.training.trainer.validate`).
+        best: best validation figure so far (see :func:`lumirlib.training.validation.validate`).
         best_epoch: epoch that reached it.
         sums: running sums of the epoch under way.
         trained_by: "commit, device" of every session that took part.

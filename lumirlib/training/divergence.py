@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -53,3 +55,30 @@ def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: to
             if not terms[name].isfinite():
                 return f"the {name} of level {level}"
     return ""
+
+
+def what_is_not_finite(
+    row: Row, model: nn.Module, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset, loss: float
+) -> str:
+    """What went wrong in a step, as the beginning of a sentence.
+
+    Args:
+        row: what `model` was built from.
+        model: its network, with the gradients of the step.
+        fixed: ``(B, 1, D, H, W)``, of the step.
+        moving: likewise.
+        preset: as for :meth:`lumirlib.methods.base.Row.loss_terms`.
+        loss: of the step; where it is finite, a gradient is not.
+    """
+    if math.isfinite(loss):
+        broken = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        return f"the gradient of {', '.join(broken) or 'another process'} is not finite"
+    for one in zip(fixed.split(1), moving.split(1), strict=True):
+        where = first_non_finite(row, model, *one, preset)
+        if where:
+            return f"the loss became {loss} (first in {where})"
+    return f"the loss became {loss}"

@@ -1,4 +1,4 @@
-"""Training in several processes of one machine."""
+"""From a configuration to trained weights: in this process, in several, or where there is nothing to train."""
 
 from __future__ import annotations
 
@@ -8,14 +8,128 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
+from torch import nn
 from tqdm.auto import tqdm
 
+from lumirlib.data import Cohort
+from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.training.config import RunConfig
+from lumirlib.training.engine import Engine
 from lumirlib.training.interrupts import StopRequest
+from lumirlib.training.trainer import Trainer
+from lumirlib.training.validation import validate, validation_pairs
+from lumirlib.training.weights import load_model, method_of_weights
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished training.
+
+    Attributes:
+        model: the network with the weights of the best epoch, in evaluation mode, or what is run where nothing
+            is trained.
+        history: of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, its terms
+            (similarity, smoothness ...) and seconds, means over the steps; val_dice, val_similarity, val_ndv_percent,
+            learning_rate.
+        best_epoch: whose weights these are.
+        val_dice: Dice of `model` on the validation pairs that chose it, in [0, 1]; NaN without labels.
+        trained_by: "commit, device" of every session that took part.
+        log: path of the CSV; None where nothing is trained.
+        checkpoint: path of the best weights; likewise.
+    """
+
+    model: nn.Module | Method
+    history: pd.DataFrame
+    best_epoch: int
+    val_dice: float
+    trained_by: list[str]
+    log: Path | None
+    checkpoint: Path | None
+
+
+def _run_as_it_is(config: RunConfig, cohort: Cohort, device: torch.device) -> TrainingResult:
+    """The result of a method that is not trained: its figures on the validation pairs, beside zero displacement's."""
+    preset = config.preset
+    pairs = validation_pairs(cohort, preset)
+    method = config.row.build()
+    history = [
+        {"epoch": epoch, "steps": 0} | validate(one, cohort, pairs, device, preset.window)
+        for epoch, one in enumerate((zero_displacement, method))
+    ]
+    return TrainingResult(method, pd.DataFrame(history), 1, float(history[1]["val_dice"]), [], None, None)
+
+
+def _from_trained(config: RunConfig, trained: TrainingResult, cohort: Cohort, device: torch.device) -> TrainingResult:
+    """The result of a run with what is put behind its weights: a bilateral filter, instance optimization."""
+    preset = config.preset
+    method = method_of_weights(config, trained.checkpoint, device)
+    pairs = validation_pairs(cohort, preset)
+    found = validate(method, cohort, pairs, device, preset.window)
+    return replace(trained, model=method, val_dice=found["val_dice"])
+
+
+def train(
+    config: RunConfig,
+    cohort: Cohort,
+    out: str | Path,
+    engine: Engine | str = "auto",
+    resume: bool = True,
+    progress: bool = True,
+    start: Mapping[str, torch.Tensor] | None = None,
+) -> TrainingResult:
+    """Train a run to its end, from its last checkpoint where there is one.
+
+    A variant with "BF-post" or "IO" is not trained: the run of the same variant without them is, or its finished
+    checkpoint is taken, and filter and instance optimization are put behind its weights.
+
+    Args:
+        config: from :func:`make_config`.
+        cohort: loaded at the preset's resolution.
+        out: results folder.
+        engine: how to compute it, or a device's name. Where torchrun started several processes, each calls this, on a
+            file system that they share.
+        resume: False starts anew and overwrites the run's checkpoints.
+        progress: show progress bars.
+        start: as for :class:`Trainer`.
+
+    Returns:
+        The network of the best epoch and the log.
+
+    Raises:
+        NonFiniteLossError: the loss became NaN or infinite.
+        ValueError: a checkpoint that is torn or foreign, or a cohort without validation pairs.
+    """
+    engine = engine if isinstance(engine, Engine) else Engine(engine)
+    if config.row.trains_on == "nothing":
+        return _run_as_it_is(config, cohort, engine.target)
+    base = config.row.base_row()
+    if base != config.row:
+        trained = train(replace(config, row=base), cohort, out, engine, resume, progress, start)
+        return _from_trained(config, trained, cohort, engine.target)
+    if not cohort.validation_pairs:
+        raise ValueError(f"{cohort.path}: names no validation pairs, which training needs to choose its best epoch")
+    trainer = Trainer(config, cohort, Path(out), engine, progress, start)
+    if resume:
+        trainer.resume()
+    else:
+        trainer.forget()
+    trainer.run()
+    engine.barrier()
+    return TrainingResult(
+        model=load_model(trainer.best_path, str(engine.target)),
+        history=pd.DataFrame(trainer.state.history),
+        best_epoch=trainer.state.best_epoch,
+        val_dice=float(trainer.state.history[trainer.state.best_epoch]["val_dice"]),
+        trained_by=trainer.state.trained_by,
+        log=trainer.log,
+        checkpoint=trainer.best_path,
+    )
 
 
 def train_in_processes(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from lumirlib.data import Cohort, Pair, Subject, load_cohort
 from lumirlib.methods.base import Row
@@ -52,6 +54,35 @@ def with_third(pair: Pair, train: tuple[Subject, ...], seed: int, epoch: int, pl
         raise ValueError(f"triplets need at least 3 training scans, the cohort has {len(train)}")
     third = others[np.random.default_rng([seed, epoch, place]).integers(len(others))]
     return pair, Pair(fixed=third, moving=pair.fixed)
+
+
+def epoch_batches(
+    row: Row, train: tuple[Subject, ...], seed: int, epoch: int, steps: int, batch_size: int
+) -> Iterator[list[tuple[Pair, ...]]]:
+    """The batches of one epoch, over all processes: of each place its pair, or the two pairs of its triplet.
+
+    Args:
+        row: to be trained.
+        train: scans.
+        seed: of the run.
+        epoch: from 0.
+        steps: batches of the epoch.
+        batch_size: places of each.
+    """
+    pairs = epoch_pairs(train, seed, epoch, steps * batch_size)
+    for step in range(steps):
+        batch = list(itertools.islice(pairs, batch_size))
+        if row.trains_on_triplets:
+            first = step * batch_size
+            yield [with_third(pair, train, seed, epoch, first + place) for place, pair in enumerate(batch)]
+        else:
+            yield [(pair,) for pair in batch]
+
+
+def pair_generator(seed: int, epoch: int, place: int) -> torch.Generator:
+    """What is random in the step of one pair, the same on any number of processes and after any interruption."""
+    seeds = np.random.SeedSequence([seed, epoch, place])
+    return torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
 
 
 def training_source(row: Row, cohort: Cohort) -> Cohort:

@@ -1,4 +1,4 @@
-"""Training: one loop for every variant, seeded, logged, resumable.
+"""The training loop, one for every row: seeded, logged, resumable.
 
 A run is named by its configuration; its files are
 
@@ -15,17 +15,14 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lumirlib import losses, metrics, spatial
 from lumirlib.data import Cohort, Pair
 from lumirlib.data.loader import Batch, PairLoader
 from lumirlib.evaluation import Method, zero_displacement
@@ -41,102 +38,22 @@ from lumirlib.training.checkpoints import (
     training_state,
 )
 from lumirlib.training.config import RunConfig
-from lumirlib.training.divergence import NonFiniteLossError, first_non_finite
+from lumirlib.training.divergence import NonFiniteLossError, what_is_not_finite
 from lumirlib.training.engine import Engine
 from lumirlib.training.interrupts import StopRequest
 from lumirlib.training.muon import Muon
-from lumirlib.training.pairs import epoch_pairs, evenly_spaced, training_source, with_third
-from lumirlib.training.weights import load_model, method_of_weights, to_device
+from lumirlib.training.pairs import epoch_batches, pair_generator, training_source
+from lumirlib.training.validation import validate, validation_pairs
+from lumirlib.training.weights import to_device
 
 #: Besides at the end of each epoch and on interruption, a checkpoint is written when the last one is this old.
 CHECKPOINT_SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """A finished training.
-
-    Attributes:
-        model: the network with the weights of the best epoch, in evaluation mode, or what is run where nothing
-            is trained.
-        history: of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, its terms
-            (similarity, smoothness ...) and seconds, means over the steps; val_dice, val_similarity, val_ndv_percent,
-            learning_rate.
-        best_epoch: whose weights these are.
-        val_dice: Dice of `model` on the validation pairs that chose it, in [0, 1]; NaN without labels.
-        trained_by: "commit, device" of every session that took part.
-        log: path of the CSV; None where nothing is trained.
-        checkpoint: path of the best weights; likewise.
-    """
-
-    model: nn.Module | Method
-    history: pd.DataFrame
-    best_epoch: int
-    val_dice: float
-    trained_by: list[str]
-    log: Path | None
-    checkpoint: Path | None
 
 
 def make_optimizer(model: nn.Module, preset: Preset, name: str = "adam") -> torch.optim.Optimizer:
     """The optimizer of a row's training, "adam" or "muon", at the preset's initial learning rate."""
     kind = {"adam": torch.optim.Adam, "muon": Muon}[name]
     return kind(model.parameters(), lr=preset.learning_rate, amsgrad=preset.amsgrad)
-
-
-@torch.no_grad()
-def _figures_of_pair(
-    method: nn.Module | Method, cohort: Cohort, pair: Pair, device: torch.device, window: int, engine: Engine | None
-) -> tuple[float, float, float]:
-    """Dice (NaN without labels), similarity and NDV of one pair."""
-    fixed, moving = cohort.image(pair.fixed).to(device), cohort.image(pair.moving).to(device)
-    with engine.fabric.autocast() if engine else nullcontext():
-        displacement = method(fixed, moving)
-    similarity = 1 - float(losses.ncc_loss(spatial.warp(moving, displacement), fixed, window))
-    folds = metrics.ndv_percent(displacement, moving > 0)
-    if not (pair.fixed.labels and pair.moving.labels):
-        return math.nan, similarity, folds
-    moving_labels = cohort.label_volume(pair.moving).to(device)
-    warped = spatial.warp(moving_labels, displacement, mode="nearest")
-    fixed_labels = cohort.label_volume(pair.fixed).to(device)
-    return metrics.dice(warped, fixed_labels, moving_labels, cohort.labels), similarity, folds
-
-
-def validate(
-    method: nn.Module | Method,
-    cohort: Cohort,
-    pairs: tuple[Pair, ...],
-    device: torch.device,
-    window: int,
-    engine: Engine | None = None,
-) -> dict[str, float]:
-    """Figures of one epoch, each a mean over `pairs`.
-
-    Args:
-        method: network or function.
-        cohort: of the pairs.
-        pairs: to take.
-        device: where.
-        window: of the NCC.
-        engine: whose precision is taken, and whose processes share the pairs; None for plain float32 and one process.
-
-    Returns:
-        "val_dice" (over the pairs that have labels in common, NaN if none has) and "val_similarity"
-        (``1 - NCC loss``), higher is better, and "val_ndv_percent", masked by the moving image, lower is better.
-    """
-    was_training = isinstance(method, nn.Module) and method.training
-    if was_training:
-        method.eval()
-    own = pairs[engine.rank :: engine.world_size] if engine else pairs
-    found = [_figures_of_pair(method, cohort, pair, device, window, engine) for pair in own]
-    dices, similarities, folds = zip(*(engine.gather(found) if engine else found), strict=True)
-    if was_training:
-        method.train()
-    return {
-        "val_dice": metrics.nan_mean(np.array(dices)),
-        "val_similarity": float(np.mean(similarities)),
-        "val_ndv_percent": float(np.mean(folds)),
-    }
 
 
 class Trainer:
@@ -192,7 +109,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, preset, row.optimizer)
         self._called_model, self._called_optimizer = engine.prepare(self.model, self.optimizer)
         self.state = TrainingState()
-        self.validation = evenly_spaced(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
+        self.validation = validation_pairs(cohort, preset)
         self.saved_at = time.monotonic()
 
     @property
@@ -281,22 +198,12 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[Pair, ...]]:
         """This process's share of each batch that is left of the epoch under way; of triplets both pairs in turn."""
-        preset, engine, state = self.config.preset, self.engine, self.state
-        pairs = epoch_pairs(self.source.train, self.config.seed, state.epoch, self.steps * preset.batch_size)
-        triplets, source = self.config.row.trains_on_triplets, self.source.train
-        for step in range(self.steps):
-            batch = tuple(itertools.islice(pairs, preset.batch_size))
-            if step < state.step:
-                continue
-            if triplets:
-                first = step * preset.batch_size
-                batch = [
-                    with_third(pair, source, self.config.seed, state.epoch, first + place)
-                    for place, pair in enumerate(batch)
-                ]
-                yield tuple(itertools.chain.from_iterable(batch[engine.rank :: engine.world_size]))
-            else:
-                yield batch[engine.rank :: engine.world_size]
+        config, engine, state = self.config, self.engine, self.state
+        batches = epoch_batches(
+            config.row, self.source.train, config.seed, state.epoch, self.steps, config.preset.batch_size
+        )
+        for batch in itertools.islice(batches, state.step, None):
+            yield tuple(itertools.chain.from_iterable(batch[engine.rank :: engine.world_size]))
 
     def _epoch(self, bar: tqdm, stop: StopRequest) -> None:
         preset, state = self.config.preset, self.state
@@ -356,10 +263,8 @@ class Trainer:
         count = len(batch.pairs) // together
         parts = zip(batch.fixed.split(together), batch.moving.split(together), strict=True)
         for index, (fixed, moving) in enumerate(parts):
-            # of this pair alone, so that a run resumes in the middle of an epoch, on any number of processes
             place = state.step * preset.batch_size + index * self.engine.world_size + self.engine.rank
-            seeds = np.random.SeedSequence([self.config.seed, state.epoch, place])
-            generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+            generator = pair_generator(self.config.seed, state.epoch, place)
             with fabric.no_backward_sync(self._called_model, enabled=index + 1 < count):
                 with fabric.autocast():
                     terms = self.config.row.loss_terms(self._called_model, fixed, moving, preset, generator)
@@ -392,98 +297,7 @@ class Trainer:
                 "names": [pair.name for pair in batch.pairs],
             },
         )
-        if math.isfinite(sums["total"]):
-            bad = [
-                name
-                for name, parameter in self.model.named_parameters()
-                if parameter.grad is not None and not parameter.grad.isfinite().all()
-            ]
-            what = f"the gradient of {', '.join(bad) or 'another process'} is not finite"
-        else:
-            where = [
-                found
-                for fixed, moving in zip(batch.fixed.split(1), batch.moving.split(1), strict=True)
-                if (found := first_non_finite(self.config.row, self.model, fixed, moving, self.config.preset))
-            ]
-            what = f"the loss became {sums['total']}"
-            what += f" (first in {where[0]})" if where else ""
+        what = what_is_not_finite(
+            self.config.row, self.model, batch.fixed, batch.moving, self.config.preset, sums["total"]
+        )
         return NonFiniteLossError(f"{what} in {place}, {pairs}; weights are those before it; batch saved in {path}")
-
-
-def _run_as_it_is(config: RunConfig, cohort: Cohort, device: torch.device) -> TrainingResult:
-    """The result of a method that is not trained: its figures on the validation pairs, beside zero displacement's."""
-    preset = config.preset
-    pairs = evenly_spaced(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
-    method = config.row.build()
-    history = [
-        {"epoch": epoch, "steps": 0} | validate(one, cohort, pairs, device, preset.window)
-        for epoch, one in enumerate((zero_displacement, method))
-    ]
-    return TrainingResult(method, pd.DataFrame(history), 1, float(history[1]["val_dice"]), [], None, None)
-
-
-def _from_trained(config: RunConfig, trained: TrainingResult, cohort: Cohort, device: torch.device) -> TrainingResult:
-    """The result of a run with what is put behind its weights: a bilateral filter, instance optimization."""
-    preset = config.preset
-    method = method_of_weights(config, trained.checkpoint, device)
-    pairs = evenly_spaced(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
-    found = validate(method, cohort, pairs, device, preset.window)
-    return replace(trained, model=method, val_dice=found["val_dice"])
-
-
-def train(
-    config: RunConfig,
-    cohort: Cohort,
-    out: str | Path,
-    engine: Engine | str = "auto",
-    resume: bool = True,
-    progress: bool = True,
-    start: Mapping[str, torch.Tensor] | None = None,
-) -> TrainingResult:
-    """Train a run to its end, from its last checkpoint where there is one.
-
-    A variant with "BF-post" or "IO" is not trained: the run of the same variant without them is, or its finished
-    checkpoint is taken, and filter and instance optimization are put behind its weights.
-
-    Args:
-        config: from :func:`make_config`.
-        cohort: loaded at the preset's resolution.
-        out: results folder.
-        engine: how to compute it, or a device's name. Where torchrun started several processes, each calls this, on a
-            file system that they share.
-        resume: False starts anew and overwrites the run's checkpoints.
-        progress: show progress bars.
-        start: as for :class:`Trainer`.
-
-    Returns:
-        The network of the best epoch and the log.
-
-    Raises:
-        NonFiniteLossError: the loss became NaN or infinite.
-        ValueError: a checkpoint that is torn or foreign, or a cohort without validation pairs.
-    """
-    engine = engine if isinstance(engine, Engine) else Engine(engine)
-    if config.row.trains_on == "nothing":
-        return _run_as_it_is(config, cohort, engine.target)
-    base = config.row.base_row()
-    if base != config.row:
-        trained = train(replace(config, row=base), cohort, out, engine, resume, progress, start)
-        return _from_trained(config, trained, cohort, engine.target)
-    if not cohort.validation_pairs:
-        raise ValueError(f"{cohort.path}: names no validation pairs, which training needs to choose its best epoch")
-    trainer = Trainer(config, cohort, Path(out), engine, progress, start)
-    if resume:
-        trainer.resume()
-    else:
-        trainer.forget()
-    trainer.run()
-    engine.barrier()
-    return TrainingResult(
-        model=load_model(trainer.best_path, str(engine.target)),
-        history=pd.DataFrame(trainer.state.history),
-        best_epoch=trainer.state.best_epoch,
-        val_dice=float(trainer.state.history[trainer.state.best_epoch]["val_dice"]),
-        trained_by=trainer.state.trained_by,
-        log=trainer.log,
-        checkpoint=trainer.best_path,
-    )

@@ -17,7 +17,8 @@ from lumirlib.study import costs, paper
 from lumirlib.study.report import publish, tables
 from lumirlib.study.report.runs import load_runs
 from lumirlib.study.run import Run
-from lumirlib.training import pairs, trainer
+from lumirlib.training import launch, pairs, trainer
+from lumirlib.training.checkpoints import load_checkpoint
 from lumirlib.training.config import make_config
 from lumirlib.training.engine import Engine
 from lumirlib.training.trainer import Trainer
@@ -95,7 +96,7 @@ def test_a_method_keeps_the_presets_number_of_steps_and_has_its_own_weights_of_t
 @pytest.mark.parametrize("name", RETRAINED)
 def test_every_network_trains_and_a_stopped_run_ends_in_the_same_weights(name, cohort, tmp_path, monkeypatch):
     config = config_for(name, cohort)
-    whole = trainer.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
+    whole = launch.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
     assert len(whole.history) == 3 and np.isfinite(whole.history["val_dice"]).all()
     again = Trainer(config, cohort, tmp_path / "stopped", CPU, progress=False)
     step, taken = again._step, []
@@ -110,9 +111,9 @@ def test_every_network_trains_and_a_stopped_run_ends_in_the_same_weights(name, c
     monkeypatch.setattr(again, "_step", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         again.run()
-    trainer.train(config, cohort, tmp_path / "stopped", "cpu", progress=False)
+    launch.train(config, cohort, tmp_path / "stopped", "cpu", progress=False)
     first, second = (
-        trainer.load_checkpoint(tmp_path / where / "checkpoints" / config.run / "last.pt")["model"]
+        load_checkpoint(tmp_path / where / "checkpoints" / config.run / "last.pt")["model"]
         for where in ("whole", "stopped")
     )
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

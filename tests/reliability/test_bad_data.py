@@ -48,10 +48,11 @@ from lumirlib.study import results, submission
 from lumirlib.study.report import runs, tables
 from lumirlib.study.results import write_results
 from lumirlib.study.run import Run
-from lumirlib.training.checkpoints import CHECKPOINT_FORMAT
+from lumirlib.training.checkpoints import CHECKPOINT_FORMAT, TrainingState
 from lumirlib.training.config import make_config
 from lumirlib.training.engine import Engine
-from lumirlib.training.trainer import Trainer, TrainingState, train
+from lumirlib.training.launch import train
+from lumirlib.training.trainer import Trainer
 from lumirlib.training.weights import load_model
 
 amounts = pytest.mark.parametrize("inputs", [QUICK, pytest.param(LONG, marks=pytest.mark.long)])

@@ -41,7 +41,7 @@ from lumirlib.provenance import project_root
 from lumirlib.study import jobs, results, submission, sweep
 from lumirlib.study.results import write_results
 from lumirlib.study.run import Run
-from lumirlib.training import trainer
+from lumirlib.training import launch, trainer
 from lumirlib.training.checkpoints import load_checkpoint, save_checkpoint
 from lumirlib.training.config import make_config
 from lumirlib.training.engine import Engine
@@ -529,7 +529,7 @@ def test_a_papermill_run_that_is_interrupted_ends_in_the_same_figures_when_it_is
 def weights_of(cohort, out: Path, row: str, engine: Engine) -> dict:
     preset = replace(PRESETS["smoke"], resolution_mm=1, epochs=1, steps_per_epoch=2, channel_divisor=16, levels=2)
     config = make_config(parse_variant(row), preset, cohort, 0, head_channels=4)
-    return load_checkpoint(trainer.train(config, cohort, out, engine, progress=False).checkpoint)["model"]
+    return load_checkpoint(launch.train(config, cohort, out, engine, progress=False).checkpoint)["model"]
 
 
 @pytest.mark.parametrize("row", ["backbone", "LK+BF", "LC-2+CA"])

@@ -27,10 +27,12 @@ from lumirlib.provenance import project_root
 from lumirlib.study import run as run_module
 from lumirlib.study.run import Run, evaluate_method
 from lumirlib.training import interrupts
+from lumirlib.training.checkpoints import load_checkpoint
 from lumirlib.training.config import RunConfig, make_config
 from lumirlib.training.divergence import NonFiniteLossError
+from lumirlib.training.launch import train
 from lumirlib.training.pairs import epoch_pairs, evenly_spaced
-from lumirlib.training.trainer import Trainer, load_checkpoint, train
+from lumirlib.training.trainer import Trainer
 from lumirlib.training.weights import load_model
 
 PAPERS_ROWS = ("backbone", "BF", "BF-post", "CA", "CA+BF", "LK", "LC-1", "LC-2")
