@@ -18,14 +18,7 @@ from matplotlib.figure import Figure
 
 from lumirlib import metrics, spatial
 from lumirlib.files import write_atomically
-
-#: Metric -> axis label, factor to the unit of the label.
-METRIC_LABELS: dict[str, tuple[str, float]] = {
-    "dice": ("Dice (%)", 100.0),
-    "tre_mm": ("TRE (mm)", 1.0),
-    "ndv_percent": ("NDV (%)", 1.0),
-    "hd95_mm": ("HD95 (mm)", 1.0),
-}
+from lumirlib.metrics.pair import MEASURES
 
 
 def use_style() -> None:
@@ -77,9 +70,10 @@ def plot_metric_before_after(ax: Axes, before: pd.DataFrame, after: pd.DataFrame
         ax: to draw on.
         before: long table of zero displacement.
         after: long table of a method, same pairs.
-        metric: a key of :data:`METRIC_LABELS`.
+        metric: Name of one of the challenge's metrics.
     """
-    label, factor = METRIC_LABELS[metric]
+    label = MEASURES[metric].heading
+    factor = MEASURES[metric].factor
     values = [table[table["metric"] == metric].set_index("pair")["value"] * factor for table in (before, after)]
     both = pd.concat(values, axis=1, keys=["before", "after"]).replace([np.inf, -np.inf], np.nan).dropna()
     if both.empty:
@@ -240,8 +234,8 @@ def curves_figure(history: pd.DataFrame, title: str) -> Figure:
 
 def metrics_figure(before: pd.DataFrame, after: pd.DataFrame, title: str) -> Figure:
     """The four metrics of every pair, before and after registration."""
-    figure, axes = plt.subplots(1, len(METRIC_LABELS), figsize=(12, 3.4), layout="constrained")
-    for ax, metric in zip(axes, METRIC_LABELS, strict=True):
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(12, 3.4), layout="constrained")
+    for ax, metric in zip(axes, MEASURES, strict=True):
         plot_metric_before_after(ax, before, after, metric)
     figure.suptitle(title)
     return figure

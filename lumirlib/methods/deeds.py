@@ -21,7 +21,7 @@ from lumirlib.methods.base import Preset, Tool
 #: `Deeds.for_resolution` works on voxels of at most this edge in mm.
 MAX_MM = 2.0
 #: It takes the LUMIR settings for voxels below this edge in mm.
-COARSE_MM = 1.5
+LUMIR_BELOW_MM = 1.5
 #: Rounds of making the two fields of a pair consistent.
 CONSISTENCY_ROUNDS = 10
 
@@ -81,7 +81,7 @@ class Deeds(Tool):
             raise ValueError(f"resolution_mm must be above 0, got {resolution_mm}")
         upsampling = max(1, math.ceil(resolution_mm / MAX_MM))
         settings: dict[str, object] = {"upsampling": upsampling}
-        if resolution_mm / upsampling >= COARSE_MM:
+        if resolution_mm / upsampling >= LUMIR_BELOW_MM:
             settings |= {"grid_spacings": (5, 4, 3, 2), "radii": (5, 4, 3, 2), "quantisations": (3, 2, 1, 1)}
         return cls(**{**settings, **options})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -10,8 +11,41 @@ from lumirlib import metrics, spatial
 from lumirlib._checks import check_displacement, check_finite, check_labels
 from lumirlib.metrics.labels import LUMIR_LABELS
 
-#: The four metrics of the challenge, in the paper's order. Dice is in [0, 1] in files, in percent in tables.
-METRICS = ("dice", "tre_mm", "ndv_percent", "hd95_mm")
+
+@dataclass(frozen=True)
+class Measure:
+    """What a figure is of.
+
+    Attributes:
+        name: Name in results files.
+        title: Name for a reader.
+        unit: Unit for a reader; empty for none.
+        factor: Factor from the unit of results files to `unit`.
+        higher_is_better: Whether more is better.
+    """
+
+    name: str
+    title: str
+    unit: str
+    factor: float = 1.0
+    higher_is_better: bool = False
+
+    @property
+    def heading(self) -> str:
+        """Title with unit, as a column or an axis has it."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+
+#: The challenge's four metrics by name, in the paper's order.
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        Measure("dice", "Dice", "%", 100.0, higher_is_better=True),
+        Measure("tre_mm", "TRE", "mm"),
+        Measure("ndv_percent", "NDV", "%"),
+        Measure("hd95_mm", "HD95", "mm"),
+    )
+}
 
 NDV_MASKS = ("moving", "fixed")
 
@@ -47,7 +81,7 @@ def evaluate_pair(
     """
     check_displacement(displacement)
     check_finite(displacement, "displacement")
-    found = dict.fromkeys(METRICS, math.nan)
+    found = dict.fromkeys(MEASURES, math.nan)
     if fixed_labels is not None and moving_labels is not None:
         check_labels(fixed_labels, "fixed_labels")
         check_labels(moving_labels, "moving_labels")

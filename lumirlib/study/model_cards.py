@@ -17,7 +17,7 @@ from lumirlib.data import load_cohort
 from lumirlib.evaluation import evaluate_method, summarize, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.methods.base import PAPER, Preset
-from lumirlib.metrics.pair import METRICS
+from lumirlib.study.paper import CHALLENGE, METRICS, Metric
 from lumirlib.study.results import cohort_facts, read_results, write_results
 from lumirlib.training import weights as packaged
 from lumirlib.training.engine import pick_device
@@ -29,13 +29,8 @@ HEADER_BYTES = 100_000
 DICE_TOLERANCE = 1e-3
 
 LICENSE = "Apache-2.0"
-#: What the card shows of each metric: heading, factor from the unit of the files, digits.
-SHOWN = {
-    "dice": ("Dice (%)", 100, 2),
-    "hd95_mm": ("HD95 (mm)", 1, 3),
-    "tre_mm": ("TRE (mm)", 1, 3),
-    "ndv_percent": ("NDV (%)", 1, 4),
-}
+#: Metrics of the card, in its order.
+SHOWN = ("dice", "hd95_mm", "tre_mm", "ndv_percent")
 
 
 # writing --------------------------------------------------------------------------------------------------------------
@@ -185,7 +180,7 @@ def _facts(
         "figures": {
             metric: {"mean": float(row["mean"]), "std": float(row["std"]), "pairs": int(row["pairs"])}
             for metric, row in summary.iterrows()
-            if metric.removesuffix("_before") in (*METRICS, "seconds") and row["pairs"]
+            if metric.removesuffix("_before") in (*CHALLENGE, "seconds") and row["pairs"]
         },
     }
 
@@ -200,10 +195,10 @@ def model_card(facts: Mapping[str, Any]) -> str:
     devices = list(dict.fromkeys(session.partition(", ")[2] for session in facts["trained_by"]))
     commits = list(dict.fromkeys(session.partition(", ")[0] for session in facts["trained_by"]))
     rows = [
-        f"| {heading} | {_shown(figures[f'{metric}_before'], factor, digits)} "
-        f"| {_shown(figures[metric], factor, digits)} | {figures[metric]['pairs']} |"
-        for metric, (heading, factor, digits) in SHOWN.items()
-        if metric in figures
+        f"| {metric.heading} | {_shown(figures[f'{metric.name}_before'], metric)} "
+        f"| {_shown(figures[metric.name], metric)} | {figures[metric.name]['pairs']} |"
+        for metric in (METRICS[name] for name in SHOWN)
+        if metric.name in figures
     ]
     dice = facts["val_dice"]
     chosen_by = "similarity" if dice is None or math.isnan(dice) else f"Dice ({100 * dice:.2f} %)"
@@ -270,8 +265,8 @@ The weights are under {facts["license"]}, as the package. To be named:
 """
 
 
-def _shown(figure: Mapping[str, float], factor: float, digits: int) -> str:
-    return f"{figure['mean'] * factor:.{digits}f} ± {figure['std'] * factor:.{digits}f}"
+def _shown(figure: Mapping[str, float], metric: Metric) -> str:
+    return " ± ".join(f"{metric.shown(figure[part]):.{metric.short_digits}f}" for part in ("mean", "std"))
 
 
 def write_cards() -> list[Path]:

@@ -2,22 +2,120 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 
 import pandas as pd
 
 from lumirlib.methods import parse_row
+from lumirlib.metrics.pair import MEASURES, Measure
 
-#: Metric -> whether more is better, and its weight in the snapshot score of July 2024.
-CHALLENGE_METRICS: dict[str, tuple[bool, float]] = {
-    "dice": (True, 1 / 6),
-    "tre_mm": (False, 1 / 3),
-    "ndv_percent": (False, 1 / 3),
-    "hd95_mm": (False, 1 / 6),
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Measure):
+    """A metric with all that tables, tests and claims need to know of it.
+
+    Attributes:
+        digits: Digits after the point in the paper's tables.
+        short_digits: Digits after the point in differences of ours, and on model cards.
+        unit_of_difference: Unit of a difference, for a reader.
+        margin: Half the width of the band within which two rows match, in the unit of results files; NaN where rows
+            are not compared.
+        snapshot_weight: Weight in the challenge's snapshot score of July 2024.
+        final_weight: Weight over ranks by significance in the final ranking of 2024, as a participant states it.
+    """
+
+    digits: int
+    short_digits: int
+    unit_of_difference: str
+    margin: float = math.nan
+    snapshot_weight: float = 0.0
+    final_weight: float = 0.0
+
+    def shown(self, value: float) -> float:
+        """A value of results files in the unit that readers see."""
+        return value * self.factor
+
+    @property
+    def shown_margin(self) -> float:
+        """The margin in the unit that readers see."""
+        return self.shown(self.margin)
+
+
+def _challenge(name: str, **more) -> Metric:
+    return Metric(**asdict(MEASURES[name]), **more)
+
+
+#: All that is known of a metric, by its name; every table, test and figure of the study takes it from here.
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            name="val_dice",
+            title="Val Dice",
+            unit="%",
+            factor=MEASURES["dice"].factor,
+            higher_is_better=True,
+            digits=2,
+            short_digits=2,
+            unit_of_difference="points",
+        ),
+        _challenge(
+            "dice",
+            digits=2,
+            short_digits=2,
+            unit_of_difference="points",
+            margin=0.0025,
+            snapshot_weight=1 / 6,
+            final_weight=1 / 5,
+        ),
+        Metric(
+            name="dice_std",
+            title="± std",
+            unit="",
+            factor=MEASURES["dice"].factor,
+            digits=2,
+            short_digits=2,
+            unit_of_difference="points",
+        ),
+        _challenge(
+            "tre_mm",
+            digits=4,
+            short_digits=3,
+            unit_of_difference="mm",
+            margin=0.05,
+            snapshot_weight=1 / 3,
+            final_weight=2 / 5,
+        ),
+        Metric(
+            name="tre_points_mm", title="TRE of points", unit="mm", digits=4, short_digits=3, unit_of_difference="mm"
+        ),
+        _challenge(
+            "ndv_percent",
+            digits=4,
+            short_digits=4,
+            unit_of_difference="%",
+            margin=0.01,
+            snapshot_weight=1 / 3,
+            final_weight=1 / 5,
+        ),
+        _challenge(
+            "hd95_mm",
+            digits=4,
+            short_digits=3,
+            unit_of_difference="mm",
+            margin=0.1,
+            snapshot_weight=1 / 6,
+            final_weight=1 / 5,
+        ),
+    )
 }
-#: Weights over ranks by significance in the final ranking of 2024, as a participant states them.
-FINAL_WEIGHTS = {"dice": 1 / 5, "tre_mm": 2 / 5, "ndv_percent": 1 / 5, "hd95_mm": 1 / 5}
+#: The challenge's metrics, which rows are compared and ranked by, in the paper's order.
+CHALLENGE = tuple(MEASURES)
+#: Columns of the paper's tables, in their order; "val_dice" is in Table 2 alone.
+COLUMNS = ("val_dice", "dice", "dice_std", "tre_mm", "ndv_percent", "hd95_mm")
 
 
 def published() -> pd.DataFrame:
@@ -27,25 +125,11 @@ def published() -> pd.DataFrame:
         Index: method; columns dice (0 to 1), tre_mm, ndv_percent, hd95_mm, source.
     """
     paper = paper_table(1).set_index("method")
-    paper = paper.assign(dice=paper["dice"] / 100, source="the paper, Table 1")
-    with resources.files("lumirlib").joinpath("published.csv").open(encoding="utf-8") as lines:
+    paper = paper.assign(dice=paper["dice"] / METRICS["dice"].factor, source="the paper, Table 1")
+    with resources.files("lumirlib.study").joinpath("published.csv").open(encoding="utf-8") as lines:
         others = pd.read_csv(lines, index_col="method")
     return pd.concat([paper[others.columns], others])
 
-
-#: Column of paper.csv -> metric of ours, factor from our unit to the paper's, heading.
-COLUMNS: dict[str, tuple[str, float, str]] = {
-    "val_dice": ("val_dice", 100.0, "Val Dice (%)"),
-    "dice": ("dice", 100.0, "Dice (%)"),
-    "dice_std": ("dice_std", 100.0, "± std"),
-    "tre_mm": ("tre_mm", 1.0, "TRE (mm)"),
-    "ndv_percent": ("ndv_percent", 1.0, "NDV (%)"),
-    "hd95_mm": ("hd95_mm", 1.0, "HD95 (mm)"),
-}
-#: Digits after the point, as the paper has them.
-DIGITS = {"val_dice": 2, "dice": 2, "dice_std": 2, "tre_mm": 4, "ndv_percent": 4, "hd95_mm": 4}
-#: Metrics of which more is better; of the others less is.
-HIGHER_IS_BETTER = ("val_dice", "dice")
 
 BEFORE = "Before Reg"
 
@@ -60,7 +144,7 @@ def paper_table(table: int | None = None) -> pd.DataFrame:
         Columns table, method, sc, val_dice, dice, dice_std (percent), tre_mm, ndv_percent, hd95_mm; NaN where the
         paper has none.
     """
-    with resources.files("lumirlib").joinpath("paper.csv").open(encoding="utf-8") as lines:
+    with resources.files("lumirlib.study").joinpath("paper.csv").open(encoding="utf-8") as lines:
         rows = pd.read_csv(lines)
     return rows if table is None else rows[rows["table"] == table].reset_index(drop=True)
 

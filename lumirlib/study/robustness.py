@@ -33,8 +33,8 @@ from lumirlib.data import Pair
 from lumirlib.evaluation import Method, evaluate_method
 from lumirlib.files import check_writable, read_json, write_json
 from lumirlib.methods import parse_row
-from lumirlib.metrics.pair import METRICS
 from lumirlib.provenance import redact_path
+from lumirlib.study.paper import CHALLENGE
 from lumirlib.study.results import cohort_facts, read_table, write_results
 from lumirlib.study.run import Run
 from lumirlib.training.pairs import evenly_spaced
@@ -46,7 +46,7 @@ HOLE_MM = (15.0, 25.0)
 
 UNALTERED = "unaltered"
 #: Columns of the table, at least.
-COLUMNS = ("pair", "fixed", "moving", "alteration", *METRICS)
+COLUMNS = ("pair", "fixed", "moving", "alteration", *CHALLENGE)
 
 
 def invert_contrast(image: torch.Tensor) -> torch.Tensor:

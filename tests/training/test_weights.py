@@ -95,7 +95,7 @@ def test_the_card_says_what_the_run_and_the_evaluation_wrote(made, packaged):
     assert about["trained_on"].startswith("images of 2 people, First") and about["trained_on"] in card
     assert facts["steps"] == 4 and facts["epochs"] == 2 and f"{facts['parameters']:,} parameters" in card
     assert f"Others, 1 mm, 2 pairs, {measured['scored_labels']} labels" in card
-    dice = weights.read_results(root / "out" / "pretrained" / f"{NAME}.csv")[0].groupby("metric")["value"].mean()
+    dice = results.read_results(root / "out" / "pretrained" / f"{NAME}.csv")[0].groupby("metric")["value"].mean()
     assert f"{100 * dice['dice_before']:.2f} ± " in card and f"{100 * dice['dice']:.2f} ± " in card
     for words in (
         run.config.run,
@@ -361,7 +361,7 @@ def test_packaged_weights_are_whole_small_and_have_their_card(name):
     found = weights.read_packaged(name)
     assert (weights.FOLDER / f"{name}.md").read_text(encoding="utf-8") == model_cards.model_card(found.facts)
     assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) <= weights.MAX_BYTES
-    table, measured = weights.read_results(ROOT / "results" / "pretrained" / f"{name}.csv")
+    table, measured = results.read_results(ROOT / "results" / "pretrained" / f"{name}.csv")
     assert measured["digest"] == found.digest
     dice = table.loc[table["metric"] == "dice", "value"].mean()
     assert dice == pytest.approx(found.facts["figures"]["dice"]["mean"], abs=1e-12)

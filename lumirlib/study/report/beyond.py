@@ -14,9 +14,9 @@ import pandas as pd
 
 from lumirlib.methods import parse_row
 from lumirlib.study import robustness
-from lumirlib.study.paper import BEFORE, COLUMNS, DIGITS, uses_other_weights
+from lumirlib.study.paper import BEFORE, METRICS, uses_other_weights
 from lumirlib.study.report.publish import as_text, not_converged_note, publish
-from lumirlib.study.report.runs import Runs, _deterministic_rows, late_rises
+from lumirlib.study.report.runs import Runs, deterministic_rows, late_rises
 from lumirlib.study.report.statistics import compare_rows
 from lumirlib.study.results import Measured, find_runs, read_table
 from lumirlib.training.pairs import evenly_spaced
@@ -70,7 +70,7 @@ def training_minutes(runs: Runs) -> pd.DataFrame:
 def trained_here(runs: Runs) -> tuple[str, ...]:
     """The rows with a training of their own, as "IO" has none."""
     return tuple(
-        name for name in runs.variants if not uses_other_weights(name) and name not in _deterministic_rows([name])
+        name for name in runs.variants if not uses_other_weights(name) and name not in deterministic_rows([name])
     )
 
 
@@ -115,7 +115,7 @@ def differences(runs: Runs, metric: str = "dice") -> dict[str, pd.DataFrame]:
         others = [name for name in runs.variants if name != reference]
         if reference in runs.variants and others:
             found[reference] = compare_rows(
-                runs.values, others, reference, metric, deterministic=_deterministic_rows(runs.variants)
+                runs.values, others, reference, metric, deterministic=deterministic_rows(runs.variants)
             ).set_index("row")
     return found
 
@@ -138,7 +138,7 @@ def ablation(runs: Runs) -> pd.DataFrame:
         means = own.pivot_table(index="metric", columns="seed", values="value").reindex(COMPARED)
         line: dict[str, object] = {"variant": name, "seeds": len(facts), "pairs": own["pair"].nunique()}
         for metric in COMPARED:
-            values = COLUMNS[metric][1] * means.loc[metric]
+            values = METRICS[metric].factor * means.loc[metric]
             line |= {metric: values.mean(), f"{metric}_sd": values.std(ddof=1)}
         seconds = own[own["metric"] == "seconds"].groupby("seed")["value"].median()
         spent = minutes[name].mean() if name in minutes else math.nan
@@ -183,9 +183,10 @@ def readable_ablation(table: pd.DataFrame) -> pd.DataFrame:
     for _, line in table.iterrows():
         row = {"row": line["variant"], "seeds": str(line["seeds"])}
         for metric in COMPARED:
-            row[COLUMNS[metric][2]] = as_text(line[metric], DIGITS[metric])
+            heading = METRICS[metric].heading
+            row[heading] = as_text(line[metric], METRICS[metric].digits)
             if metric == "dice" and not pd.isna(line["dice_sd"]):
-                row[COLUMNS[metric][2]] += f" ± {line['dice_sd']:.2f}"
+                row[heading] += f" ± {line['dice_sd']:.2f}"
         row |= {
             "parameters": f"{int(line['parameters']):,}",
             "training (min)": as_text(line["training_minutes"], 1),
@@ -450,7 +451,7 @@ def robustness_table(measured: pd.DataFrame, reference: str = REFERENCES[0]) -> 
         found = pd.DataFrame()
         if others and reference in names:
             long = table.assign(metric="dice", value=table["dice"])
-            found = compare_rows(long, others, reference, "dice", deterministic=_deterministic_rows(names)).set_index(
+            found = compare_rows(long, others, reference, "dice", deterministic=deterministic_rows(names)).set_index(
                 "row"
             )
         for name in names:

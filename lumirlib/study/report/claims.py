@@ -28,8 +28,8 @@ from lumirlib.methods.variants import Variant
 from lumirlib.study import results
 from lumirlib.study.paper import (
     BEFORE,
-    CHALLENGE_METRICS,
-    COLUMNS,
+    CHALLENGE,
+    METRICS,
     NEXT_GEN_NN,
     paper_method,
     paper_table,
@@ -38,7 +38,7 @@ from lumirlib.study.paper import (
 from lumirlib.study.report import publish, runs, tables
 from lumirlib.study.report.publish import to_markdown
 from lumirlib.study.report.runs import Runs
-from lumirlib.study.report.statistics import MATCHING, compare_rows
+from lumirlib.study.report.statistics import compare_rows
 from lumirlib.study.results import Measured
 
 SUPPORTED, NOT_SUPPORTED, OPEN = "supported", "not supported", "cannot be told"
@@ -52,7 +52,7 @@ MSE_SMOOTHNESS = (1.0, 0.1, 0.01)
 #: From fewer people's landmarks nothing is concluded about TRE.
 PEOPLE_WITH_LANDMARKS = 5
 #: NDV (%) of the reference below which the voxels are too coarse, or the training too short, to show folds.
-FOLDS = MATCHING["ndv_percent"]
+FOLDS = METRICS["ndv_percent"].margin
 #: Share of a run's whole gain in Dice that counts as having arrived, and the share of its epochs that is early.
 ARRIVED, EARLY = 0.9, 0.25
 #: Range of Dice over pairs (points) that is wide, and one that is not.
@@ -62,8 +62,6 @@ MARKERS = (
     "<!-- python -m lumirlib.study.report.claims --write -->",
     "<!-- end of python -m lumirlib.study.report.claims -->",
 )
-
-UNITS = {"dice": "points", "tre_mm": "mm", "ndv_percent": "%", "hd95_mm": "mm"}
 
 _SWAPPED = {"better": "worse", "worse": "better"}
 
@@ -134,11 +132,9 @@ class Evidence:
         row, reference = (first, second) if direct else (second, first)
         if (reference, metric) not in self._compared:
             family = [name for name in self.families[reference] if name in self.rows]
-            idle = [
-                name for name in (*family, reference) if name != WITH_MSE and parse_row(name).trains_on == "nothing"
-            ]
+            named = [name for name in (*family, reference) if name != WITH_MSE]
             self._compared[reference, metric] = compare_rows(
-                self.values, family, reference, metric, deterministic=idle
+                self.values, family, reference, metric, deterministic=runs.deterministic_rows(named)
             ).set_index("row", drop=False)
         line = self._compared[reference, metric].loc[row].copy()
         if not direct:
@@ -206,7 +202,7 @@ class Check:
     at_least: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice(self.metric, tuple(MATCHING), "metric")
+        check_choice(self.metric, CHALLENGE, "metric")
         check_choice(self.expect, ("better", "kept", "alike"), "expect")
 
     def judge(self, study: Evidence) -> dict[str, object]:
@@ -214,7 +210,7 @@ class Check:
 
         Differences and intervals are in the paper's units.
         """
-        factor = COLUMNS[self.metric][1]
+        factor = METRICS[self.metric].factor
         found: dict[str, object] = {
             "row": self.row,
             "reference": self.reference,
@@ -238,8 +234,7 @@ class Check:
             return OPEN, f"{self.reference} folds in less than {FOLDS} % of the brain here"
         if math.isnan(line["seeds_sd"]):
             return OPEN, "one seed"
-        up = CHALLENGE_METRICS[self.metric][0]
-        margin = COLUMNS[self.metric][1] * MATCHING[self.metric]
+        up, margin = METRICS[self.metric].higher_is_better, METRICS[self.metric].shown_margin
         # gains are positive whichever way the metric goes
         low, high = (scaled["low"], scaled["high"]) if up else (-scaled["high"], -scaled["low"])
         verdict = line["verdict"]
@@ -282,20 +277,16 @@ class Verdict:
 
 
 def _signed(value: float, metric: str) -> str:
-    digits = {"dice": 2, "tre_mm": 3, "ndv_percent": 4, "hd95_mm": 3}[metric]
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{value:+.{METRICS[metric].short_digits}f}".replace("-", "−")
 
 
 def _in_words(check: Mapping[str, object]) -> str:
     metric = str(check["metric"])
-    name = COLUMNS[metric][2].split(" (")[0]
-    start = f"{check['row']} against {check['reference']}, {name}:"
+    start = f"{check['row']} against {check['reference']}, {METRICS[metric].title}:"
     if pd.isna(check.get("difference", math.nan)):
         return f"{start} {check['why']}"
-    figures = (
-        f"{_signed(check['difference'], metric)} {UNITS[metric]} [{_signed(check['low'], metric)}, "
-        f"{_signed(check['high'], metric)}]"
-    )
+    value, low, high = (_signed(check[name], metric) for name in ("difference", "low", "high"))
+    figures = f"{value} {METRICS[metric].unit_of_difference} [{low}, {high}]"
     why = f" ({check['why']})" if check["why"] and check["outcome"] == OPEN else ""
     return f"{start} {figures}, {check['outcome']}{why}"
 
@@ -305,11 +296,13 @@ def _paper_in_words(checks: pd.DataFrame) -> str:
     for _, check in checks.iterrows():
         if math.isnan(check["paper"]):
             continue
-        metric = check["metric"]
-        name = COLUMNS[metric][2].split(" (")[0]
-        up = CHALLENGE_METRICS[metric][0]
-        against = check["expect"] == "better" and (check["paper"] < 0 if up else check["paper"] > 0)
-        words.append(f"{check['row']} {name} {_signed(check['paper'], metric)}{' (against the claim)' * against}")
+        metric = METRICS[check["metric"]]
+        against = check["expect"] == "better" and (
+            check["paper"] < 0 if metric.higher_is_better else check["paper"] > 0
+        )
+        words.append(
+            f"{check['row']} {metric.title} {_signed(check['paper'], metric.name)}{' (against the claim)' * against}"
+        )
     return "; ".join(words) or "no figures"
 
 
@@ -345,13 +338,9 @@ class Claim:
         }
         parts = []
         for check in self.checks:
-            name = COLUMNS[check.metric][2].split(" (")[0]
             size = f", with an interval that reaches {check.at_least:g}" if check.at_least else ""
-            parts.append(
-                f"{check.row} {asked[check.expect]} than {check.reference} in {name}{size}".replace(
-                    "differs by no more than the margin than", "differs by no more than the margin from"
-                )
-            )
+            than = f"{'from' if check.expect == 'alike' else 'than'} {check.reference}"
+            parts.append(f"{check.row} {asked[check.expect]} {than} in {METRICS[check.metric].title}{size}")
         return Verdict(
             self.key,
             self.words,

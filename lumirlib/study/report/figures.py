@@ -21,14 +21,13 @@ from lumirlib import metrics, spatial
 from lumirlib._checks import check_labels
 from lumirlib.methods import parse_row
 from lumirlib.methods.synthesis import SynthesisOptions, deform_labels, synthesize
-from lumirlib.plots import METRIC_LABELS, displacement_of, plot_labels, plot_slice
+from lumirlib.plots import displacement_of, plot_labels, plot_slice
 from lumirlib.study import robustness
-from lumirlib.study.paper import BEFORE, COLUMNS, paper_method, paper_table
+from lumirlib.study.paper import BEFORE, CHALLENGE, METRICS, paper_method, paper_table
 from lumirlib.study.report import beyond
 from lumirlib.study.report.claims import Verdict
 from lumirlib.study.report.difficulty import FEATURES, OUTCOMES, explain
 from lumirlib.study.report.runs import Runs
-from lumirlib.study.report.statistics import MATCHING
 
 
 def synthesis_figure(
@@ -76,7 +75,7 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
     others = [name for name in order if name != reference]
     colours = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
     figure, axes = plt.subplots(
-        2, len(METRIC_LABELS), figsize=(15, 1.6 + 0.7 * len(order)), layout="constrained", sharey="row"
+        2, len(CHALLENGE), figsize=(15, 1.6 + 0.7 * len(order)), layout="constrained", sharey="row"
     )
 
     def draw(ax: Axes, table: pd.DataFrame, value: str, names: list[str]) -> None:
@@ -95,14 +94,16 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
             zorder=3,
         )
 
-    for column, (metric, (label, factor)) in enumerate(METRIC_LABELS.items()):
+    for column, (metric, measure) in enumerate((name, METRICS[name]) for name in CHALLENGE):
         above, below = axes[:, column]
-        values = runs.values[runs.values["metric"] == metric].assign(value=lambda table, by=factor: table["value"] * by)
+        values = runs.values[runs.values["metric"] == metric].assign(
+            value=lambda table, by=measure.factor: table["value"] * by
+        )
         draw(above, values[values["variant"].isin(order)], "value", order)
         before = values.loc[~values["variant"].isin(order), "value"].mean()
         if metric != "ndv_percent" and np.isfinite(before):
             above.axvline(before, color="0.4", linestyle="--", linewidth=1.2)
-        above.set(xlabel=label, ylabel="")
+        above.set(xlabel=measure.heading, ylabel="")
         change = differences[differences["metric"] == metric]
         draw(below, change, "difference", others)
         seeds = change.groupby(["variant", "seed"], as_index=False)["difference"].mean()
@@ -116,7 +117,7 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
             zorder=4,
         )
         below.axvline(0, color="0.4", linewidth=1.2)
-        below.set(xlabel=f"{label}, minus the {reference}'s", ylabel="")
+        below.set(xlabel=f"{measure.heading}, minus the {reference}'s", ylabel="")
         for ax in (above, below):
             ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.ticklabel_format(axis="x", scilimits=(-3, 4))
@@ -280,7 +281,7 @@ def claim_figure(finding: Verdict) -> Figure | None:
     )
     for ax, (metric, part) in zip(axes[0], groups, strict=True):
         plot_differences(ax, part)
-        ax.set_xlabel(f"{METRIC_LABELS[metric][0]}: row minus reference")
+        ax.set_xlabel(f"{METRICS[metric].heading}: row minus reference")
     figure.suptitle(f"{finding.claim}: {finding.verdict}", fontsize=10)
     return figure
 
@@ -293,7 +294,7 @@ def plot_differences(ax: Axes, checks: pd.DataFrame) -> Axes:
         checks: columns row, reference, metric, difference, low, high, paper, in the paper's units.
     """
     places = np.arange(len(checks))[::-1]
-    margin = COLUMNS[checks["metric"].iloc[0]][1] * MATCHING[checks["metric"].iloc[0]]
+    margin = METRICS[checks["metric"].iloc[0]].shown_margin
     ax.axvspan(-margin, margin, color="0.93", zorder=0)
     ax.axvline(0, color="0.4", linewidth=1)
     ax.hlines(places, checks["low"], checks["high"], color="C0", linewidth=2.2)

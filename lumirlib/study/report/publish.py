@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 
 import pandas as pd
 
 from lumirlib.files import write_atomically, write_json
 from lumirlib.provenance import now, versions
-from lumirlib.study.paper import BEFORE, COLUMNS, DIGITS, HIGHER_IS_BETTER
+from lumirlib.study.paper import BEFORE, CHALLENGE, COLUMNS, METRICS
 from lumirlib.study.report import difficulty, statistics, tables
 from lumirlib.study.report.runs import CONVERGED, Runs, late_rises
 from lumirlib.study.results import Measured, data_title
@@ -39,9 +40,9 @@ def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
             continue
         for source in ("paper", "ours"):
             # as printed: what looks alike is alike, and where all are alike none is best
-            values = schemes.loc[schemes["metric"] == column, source].round(DIGITS[column]).dropna()
+            values = schemes.loc[schemes["metric"] == column, source].round(METRICS[column].digits).dropna()
             if len(set(values)) > 1:
-                best[column, source] = values.max() if column in HIGHER_IS_BETTER else values.min()
+                best[column, source] = values.max() if METRICS[column].higher_is_better else values.min()
     rows = {}
     for method, part in table.groupby("method", sort=False):
         by_metric = part.set_index("metric")
@@ -50,8 +51,7 @@ def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
         name += "" if pd.isna(sc) else f" (sc:{int(sc)})"
         lines: dict[str, dict[str, str]] = {"paper": {}, "ours": {}, "ours − paper": {}}
         for column in columns:
-            heading = COLUMNS[column][2]
-            row, digits = by_metric.loc[column], DIGITS[column]
+            row, heading, digits = by_metric.loc[column], METRICS[column].heading, METRICS[column].digits
             for source in ("paper", "ours"):
                 text = as_text(row[source], digits)
                 if variant != BEFORE and round(row[source], digits) == best.get((column, source)):
@@ -87,11 +87,11 @@ def brief_table(table: pd.DataFrame) -> pd.DataFrame:
         variant, values = part["variant"].iloc[0], part.set_index("metric")
         named = variant in (BEFORE, method) or method.startswith("backbone")
         row = {"method": method if named else f"{method} ({variant})"}
-        for metric in ("dice", "tre_mm", "ndv_percent", "hd95_mm"):
-            figures = [as_text(values.loc[metric, whose], DIGITS[metric]) for whose in ("paper", "ours")]
-            spread = values.loc[metric, "seed_std"]
-            figures[1] += "" if pd.isna(spread) else f" ± {spread:.{DIGITS[metric]}f}"
-            row[f"{COLUMNS[metric][2]}: paper, ours"] = " · ".join(figures)
+        for metric in (METRICS[name] for name in CHALLENGE):
+            figures = [as_text(values.loc[metric.name, whose], metric.digits) for whose in ("paper", "ours")]
+            spread = values.loc[metric.name, "seed_std"]
+            figures[1] += "" if pd.isna(spread) else f" ± {spread:.{metric.digits}f}"
+            row[f"{metric.heading}: paper, ours"] = " · ".join(figures)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -102,8 +102,7 @@ def readable_effects(table: pd.DataFrame) -> pd.DataFrame:
     for variant, part in table.groupby("variant", sort=False):
         row = {"scheme": f"+{variant}"}
         for _, found in part.iterrows():
-            _, _, heading = COLUMNS[found["metric"]]
-            digits = DIGITS[found["metric"]]
+            heading, digits = METRICS[found["metric"]].heading, METRICS[found["metric"]].digits
             ours = as_text(found["ours"], digits, signed=True)
             spread = "" if pd.isna(found["seed_std"]) else f" ({found['seed_std']:.{digits}f})"
             row[f"{heading}: paper"] = as_text(found["paper"], digits, signed=True)
@@ -209,7 +208,7 @@ def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
     """:func:`publish` Table 1 or 2 beside ours; the Markdown."""
     table = {1: tables.table1, 2: tables.table2}[number](runs)
     note = f"{runs.spread_note}. Best figures in bold, zero displacement left out."
-    dice = table[table["metric"] == "dice"].set_index("variant")["ours"].round(DIGITS["dice"])
+    dice = table[table["metric"] == "dice"].set_index("variant")["ours"].round(METRICS["dice"].digits)
     idle = [name for name in runs.variants if dice[name] <= dice[BEFORE]]
     if idle:
         note += f" Not better than zero displacement in Dice, so it has learned nothing yet: {', '.join(idle)}."
@@ -223,6 +222,11 @@ def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
         runs.about(),
         readable_table(table, r"\textbf{{{}}}"),
     )
+
+
+def _weights(kind: str) -> str:
+    parts = [(Fraction(getattr(METRICS[name], kind)).limit_denominator(100), METRICS[name].title) for name in CHALLENGE]
+    return ", ".join(f"{weight} {title}" for weight, title in parts)
 
 
 def publish_ranks(runs: Runs, stem: str | Path) -> str:
@@ -242,7 +246,7 @@ def publish_ranks(runs: Runs, stem: str | Path) -> str:
     table = ranks.join(scores["score"].rename("snapshot score"), how="outer" if on_lumir else "left")
     table = table.sort_values(["weighted", "snapshot score"], ascending=[True, False])
     table = table.rename_axis("method").reset_index()
-    shown = table.rename(columns={column: f"rank by {words[2]}" for column, words in COLUMNS.items()}).rename(
+    shown = table.rename(columns={metric: f"rank by {METRICS[metric].heading}" for metric in CHALLENGE}).rename(
         columns={"weighted": "weighted rank"}
     )
     shown = shown.map(lambda value: value if isinstance(value, str) else "–" if pd.isna(value) else f"{value:.3g}")
@@ -253,8 +257,8 @@ def publish_ranks(runs: Runs, stem: str | Path) -> str:
     )
     note = (
         "Rank by a metric: one plus the number of rows that are significantly better (Wilcoxon signed-rank test over "
-        "pairs, Holm-adjusted, 5 %); weighted 1/5 Dice, 2/5 TRE, 1/5 NDV, 1/5 HD95. Snapshot score: metrics from the "
-        f"worst row (0) to the best (1), weighted 1/6 Dice, 1/3 TRE, 1/3 NDV, 1/6 HD95. {theirs}"
+        f"pairs, Holm-adjusted, 5 %); weighted {_weights('final_weight')}. Snapshot score: metrics from the worst row "
+        f"(0) to the best (1), weighted {_weights('snapshot_weight')}. {theirs}"
     )
     return publish(stem, table, shown, f"Ranks as the challenge ranks ({runs.title})", note, runs.about())
 

@@ -37,7 +37,8 @@ def load_study_runs(
     return replace(runs, variants=present, missing=(*lost, *runs.missing), values=values, facts=facts, history=history)
 
 
-def _deterministic_rows(names: Sequence[str]) -> list[str]:
+def deterministic_rows(names: Sequence[str]) -> list[str]:
+    """The rows without random numbers, whose one run has no spread over seeds."""
     return [name for name in names if parse_row(name).trains_on == "nothing"]
 
 

@@ -22,11 +22,9 @@ from scipy.stats import wilcoxon
 
 from lumirlib._checks import check_choice
 from lumirlib.evaluation import summarize
-from lumirlib.study.paper import CHALLENGE_METRICS, FINAL_WEIGHTS, published
-from lumirlib.study.results import read_results as read_metrics
+from lumirlib.study.paper import CHALLENGE, METRICS, published
+from lumirlib.study.results import read_results
 
-#: Two rows match on a metric if the interval of their difference lies within this, in the metric's own unit.
-MATCHING = {"dice": 0.0025, "tre_mm": 0.05, "ndv_percent": 0.01, "hd95_mm": 0.1}
 #: Level of the test.
 ALPHA = 0.05
 
@@ -89,10 +87,10 @@ def verdict(difference: float, low: float, high: float, p_holm: float, seeds_sd:
         seeds_sd: the larger of both rows' standard deviations over seeds; NaN (one seed) proves nothing better.
         metric: one of the challenge's.
     """
-    check_choice(metric, tuple(MATCHING), "metric")
+    check_choice(metric, CHALLENGE, "metric")
     if p_holm < ALPHA and (low > 0 or high < 0) and abs(difference) > 2 * seeds_sd:
-        return "better" if (difference > 0) == CHALLENGE_METRICS[metric][0] else "worse"
-    if max(abs(low), abs(high)) <= MATCHING[metric]:
+        return "better" if (difference > 0) == METRICS[metric].higher_is_better else "worse"
+    if max(abs(low), abs(high)) <= METRICS[metric].margin:
         return "matches"
     return "cannot be told"
 
@@ -127,7 +125,7 @@ def compare_rows(
         ValueError: an unknown metric, a row that the table lacks, no pair that both rows have, several values for one
             pair and seed, or values that are not finite.
     """
-    check_choice(metric, tuple(MATCHING), "metric")
+    check_choice(metric, CHALLENGE, "metric")
     base = _values(table, reference, metric).dropna()
     lines = []
     for row in rows:
@@ -220,7 +218,7 @@ def compare(tables: Mapping[str, pd.DataFrame], alpha: float = 0.05) -> pd.DataF
     if len(tables) < 2:
         raise ValueError(f"tables must hold two methods or more, got {len(tables)}")
     rows = []
-    for metric, (higher_is_better, _) in CHALLENGE_METRICS.items():
+    for metric in CHALLENGE:
         values = _by_pair(tables, metric)
         if values.empty:
             continue
@@ -242,7 +240,7 @@ def compare(tables: Mapping[str, pd.DataFrame], alpha: float = 0.05) -> pd.DataF
                     }
                 )
         for row, adjusted in zip(found, holm(np.array([row["p"] for row in found])), strict=True):
-            ahead = row["first"] if (row["difference"] > 0) == higher_is_better else row["second"]
+            ahead = row["first"] if (row["difference"] > 0) == METRICS[metric].higher_is_better else row["second"]
             rows.append({**row, "p_holm": adjusted, "better": ahead if adjusted < alpha else ""})
     if not rows:
         raise ValueError(f"the methods {', '.join(tables)} have no pair in common")
@@ -257,15 +255,15 @@ def rank(tables: Mapping[str, pd.DataFrame], alpha: float = 0.05) -> pd.DataFram
         alpha: level of significance.
 
     Returns:
-        One row per method, best first: a rank per metric, and "weighted", their mean by :data:`FINAL_WEIGHTS`, whose
-        metrics that no pair has are left out.
+        One row per method, best first: a rank per metric, and "weighted", their mean by the final weights, from
+        which metrics that no pair has are left out.
     """
     tests = compare(tables, alpha)
     ranks = pd.DataFrame(1, index=list(tables), columns=list(dict.fromkeys(tests["metric"])))
     for _, test in tests.iterrows():
         if test["better"]:
             ranks.loc[test["second"] if test["better"] == test["first"] else test["first"], test["metric"]] += 1
-    weights = pd.Series(FINAL_WEIGHTS)[ranks.columns]
+    weights = pd.Series({metric: METRICS[metric].final_weight for metric in ranks.columns})
     ranks["weighted"] = (ranks * weights).sum(axis=1) / weights.sum()
     return ranks.sort_values("weighted", kind="stable")
 
@@ -290,7 +288,7 @@ def snapshot_scores(tables: Mapping[str, pd.DataFrame], cohort: str = "", with_p
             f"published figures are of LUMIR's validation pairs; ours are of the cohort {cohort!r} and cannot be "
             "placed among them"
         )
-    metrics = list(CHALLENGE_METRICS)
+    metrics = list(CHALLENGE)
     means = pd.DataFrame(
         {name: summarize(table)["mean"].reindex(metrics) for name, table in tables.items()}, dtype=float
     ).T.assign(published=False)
@@ -302,10 +300,10 @@ def snapshot_scores(tables: Mapping[str, pd.DataFrame], cohort: str = "", with_p
     if lacking.any():
         raise ValueError(f"{', '.join(means.index[lacking])} lack a metric that the score needs: {', '.join(metrics)}")
     score = 0.0
-    for metric, (higher_is_better, weight) in CHALLENGE_METRICS.items():
-        values = means[metric] if higher_is_better else -means[metric]
+    for metric in (METRICS[name] for name in CHALLENGE):
+        values = means[metric.name] if metric.higher_is_better else -means[metric.name]
         spread = values.max() - values.min()
-        score = score + weight * ((values - values.min()) / spread if spread > 0 else 1.0)
+        score = score + metric.snapshot_weight * ((values - values.min()) / spread if spread > 0 else 1.0)
     return means.assign(score=score).sort_values("score", ascending=False, kind="stable")
 
 
@@ -318,7 +316,7 @@ def read_scores(paths: Sequence[str | Path]) -> tuple[dict[str, pd.DataFrame], s
     """
     tables, cohorts = {}, {}
     for path in map(Path, paths):
-        table, about = read_metrics(path)
+        table, about = read_results(path)
         name = str(about.get("run", path.stem))
         if name in tables:
             raise ValueError(f"{path}: the run {name} is given twice")

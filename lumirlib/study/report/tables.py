@@ -10,7 +10,7 @@ import pandas as pd
 from lumirlib.evaluation import summarize
 from lumirlib.methods import parse_row
 from lumirlib.methods.variants import Variant
-from lumirlib.study.paper import BEFORE, COLUMNS, DIGITS, HIGHER_IS_BETTER, TABLE_1_NAMES, paper_method, paper_table
+from lumirlib.study.paper import BEFORE, CHALLENGE, COLUMNS, METRICS, TABLE_1_NAMES, paper_method, paper_table
 from lumirlib.study.report.runs import Runs
 
 
@@ -18,7 +18,7 @@ def _ours(table: pd.DataFrame, val_dice: float) -> dict[str, float]:
     summary = summarize(table)
     values = {metric: float(row["mean"]) for metric, row in summary.iterrows()}
     values |= {"val_dice": val_dice, "dice_std": float(summary.loc["dice", "std"])}
-    return {column: values[metric] * factor for column, (metric, factor, _) in COLUMNS.items()}
+    return {column: METRICS[column].shown(values[column]) for column in COLUMNS}
 
 
 def compare_with_paper(
@@ -61,7 +61,7 @@ def compare_with_paper(
     frame.index = pd.MultiIndex.from_tuples(frame.index)
     if not is_variant:
         frame = frame.drop(columns="val_dice")
-    return frame.rename(columns={column: heading for column, (_, _, heading) in COLUMNS.items()})
+    return frame.rename(columns={column: METRICS[column].heading for column in COLUMNS})
 
 
 def _theirs(method: str, table: int = 2) -> dict[str, float]:
@@ -74,7 +74,7 @@ def _theirs(method: str, table: int = 2) -> dict[str, float]:
 def _pairs(table: pd.DataFrame) -> dict[str, float]:
     counted = {metric: float(pairs) for metric, pairs in summarize(table)["pairs"].items()}
     # Val Dice is of the training's own choice of pairs
-    return {column: counted.get(metric, float("nan")) for column, (metric, _, _) in COLUMNS.items()}
+    return {column: counted.get(column, math.nan) for column in COLUMNS}
 
 
 def _minus(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
@@ -92,7 +92,7 @@ def table2(runs: Runs) -> pd.DataFrame:
 
     Returns:
         One row per method (as the paper names it, "Before Reg" first) and column of the paper: method, variant, sc
-        (ours), metric (key of :data:`COLUMNS`), paper, ours (mean over seeds), seed_std (sample standard deviation
+        (ours), metric (one of :data:`COLUMNS`), paper, ours (mean over seeds), seed_std (sample standard deviation
         over seeds, NaN for one), difference (ours - paper), seeds, pairs (with a figure).
     """
     names = {name: paper_method(name) for name in (BEFORE, *runs.variants)}
@@ -147,7 +147,7 @@ def paired_differences(runs: Runs, reference: str = "backbone") -> pd.DataFrame:
     """
     if reference not in runs.variants:
         raise ValueError(f"reference must be one of the runs ({', '.join(runs.variants)}); got {reference!r}")
-    scored = runs.values[runs.values["metric"].isin([column for column in COLUMNS if column in DIGITS])]
+    scored = runs.values[runs.values["metric"].isin(CHALLENGE)]
     keys = ["seed", "pair", "metric"]
     base = scored[scored["variant"] == reference].set_index(keys)["value"]
     found = []
@@ -158,7 +158,7 @@ def paired_differences(runs: Runs, reference: str = "backbone") -> pd.DataFrame:
         difference = (own - base).dropna()
         if difference.empty:
             raise ValueError(f"{name} and {reference} have no seed and pair in common")
-        factor = difference.index.get_level_values("metric").map(lambda metric: COLUMNS[metric][1])
+        factor = difference.index.get_level_values("metric").map(lambda metric: METRICS[metric].factor)
         found.append((difference * factor).rename("difference").reset_index().assign(variant=name))
     if not found:
         return pd.DataFrame(columns=["variant", "metric", "seed", "pair", "difference"])
@@ -179,7 +179,7 @@ def effects(runs: Runs, reference: str = "backbone") -> pd.DataFrame:
     for (name, metric), table in differences.groupby(["variant", "metric"], sort=False):
         seeds = table.groupby("seed")["difference"].mean()
         pairs = table.groupby("pair")["difference"].mean()
-        better = pairs > 0 if metric in HIGHER_IS_BETTER else pairs < 0
+        better = pairs > 0 if METRICS[metric].higher_is_better else pairs < 0
         rows.append(
             {
                 "variant": name,
@@ -192,10 +192,9 @@ def effects(runs: Runs, reference: str = "backbone") -> pd.DataFrame:
                 "pairs": len(pairs),
             }
         )
-    order = [column for column in COLUMNS if column not in ("val_dice", "dice_std")]
     frame = pd.DataFrame(rows)
     if frame.empty:
         return frame
-    frame["metric"] = pd.Categorical(frame["metric"], order)
+    frame["metric"] = pd.Categorical(frame["metric"], CHALLENGE)
     frame["variant"] = pd.Categorical(frame["variant"], runs.variants)
     return frame.sort_values(["variant", "metric"]).astype({"variant": str, "metric": str}).reset_index(drop=True)
