@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +227,10 @@ def test_real_scan_that_is_turned_and_on_another_grid_registers_as_well_as_the_o
     as_they_are = dice([scan.path for scan in originals], STEPS, [np.eye(4)] * 2)
     from_scanner = dice(turned, ["strip"], poses)
     assert as_they_are > 0.55 and from_scanner > as_they_are - 0.01
+
+
+def test_registering_scans_loads_nothing_of_the_study():
+    code = """import sys, lumirlib.scans.folder, lumirlib.scans.prepare, lumirlib.scans.qc, lumirlib.scans.register
+print(*(name for name in sys.modules if name.startswith('lumirlib.study')))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
