@@ -68,6 +68,7 @@ def _nifti(volume: torch.Tensor, spacing_mm: float, finer: int = 1) -> bytes:
     affine[:3, 3] = spacing_mm * (0.5 / finer - 0.5)
     values = (255 * volume[0, 0].clamp(0, 1)).round().to(torch.uint8).numpy()
     image = nib.Nifti1Image(values, affine)
+    image.header.set_xyzt_units("mm")
     image.header.set_slope_inter(1 / 255, 0)
     return gzip.compress(image.to_bytes(), compresslevel=1)
 

@@ -226,6 +226,8 @@ def load_cohort(
     if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
         raise ValueError(f"{first.image}: expected axes at right angles, got the affine {affine.round(4).tolist()}")
     own = float(spacing.mean())
+    if not own < 1000:
+        raise ValueError(f"{first.image}: expected voxels below 1000 mm, got {own:g} mm: does its unit fit its affine?")
     wanted = own if resolution_mm is None else float(resolution_mm)
     if not 0 < wanted < 1000:
         raise ValueError(f"resolution_mm must be a voxel size in mm, got {resolution_mm}")

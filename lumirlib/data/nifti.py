@@ -9,10 +9,12 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,34 +29,59 @@ from lumirlib.files import write_atomically
 MAX_VOXELS = 2**30
 #: Bytes that are unpacked at a time.
 CHUNK = 1 << 24
-#: What a file may hold besides its voxels: header, extensions, padding.
-MAX_OTHER_BYTES = 1 << 20
+#: Bytes that a file may hold before its voxels (header and extensions), and behind them.
+MAX_OTHER_BYTES = 1 << 26
 #: Of the longer of the two fixed headers.
 HEADER_BYTES = 540
 
 _FORMATS = {348: (nib.Nifti1Header, 348), 540: (nib.Nifti2Header, 540)}
+#: Powers of ten from the unit of length that the lowest three bits of `xyzt_units` give (metre, micron) to mm.
+_TO_MM = {1: 3, 3: -3}
+#: A quaternion may be longer than 1 by this much, which is rounding; it is made 1 then.
+QUATERNION_TOLERANCE = 1e-3
 
-#: Looks at shape (without a fourth side of one) and affine before voxels are read, and raises if they do not fit.
+#: Looks at shape (without trailing sides of one) and affine before voxels are read, and raises if they do not fit.
 GridCheck = Callable[[tuple[int, ...], np.ndarray], None]
 
 
 @dataclass(frozen=True)
-class _Header:
-    """What a header says, checked for sense."""
+class Header:
+    """What a header says, checked for sense.
+
+    Attributes:
+        shape: sides in voxels, trailing sides of one included.
+        affine: 4 x 4, voxels to world in mm, whatever the file's unit: the sform, else the qform, else the spacing.
+        sform: likewise, None where the header has none or none that can be used.
+        qform: likewise.
+        dtype: of the stored numbers.
+        offset: of the voxels in bytes.
+        slope: stored numbers are multiplied by it; None where it is not set.
+        intercept: added then.
+        notes: what is wrong with it and did not keep it from being read.
+    """
 
     shape: tuple[int, ...]
     affine: np.ndarray
+    sform: np.ndarray | None
+    qform: np.ndarray | None
     dtype: np.dtype
     offset: int
     slope: float | None
     intercept: float | None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
+        """Of the voxels."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def has_integers(self) -> bool:
+        """Whether the voxels are whole numbers that are read as they are stored."""
+        return self.dtype.kind in "ui" and self.slope in (None, 1) and self.intercept in (None, 0)
 
-def _parse_header(content: bytes) -> _Header:
+
+def _parse_header(content: bytes) -> Header:
     sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
     known = sizes & set(_FORMATS)
     if not known:
@@ -82,10 +109,75 @@ def _parse_header(content: bytes) -> _Header:
     offset = float(header["vox_offset"])
     if not size + 4 <= offset <= MAX_OTHER_BYTES or offset % 1:  # four bytes say whether there are extensions
         raise ValueError(f"expected voxels from byte {size + 4} to {MAX_OTHER_BYTES}, got from {offset:g}")
-    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    affine, sform, qform, notes = _affines(header)
+    return Header(shape, affine, sform, qform, dtype, int(offset), *header.get_slope_inter(), notes)
+
+
+def _affines(
+    header: nib.Nifti1Header,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
+    """The affine to take, the sform and the qform (None where not coded or not usable), all in mm, and notes."""
+    notes: list[str] = []
+    broken: list[str] = []
+    sform = header.get_sform(coded=True)[0]
+    if sform is not None and not (np.isfinite(sform).all() and abs(np.linalg.det(sform[:3, :3])) > 0):
+        broken.append(f"expected a finite affine of three directions as its sform, got {sform.tolist()}")
+        sform = None
+    try:
+        qform = _qform(header, notes)
+    except (ValueError, HeaderDataError) as error:
+        broken.append(f"its qform cannot be used: {error}")
+        qform = None
+    forms = {"sform": sform, "qform": qform}
+    taken = next((name for name, form in forms.items() if form is not None), None)
+    if taken is None and broken:
+        raise ValueError("; ".join(broken))
+    notes = [f"{problem}; its {taken} is taken" for problem in [*notes, *broken]]
+    # a code of 0 or one that the format does not know: millimetres, as other programs take it
+    power = _TO_MM.get(int(header["xyzt_units"]) & 7, 0)
+    sform, qform = (None if form is None else _in_mm(form, power) for form in forms.values())
+    best = sform if sform is not None else qform
+    affine = _in_mm(header.get_base_affine(), power) if best is None else best
     if not np.isfinite(affine).all():
         raise ValueError(f"expected a finite affine, got {affine.tolist()}")
-    return _Header(shape, affine, dtype, int(offset), *header.get_slope_inter())
+    return affine, sform, qform, tuple(notes)
+
+
+def _in_mm(affine: np.ndarray, power: int) -> np.ndarray:
+    """An affine in units of 10^power mm in mm; 0.004 m is 4 mm to the last digit, though float32 has no 0.004."""
+    affine = np.array(affine, dtype=np.float64)
+    if power and np.isfinite(affine).all():
+        affine[:3] = [[float(Decimal(str(np.float32(x))).scaleb(power)) for x in row] for row in affine[:3]]
+    return affine
+
+
+def _qform(header: nib.Nifti1Header, notes: list[str]) -> np.ndarray | None:
+    """The qform, None where it is not coded; a quaternion that rounding made too long is made 1, and noted."""
+    if int(header["qform_code"]) <= 0:
+        return None
+    names = ("quatern_b", "quatern_c", "quatern_d")
+    quaternion = np.array([header[name] for name in names], dtype=np.float64)
+    length = float(np.linalg.norm(quaternion))
+    if not length <= 1 + QUATERNION_TOLERANCE:
+        raise ValueError(f"expected a quaternion of length 1, got {length:g} from b, c and d alone")
+    try:
+        form = header.get_qform(coded=True)[0]
+    except (ValueError, HeaderDataError):
+        if length <= 1:
+            raise
+        header = header.copy()
+        for name, value in zip(names, quaternion / length, strict=True):
+            header[name] = value
+        form = header.get_qform(coded=True)[0]
+        notes.append(f"the quaternion of its qform is {length - 1:.1e} longer than 1")
+    if not np.isfinite(form).all():
+        raise ValueError(f"expected a finite affine, got {form.tolist()}")
+    return form
+
+
+def _tell(name: str | Path, notes: tuple[str, ...]) -> None:
+    for note in notes:  # the place is always this line, so that Python tells each only once
+        warnings.warn(f"{name}: {note}", stacklevel=1)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -93,7 +185,11 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:3] if len(shape) == 4 and shape[3] == 1 else shape
+    """Without trailing sides of one, down to three."""
+    sides = len(shape)
+    while sides > 3 and shape[sides - 1] == 1:
+        sides -= 1
+    return shape[:sides]
 
 
 @contextmanager
@@ -105,7 +201,7 @@ def _explained(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {error}") from error
 
 
-def _read_voxels(stream: BinaryIO, start: bytes, header: _Header) -> np.ndarray:
+def _read_voxels(stream: BinaryIO, start: bytes, header: Header, name: str) -> np.ndarray:
     """The array of a file that is unpacked from the beginning, of which `start` has been read."""
     wanted, content = header.offset + header.nbytes, bytearray(start)
     while len(content) < wanted:
@@ -113,11 +209,31 @@ def _read_voxels(stream: BinaryIO, start: bytes, header: _Header) -> np.ndarray:
         if not part:
             raise ValueError(f"expected {wanted} bytes for shape {header.shape}, got {len(content)}")
         content += part
-    if len(stream.read(MAX_OTHER_BYTES + 1)) > MAX_OTHER_BYTES:  # to its end, where a gzip has its checksum
-        raise ValueError(f"expected {wanted} bytes for shape {header.shape}, got a megabyte more at least")
+    more = _read_to_end(stream, wanted, header) + max(len(start) - wanted, 0)
+    if more:
+        _tell(name, (f"what follows its voxels is left out: {more:,} bytes or more",))
     voxels = np.frombuffer(content, header.dtype, math.prod(header.shape), header.offset)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite then, is refused by those who call
         return apply_read_scaling(voxels.reshape(header.shape, order="F"), header.slope, header.intercept)
+
+
+def _read_to_end(stream: BinaryIO, wanted: int, header: Header) -> int:
+    """Bytes behind the voxels; a gzip has its checksum at its end."""
+    more = 0
+    while True:
+        try:
+            part = stream.read(CHUNK)
+        except gzip.BadGzipFile as error:  # whole, checksum and all, and then something that is no gzip
+            if not str(error).startswith("Not a gzipped file"):
+                raise
+            return more + 1
+        if not part:
+            return more
+        more += len(part)
+        if more > MAX_OTHER_BYTES:
+            raise ValueError(
+                f"expected {wanted} bytes for shape {header.shape}, got {MAX_OTHER_BYTES >> 20} megabytes more at least"
+            )
 
 
 def parse_nifti(content: bytes, name: str) -> np.ndarray:
@@ -125,7 +241,10 @@ def parse_nifti(content: bytes, name: str) -> np.ndarray:
     stream = io.BytesIO(content)
     with _explained(f"{name}: cannot be read as NIfTI"):
         start = stream.read(HEADER_BYTES)
-        return _read_voxels(stream, start, _parse_header(start))
+        header = _parse_header(start)
+        array = _read_voxels(stream, start, header, name)
+    _tell(name, header.notes)
+    return array
 
 
 def read_nifti(path: str | Path, check: GridCheck | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -137,11 +256,14 @@ def read_nifti(path: str | Path, check: GridCheck | None = None) -> tuple[np.nda
 
     Returns:
         The array in its stored axis order (scaled by the header's slope and intercept where those are set) and
-        the 4 x 4 voxel-to-world affine in mm.
+        the 4 x 4 voxel-to-world affine in mm: the header's unit is read, and where it names none it is the millimetre.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a NIfTI file, truncated or corrupt, or with a header that promises more than the file holds.
+
+    Warns:
+        UserWarning: one of the header's two orientations cannot be used, or there are bytes behind the voxels.
     """
     what = _reading(path)
     with _open(Path(path)) as stream:
@@ -150,15 +272,23 @@ def read_nifti(path: str | Path, check: GridCheck | None = None) -> tuple[np.nda
             header = _parse_header(start)
         if check:
             check(_squeezed(header.shape), header.affine)
+        _tell(path, header.notes)
         with _explained(what):
-            return _read_voxels(stream, start, header), header.affine
+            return _read_voxels(stream, start, header, str(path)), header.affine
 
 
-def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape (without a fourth side of one) and affine from a NIfTI header alone; errors as of :func:`read_nifti`."""
+def read_header(path: str | Path) -> Header:
+    """The header of a NIfTI file alone; errors and warnings as of :func:`read_nifti`."""
     what = _reading(path)
     with _open(Path(path)) as stream, _explained(what):
         header = _parse_header(stream.read(HEADER_BYTES))
+    _tell(path, header.notes)
+    return header
+
+
+def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape (without trailing sides of one) and affine in mm from a NIfTI header alone; see :func:`read_header`."""
+    header = read_header(path)
     return _squeezed(header.shape), header.affine
 
 

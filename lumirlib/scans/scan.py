@@ -15,7 +15,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from lumirlib import spatial
-from lumirlib.data.nifti import read_volume
+from lumirlib.data.nifti import read_header, read_volume
 
 #: Planes of a volume that are mapped at a time.
 SLAB = 16
@@ -144,13 +144,11 @@ def read_scan(path: str | Path) -> Scan:
     """
     path = Path(path)
     array, affine = read_volume(path)
-    header = nib.load(path).header
-    if isinstance(header, nib.Nifti1Header):
-        (qform, has_qform), (sform, has_sform) = header.get_qform(coded=True), header.get_sform(coded=True)
-        if not has_qform and not has_sform:
-            raise ValueError(f"{path}: the header has no orientation (neither sform nor qform), which is needed")
-        if has_qform and has_sform and not np.allclose(qform, sform, atol=0.1):
-            warnings.warn(f"{path}: sform and qform differ; the sform is taken, other programs may not", stacklevel=2)
+    header = read_header(path)
+    if header.sform is None and header.qform is None:
+        raise ValueError(f"{path}: the header has no orientation (neither sform nor qform), which is needed")
+    if header.sform is not None and header.qform is not None and not np.allclose(header.qform, header.sform, atol=0.1):
+        warnings.warn(f"{path}: sform and qform differ; the sform is taken, other programs may not", stacklevel=2)
     if min(array.shape) < 8:
         raise ValueError(f"{path}: expected at least 8 voxels along each axis, got shape {array.shape}")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:

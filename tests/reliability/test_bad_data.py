@@ -119,6 +119,7 @@ def by_nibabel(path: Path) -> np.ndarray:
 
 
 @amounts
+@pytest.mark.filterwarnings("ignore:.*(form is taken|what follows its voxels):UserWarning")
 @pytest.mark.parametrize("kind", ["image", "labels"])
 def test_a_harmed_nifti_file_is_refused_by_name_or_read_as_another_reader_does(kept, inputs, kind):
     subject = kept.validation_pairs[0].fixed
@@ -166,7 +167,7 @@ def header_with(**fields) -> bytes:
         ({"type": (70, "2h", (128, 24))}, "expected real numbers of at most 64 bits, got data type 128"),
         ({"type": (70, "2h", (77, 8))}, "cannot read .* as NIfTI"),
         ({"offset": (108, "f", math.nan)}, "cannot read .* as NIfTI"),
-        ({"offset": (108, "f", 1e9)}, "expected voxels from byte 352 to 1048576, got from 1e"),
+        ({"offset": (108, "f", 1e9)}, "expected voxels from byte 352 to 67108864, got from 1e"),
         ({"magic": (344, "4s", b"ni1\0")}, "expected the magic n.1 or n.2 of one file, got b'ni1'"),
         ({"magic": (344, "4s", b"nope")}, "cannot read .* as NIfTI"),
         ({"size": (0, "i", 349)}, "expected a header of 348 or 540 bytes, got 5d010000"),
@@ -198,10 +199,10 @@ def test_a_flipped_bit_of_a_gzip_that_still_unpacks_is_found_by_its_checksum(tmp
         read_volume(path)
 
 
-def test_a_gzip_bomb_is_unpacked_no_further_than_its_volume(tmp_path):
+def test_a_gzip_bomb_is_unpacked_a_little_further_than_its_volume(tmp_path):
     path = tmp_path / "bomb.nii.gz"
     path.write_bytes(gzip.compress(header_with() + bytes(300 * 2**20), 1))
-    with pytest.raises(ValueError, match=r"bomb.nii.gz .*expected 8032 bytes for shape .* a megabyte more"):
+    with pytest.raises(ValueError, match=r"bomb.nii.gz .*expected 8032 bytes for shape .* 64 megabytes more"):
         refused_or_raise(path)
 
 
