@@ -87,7 +87,7 @@ def check_notebook_call(words: list[str]) -> None:
         assert flag in ("-p", "-r"), flag
         value, *rest = rest
         assert name in known, f"{words[0]} has no parameter {name!r}: {', '.join(known)}"
-        if name in ("variant", "method"):
+        if name == "variant":
             parse_row(value)
         elif name == "preset":
             get_preset(value)

@@ -22,17 +22,28 @@ from lumirlib.data.dataset_json import joined_names
 from lumirlib.methods import parse_row
 from lumirlib.methods.base import file_name
 from lumirlib.methods.presets import split_options
-from lumirlib.methods.variants import Variant
 from lumirlib.study.paper import table_rows, uses_other_weights
 from lumirlib.study.results import find_runs, read_provenance
 from lumirlib.training.engine import Engine, as_arguments
 
-#: What the sweep executes, by the parameter that names the row.
-NOTEBOOKS = {"variant": "run_ablation.ipynb", "method": "run_baseline.ipynb"}
+#: The notebook that makes one run of any row, below the checkout (or the current folder, where there is none).
+NOTEBOOK = "notebooks/run_ablation.ipynb"
 #: How a run is started: its notebook by papermill, or `python -m lumirlib.train`.
 LAUNCHERS = ("notebook", "train")
 #: Lines of a broken run's messages that are shown; all are in its failed output.
 SHOWN_LINES = 40
+
+
+def run_notebook() -> Path:
+    """Path of :data:`NOTEBOOK`.
+
+    Raises:
+        FileNotFoundError: it is not there, as in a package installed without its checkout.
+    """
+    path = (provenance.project_root() or Path.cwd()) / NOTEBOOK
+    if not path.is_file():
+        raise FileNotFoundError(f"runs are made by {path}, which does not exist: call this from a checkout")
+    return path
 
 
 def _relative(path: Path) -> str:
@@ -71,7 +82,7 @@ class SweepRun:
     @property
     def row(self) -> str:
         """Name of the row that is run."""
-        return self.parameters.get("variant") or self.parameters["method"]
+        return self.parameters["variant"]
 
     @property
     def failed(self) -> Path:
@@ -92,7 +103,7 @@ class SweepRun:
     def _train_command(self) -> list[str]:
         words = [sys.executable, "-m", "lumirlib.train", "--quiet"]
         for name, value in self.parameters.items():
-            words += ["--variant" if name == "method" else f"--{name.replace('_', '-')}", value]
+            words += [f"--{name.replace('_', '-')}", value]
         words += as_arguments(self.engine)
         settings = [
             f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in self.options.items()
@@ -233,22 +244,18 @@ def plan(
                 f"batch_size must be a multiple of the {checked.processes} processes that share it, got {batch}: "
                 f"--set batch_size={checked.processes}"
             )
-    notebooks = (provenance.project_root() or Path.cwd()) / "notebooks"
-    for notebook in (notebooks / name for name in NOTEBOOKS.values()):
-        if not notebook.is_file():
-            raise FileNotFoundError(f"the sweep runs {notebook}, which does not exist: call it from a checkout")
+    notebook = run_notebook()
     # what is at its default is not injected: executed notebooks are committed, and hold no path of a machine unasked
     common = {"preset": preset, "cohort": cohort}
     common |= {name: value for name, value in (("data_root", data_root), ("out", out)) if value}
     tag = "".join(f"_{name}-{value}" for name, value in options.items()).replace(os.sep, "-")
     folder = provenance.results_folder(out) / "runs"
     ending = {"notebook": "ipynb", "train": "txt"}[launcher]
-    kinds = {name: "variant" if isinstance(parse_row(name), Variant) else "method" for name in names}
     return [
         SweepRun(
-            notebooks / NOTEBOOKS[kinds[name]],
+            notebook,
             folder / f"{file_name(name)}_{_short_name(cohort).replace('+', '-')}_{preset}{tag}_seed{seed}.{ending}",
-            {kinds[name]: name, "seed": str(seed), **common},
+            {"variant": name, "seed": str(seed), **common},
             options,
             launcher,
             changed,

@@ -121,7 +121,7 @@ class Run:
         config = replace(config, init_digest=start.digest if start else "")
         named = given | ({"init": chosen_preset.init} if start else {})  # no path of this machine
         shown = {
-            "variant" if isinstance(row, Variant) else "method": variant,
+            "variant": variant,
             "preset": preset,
             "cohort": redact_path(cohort),
             "seed": seed,

@@ -162,9 +162,8 @@ def test_a_retrained_row_says_so_and_what_it_learned_from(small_cohort_json, tmp
     assert consistency["when"].tolist() == ["before training", "after"] and (consistency["error_voxels"] >= 0).all()
     run.evaluate(result, progress=False)
     facts = json.loads(run.metrics_path.with_suffix(".json").read_text())
-    assert (
-        facts["trained_on"].startswith("labels of 4 people, Small blobs") and "-p method SynthMorph" in facts["command"]
-    )
+    assert facts["trained_on"].startswith("labels of 4 people, Small blobs")
+    assert "-p variant SynthMorph" in facts["command"]
 
 
 def test_what_is_not_installed_says_how_to_install_it_and_does_not_run(small_cohort_json, tmp_path, monkeypatch):
