@@ -11,6 +11,12 @@ import pytest
 
 COMMITTED = Path(__file__).resolve().parent / "results"
 
+# The workers of `pytest -n` share the cores. PyTorch, which is imported later, reads this, and so do the kernels of
+# notebooks and the commands that tests start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run what is marked long too: minutes to hours")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,22 @@ from faults import TALLY
 from small_cohorts import write_small_cohort
 
 
+@pytest.fixture(scope="session")
+def written_small_cohort(tmp_path_factory) -> Path:
+    return write_small_cohort(tmp_path_factory.mktemp("cohorts") / "small").parent
+
+
 @pytest.fixture
-def small_cohort_json(tmp_path) -> Path:
-    return write_small_cohort(tmp_path / "small")
+def small_cohort_json(written_small_cohort, tmp_path) -> Path:
+    """A small cohort, a copy that the test may change."""
+    return shutil.copytree(written_small_cohort, tmp_path / "small") / "dataset.json"
+
+
+@pytest.fixture
+def cohort(small_cohort_json):
+    from lumirlib import load_cohort
+
+    return load_cohort(small_cohort_json)
 
 
 @pytest.fixture(scope="session")

@@ -30,11 +30,6 @@ TINY = replace(
 )
 
 
-@pytest.fixture
-def cohort(small_cohort_json):
-    return load_cohort(small_cohort_json)
-
-
 def config_for(name, cohort, seed=0):
     row = methods.parse_row(name)
     return make_config(row, row.training_preset(TINY), cohort, seed)

@@ -38,11 +38,6 @@ from lumirlib.training.weights import load_model
 PAPERS_ROWS = ("backbone", "BF", "BF-post", "CA", "CA+BF", "LK", "LC-1", "LC-2")
 
 
-@pytest.fixture
-def cohort(small_cohort_json):
-    return load_cohort(small_cohort_json)
-
-
 def config_for(cohort, seed=0, **changes):
     return make_config(parse_variant("backbone"), replace(TINY, **changes), cohort, seed, head_channels=4)
 

@@ -7,7 +7,7 @@ import torch
 from small_cohorts import write_small_cohort
 from small_runs import CPU, TINY, small_run
 
-from lumirlib import build_model, load_cohort, parse_variant
+from lumirlib import build_model, parse_variant
 from lumirlib.data import Pair
 from lumirlib.losses.consistency import group_consistency_loss
 from lumirlib.methods.presets import get_preset
@@ -16,11 +16,6 @@ from lumirlib.training.config import make_config
 from lumirlib.training.pairs import epoch_pairs, with_third
 
 PRESET = get_preset("smoke", window=3)
-
-
-@pytest.fixture
-def cohort(small_cohort_json):
-    return load_cohort(small_cohort_json)
 
 
 def test_a_third_scan_is_neither_of_the_pair_and_varies(cohort):
