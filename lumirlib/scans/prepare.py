@@ -14,14 +14,16 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
+from scipy.ndimage import binary_erosion, binary_fill_holes
 from tqdm.auto import tqdm
 
 from lumirlib import spatial
@@ -38,6 +40,15 @@ BRAIN_ML = (400.0, 2500.0)
 BIAS_MM = 4.0
 
 TEMPLATE_MM = 2
+
+#: Share of the voxels that a background has at least, where it cannot be told by being zero.
+MIN_BACKGROUND = 0.05
+#: Interpolation leaves negative values beside an edge, at most this part of the brightest, in so many voxels.
+MAX_OVERSHOOT = 0.1
+
+RIM_VOXELS = 3
+#: Share of a brain's voxels that may be an exception.
+FEW = 1e-3
 
 
 def check_skip(skip: Iterable[str]) -> tuple[str, ...]:
@@ -78,14 +89,93 @@ def brain_mask(scan: Scan, device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 def stripped_mask(scan: Scan) -> torch.Tensor:
-    """Where a scan that has been stripped before is above zero; ValueError where that is (nearly) everywhere."""
-    mask = scan.values > 0
-    if mask.float().mean() > 0.95:
+    """Where a scan that has been stripped before has a brain, ``(1, 1, D, H, W)`` bool: what is above zero.
+
+    Where values are negative (z-scores, for instance), the background is the most frequent one, and the brain is all
+    else and what that encloses. Negative values at the rim alone are what interpolation leaves beside an edge: they are
+    background, and it is said.
+
+    Raises:
+        ValueError: (nearly) all is brain, or there are negative values and no constant background.
+    """
+    values = scan.values[0, 0].numpy()
+    mask = values > 0
+    if values.min() < 0:
+        background = background_value(scan.values)
+        if background is None:
+            raise ValueError(
+                f"{scan.path}: expected a stripped brain on a constant background, as step 'strip' is skipped; values "
+                f"go from {values.min():.4g} to {values.max():.4g}, none of them in {100 * MIN_BACKGROUND:g} % of the "
+                "voxels. Set the background to 0"
+            )
+        enclosed = binary_fill_holes(values != background)
+        if background or not _is_overshoot(values, enclosed):
+            mask = enclosed
+        else:
+            warnings.warn(
+                f"{scan.path}: {(values < 0).sum()} voxels below zero at the rim of the brain, as interpolation leaves "
+                "them, are background",
+                stacklevel=2,
+            )
+    share = mask.mean()
+    if share > 0.95:
         raise ValueError(
             f"{scan.path}: expected a stripped brain on zero background, as step 'strip' is skipped; "
-            f"{100 * float(mask.float().mean()):.0f} % of the voxels are above zero"
+            f"{100 * share:.0f} % of the voxels are above zero"
         )
-    return mask
+    return torch.from_numpy(mask)[None, None]
+
+
+def background_value(values: torch.Tensor) -> float | None:
+    """The value around the head: 0 where none is negative, else the most frequent one; None where none is frequent."""
+    if values.min() >= 0:
+        return 0.0
+    found, counts = np.unique(values.numpy(), return_counts=True)
+    return float(found[counts.argmax()]) if counts.max() >= MIN_BACKGROUND * values.numel() else None
+
+
+def _is_overshoot(values: np.ndarray, brain: np.ndarray) -> bool:
+    """Whether what is negative lies in the outermost voxels of a brain only, and little below zero."""
+    core = binary_erosion(brain, iterations=RIM_VOXELS)
+    shallow = values.min() > -MAX_OVERSHOOT * np.percentile(values[brain], 99.9)
+    return bool(shallow and core.any() and (values < 0)[core].mean() < FEW)
+
+
+def above_zero(scan: Scan, mask: torch.Tensor) -> torch.Tensor:
+    """Values of a scan; where some of the brain is negative, such that all of it is above zero, the background's value.
+
+    Z-scores are shifted, so that their lowest is a little above zero. Single negative voxels are made as dark as that.
+
+    Args:
+        scan: As it lies in its file.
+        mask: Of the brain, ``(1, 1, D, H, W)`` bool.
+
+    Returns:
+        ``(1, 1, D, H, W)`` float32; the scan's own values where none in the brain is negative.
+
+    Warns:
+        UserWarning: values were changed, and how.
+    """
+    inside = scan.values[mask].numpy()
+    if not inside.size or inside.min() >= 0:
+        return scan.values
+    low, high = np.percentile(inside, [100 * FEW, 99.9])
+    shift = max(0.0, -float(low))
+    step = max((float(high) + shift) / 255, np.finfo(np.float32).tiny)
+    shift += step if shift else 0.0
+    how = (
+        f"{shift:.4g} was added to all"
+        if shift
+        else f"the {(inside < 0).sum()} voxels below zero were set to {step:.4g}"
+    )
+    warnings.warn(
+        f"{scan.path}: values in the brain go from {inside.min():.4g} to {inside.max():.4g}, and zero stands for the "
+        f"background; {how}",
+        stacklevel=2,
+    )
+    shifted, background = scan.values + shift, background_value(scan.values)
+    around = shifted.clamp(min=0) if background is None else shifted.clamp(min=0).where(scan.values != background, 0.0)
+    return torch.where(mask, shifted.clamp(min=step), around)
 
 
 def _to_itk(volume: np.ndarray, affine: np.ndarray) -> object:
@@ -176,7 +266,7 @@ class PreparedScan:
 
     Attributes:
         scan: as it lies in its file.
-        corrected: its values without bias field, on its own grid, ``(1, 1, D, H, W)`` float32.
+        corrected: its values without bias field, not negative, on its own grid, ``(1, 1, D, H, W)`` float32.
         mask: of the brain, likewise, bool.
         to_scan: 4 x 4, world of the frame in mm to world of the scan in mm.
         skipped: steps that were not done.
@@ -241,7 +331,7 @@ def prepare_scan(
 
     Args:
         path: of a NIfTI file, any orientation and spacing.
-        skip: steps of :data:`STEPS` that have been done before: "strip" (its background is zero), "bias", "affine"
+        skip: steps of :data:`STEPS` that have been done before: "strip" (its background is constant), "bias", "affine"
             (its world coordinates are those of the frame, on whatever grid).
         device: where the skull is stripped.
         progress: show a progress bar.
@@ -263,7 +353,8 @@ def prepare_scan(
             return found
 
         mask = timed("strip", lambda: brain_mask(scan, device), lambda: stripped_mask(scan))
-        corrected = timed("bias", lambda: corrected_bias(scan, mask), lambda: scan.values)
+        positive = replace(scan, values=above_zero(scan, mask))
+        corrected = timed("bias", lambda: corrected_bias(positive, mask), lambda: positive.values)
         to_scan = timed("affine", lambda: affine_to_frame(corrected, mask, scan.affine, str(path)), lambda: np.eye(4))
     return PreparedScan(scan, corrected, mask, to_scan, skipped, seconds)
 

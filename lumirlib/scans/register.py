@@ -28,7 +28,7 @@ from lumirlib.data.frame import FRAME_SHAPE, frame_affine
 from lumirlib.data.nifti import write_nifti
 from lumirlib.files import write_json
 from lumirlib.provenance import redact_path
-from lumirlib.scans.prepare import STEPS, PreparedScan, as_cohort, check_skip, prepare_scan
+from lumirlib.scans.prepare import STEPS, PreparedScan, as_cohort, background_value, check_skip, prepare_scan
 from lumirlib.scans.scan import Scan, correlation, sample_world, transform, world_slabs
 from lumirlib.training.engine import pick_device
 from lumirlib.training.registrar import DEFAULT_RESOLUTION_MM, RESOLUTIONS_MM, choose_registrar
@@ -78,7 +78,8 @@ class ScanMap:
         """The moving scan on the fixed scan's grid, and the displacement that carries it there.
 
         Returns:
-            ``(1, 1, D, H, W)``, interpolated once, zero outside the moving scan; ``(1, 3, D, H, W)`` in voxels of the
+            ``(1, 1, D, H, W)``, interpolated once, with the moving scan's background (zero where nothing is negative,
+            else its most frequent or lowest value) outside it; ``(1, 3, D, H, W)`` in voxels of the
             fixed scan, the affine included: ``warped(p)`` is what lies at ``p + u(p)`` of the fixed scan's grid in
             the moving scan's world.
         """
@@ -86,9 +87,12 @@ class ScanMap:
         displacement = torch.empty(1, 3, *fixed.shape)
         to_voxels = np.eye(4)
         to_voxels[:3, :3] = np.linalg.inv(fixed.affine[:3, :3])
+        background = background_value(moving.values)
+        outside = float(moving.values.min()) if background is None else background
+        raised = moving.values - outside
         for planes, points in world_slabs(fixed.shape, fixed.affine):
             places = self(points)
-            warped[:, :, planes] = sample_world(moving.values, moving.affine, places)
+            warped[:, :, planes] = sample_world(raised, moving.affine, places) + outside
             displacement[:, :, planes] = transform(to_voxels, places - points)
         return warped, displacement
 

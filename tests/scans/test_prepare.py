@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +14,7 @@ from lumirlib.data.frame import FRAME_SHAPE, frame_affine, template_in_frame
 from lumirlib.data.nifti import read_volume, write_nifti
 from lumirlib.scans import prepare
 from lumirlib.scans.folder import prepare_folder
-from lumirlib.scans.scan import as_scanned, read_scan, sample_world, transform
+from lumirlib.scans.scan import Scan, as_scanned, read_scan, sample_world, transform
 
 RAMP = (0.7, -0.4, 0.25, 60.0)  # along world x, y, z, and at the origin
 
@@ -169,6 +170,77 @@ def test_head_whose_skull_is_not_stripped_cannot_skip_that(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", np.random.default_rng(0).random((9, 9, 9), np.float32) + 1, np.eye(4))
     with pytest.raises(ValueError, match="expected a stripped brain on zero background"):
         prepare.prepare_scan(tmp_path / "a.nii.gz", ["strip"])
+
+
+def z_scored(image, background=0.0):
+    """An image with mean 0 and standard deviation 1 inside the brain, on a constant background."""
+    brain = image > 0
+    inside = (image - image[brain].mean()) / image[brain].std()
+    return torch.where(brain, inside, torch.tensor(background))
+
+
+@pytest.mark.parametrize("background", [0.0, -5.0])
+def test_no_voxel_of_a_z_scored_brain_is_lost(tmp_path, background):
+    image, affine = small_brain()
+    write_nifti(tmp_path / "plain.nii.gz", image[0, 0].numpy(), affine)
+    write_nifti(tmp_path / "z.nii.gz", z_scored(image, background)[0, 0].numpy(), affine)
+    plain = prepare.prepare_scan(tmp_path / "plain.nii.gz", prepare.STEPS)
+    with pytest.warns(UserWarning, match=r"z\.nii\.gz: values in the brain go from -.* was added to all"):
+        signed = prepare.prepare_scan(tmp_path / "z.nii.gz", prepare.STEPS)
+    assert (z_scored(image)[image > 0] < 0).float().mean() > 0.3
+    assert torch.equal(signed.mask | (image == 0), torch.ones_like(signed.mask))
+    assert signed.brain_ml == pytest.approx(plain.brain_ml, rel=0.01)  # zeros that the brain encloses belong to it
+    assert (signed.in_frame > 0).sum() >= (plain.in_frame > 0).sum()
+    assert (signed.in_frame - plain.in_frame).abs().mean() < 2
+
+
+def test_a_brain_whose_darkest_tissue_alone_is_negative_keeps_it(tmp_path):
+    image, affine = small_brain()
+    dark = torch.where(image > 0, image - 0.2 * image.max(), 0.0)
+    share = float((dark < 0).sum() / (image > 0).sum())
+    write_nifti(tmp_path / "a.nii.gz", dark[0, 0].numpy(), affine)
+    with pytest.warns(UserWarning, match="was added to all"):
+        found = prepare.prepare_scan(tmp_path / "a.nii.gz", prepare.STEPS)
+    assert 0.01 < share < 0.3 and found.mask[image > 0].all()
+    assert (found.in_frame[torch.nn.functional.interpolate(image, scale_factor=4) > 0] > 0).float().mean() > 0.99
+
+
+def test_what_interpolation_leaves_around_a_brain_is_background_and_said(tmp_path):
+    image, affine = small_brain()
+    filled = (image > 0).float()
+    rim = torch.nn.functional.max_pool3d(filled, 3, 1, 1) - filled
+    write_nifti(tmp_path / "a.nii.gz", (image - 5 * rim)[0, 0].numpy(), affine)
+    write_nifti(tmp_path / "plain.nii.gz", image[0, 0].numpy(), affine)
+    with pytest.warns(UserWarning, match="voxels below zero at the rim of the brain"):
+        found = prepare.prepare_scan(tmp_path / "a.nii.gz", prepare.STEPS)
+    plain = prepare.prepare_scan(tmp_path / "plain.nii.gz", prepare.STEPS)
+    assert torch.equal(found.mask, plain.mask)
+
+
+def test_negative_values_without_a_constant_background_are_refused(tmp_path):
+    noise = np.random.default_rng(0).normal(size=(9, 10, 11)).astype(np.float32)
+    write_nifti(tmp_path / "a.nii.gz", noise, np.eye(4))
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: expected a stripped brain on a constant background"):
+        prepare.prepare_scan(tmp_path / "a.nii.gz", ["strip"])
+
+
+def test_single_negative_voxels_of_a_head_are_dark_and_not_background(tmp_path):
+    values = torch.full((1, 1, 12, 12, 12), 100.0)
+    values[..., 6, 6, 6] = -3
+    scan = Scan(tmp_path / "a.nii.gz", values, np.eye(4))
+    with pytest.warns(UserWarning, match="the 1 voxels below zero were set to"):
+        found = prepare.above_zero(scan, torch.ones_like(values, dtype=torch.bool))
+    assert found[..., 6, 6, 6] == pytest.approx(100 / 255) and (found == 100).sum() == 12**3 - 1
+
+
+def test_a_signed_head_is_above_zero_wherever_the_brain_is():
+    values = torch.linspace(-2, 2, 1000).reshape(1, 1, 10, 10, 10)
+    mask = values > -1.5
+    with pytest.warns(UserWarning, match="was added to all"):
+        found = prepare.above_zero(Scan(Path("a.nii.gz"), values, np.eye(4)), mask)
+    assert found[mask].min() > 0 and found.min() == 0
+    step = found[mask].diff()
+    torch.testing.assert_close(step[5:], torch.full_like(step[5:], 4 / 999), atol=1e-5, rtol=0)
 
 
 def test_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, capsys):

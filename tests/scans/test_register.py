@@ -80,6 +80,18 @@ def test_moving_image_is_interpolated_once(tmp_path):
     torch.testing.assert_close(displacement, expected, atol=1e-4, rtol=0)
 
 
+def test_outside_a_signed_moving_scan_lies_its_background_and_not_zero(tmp_path):
+    fixed = noise_scan(tmp_path / "fixed.nii", np.eye(4))
+    values = np.full((12, 14, 10), -2.5, np.float32)
+    values[4:8, 5:9, 3:7] = np.linspace(-1, 3, 64).reshape(4, 4, 4)
+    write_nifti(tmp_path / "moving.nii", values, np.eye(4))
+    shift = torch.tensor([1.5, 0.0, 0.0]).view(1, 3, 1, 1, 1).expand(1, 3, 40, 56, 48).contiguous()  # 6 mm along x
+    warped, _ = register.ScanMap(np.eye(4), shift, 4, np.eye(4)).on_scan(fixed, read_scan(tmp_path / "moving.nii"))
+    expected = np.full_like(values, -2.5)
+    expected[:6] = values[6:]
+    np.testing.assert_allclose(warped[0, 0].numpy(), expected, atol=1e-4)
+
+
 def test_files_carry_the_fixed_scans_space_and_itk_reads_the_same_map(tmp_path):
     sitk = pytest.importorskip("SimpleITK")
     empty = torch.zeros(1, 1, 12, 13, 14)
