@@ -97,17 +97,20 @@ class Source:
         file: the scan or label volume.
         name: of the subject.
         read: reads it, ``(1, 1, D, H, W)``, float32 in [0, 1] or int16.
+        content: checksum of the file, of :mod:`lumirlib.data.identity`.
     """
 
     kind: str
     file: Path
     name: str
     read: Callable[[], torch.Tensor]
+    content: str
 
     def fingerprint(self) -> dict[str, object]:
-        """What tells that the file has changed: its path, size and time of modification."""
+        """What tells that the file has changed: its path, size, time of modification and checksum."""
         found = self.file.stat()
-        return {"source": str(self.file.resolve()), "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+        times = {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+        return {"source": str(self.file.resolve()), **times, "content": self.content}
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +256,8 @@ class VolumeCache:
             fingerprint = source.fingerprint()
             if record["source"] != fingerprint["source"]:
                 raise ValueError(f"made from {record['source']}, not from {fingerprint['source']}")
-            if any(record[key] != value for key, value in fingerprint.items()):
+            known = {"content": source.content} | record  # the first caches had no checksum of the scan
+            if any(known[key] != value for key, value in fingerprint.items()):
                 return None  # the scan has changed since
             found, expected = (array.shape, array.dtype.name), ((1, 1, *self.shape), record["dtype"])
             if found != expected or not array.flags.c_contiguous or not array.dtype.isnative:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from lumirlib import spatial
 from lumirlib.data import embedded
 from lumirlib.data.cache import Source, StoredVolume, VolumeCache
+from lumirlib.data.identity import checksums
 from lumirlib.data.landmark_files import MAX_LANDMARKS, landmark_centroids, read_landmarks
 from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume
 from lumirlib.metrics.labels import LUMIR_LABELS
@@ -81,7 +82,9 @@ class Cohort:
         downsampling: voxels of the files per voxel of the cohort, along each axis.
         affine: voxel-to-world matrix of the cohort's grid, in mm.
         shape: sides (D, H, W) of the cohort's grid.
-        digest: 16 hexadecimal digits of the JSON and, for real scans, of the sizes of the files that it names.
+        digest: 16 hexadecimal digits of the JSON and, for real scans, of the content of the files that it names. It
+            names runs.
+        content_digest: 16 hexadecimal digits of the content of the files alone, of simulated scans too.
         cache: the memory-mapped volumes that are read in place of the files, or None: see :meth:`with_cache`.
         joined: the cohorts whose training scans it has, where they are of several; all else is that of the last.
     """
@@ -97,6 +100,7 @@ class Cohort:
     affine: np.ndarray
     shape: tuple[int, int, int]
     digest: str
+    content_digest: str
     cache: VolumeCache | None = None
     joined: tuple[Cohort, ...] = ()
     _memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
@@ -332,11 +336,11 @@ class Cohort:
             parts = tuple(part.with_cache(folder, dtype, workers, progress, verify, repair) for part in self.joined)
             return replace(self, joined=parts, cache=parts[-1].cache, _memory=OrderedDict())
         people = dict.fromkeys([*self.train, *(s for pair in self.validation_pairs for s in (pair.fixed, pair.moving))])
-        sources = [Source("images", one.image, one.name, partial(self._read_image, one.image)) for one in people]
-        sources += [
-            Source("labels", one.labels, one.name, partial(self._read_labels_here, one.labels))
-            for one in people
-            if one.labels
+        images = [("images", one.image, one.name, self._read_image) for one in people]
+        labels = [("labels", one.labels, one.name, self._read_labels_here) for one in people if one.labels]
+        contents = checksums((file for _, file, *_ in images + labels), str(self.path.resolve()))
+        sources = [
+            Source(kind, file, name, partial(read, file), contents[file]) for kind, file, name, read in images + labels
         ]
         name = f"{self.short_name}_{self.resolution_mm:g}mm_{dtype}"
         root = Path(folder) if folder else embedded.cache_folder() / "volumes"

@@ -13,6 +13,7 @@ import numpy as np
 
 from lumirlib.data import embedded, frame
 from lumirlib.data.cohort import LUMIR_JSON, Cohort, Pair, Subject, grid_orientation
+from lumirlib.data.identity import checksums
 from lumirlib.data.nifti import read_grid
 from lumirlib.files import read_json
 
@@ -31,6 +32,9 @@ CREDITS = {
     "labels: MICCAI 2012 multi-atlas labelling, provided by Neuromorphometrics, Inc. "
     "(http://Neuromorphometrics.com/) under academic subscription (CC BY-NC); landmarks: AFIDs-OASIS",
 }
+#: Cohorts of which runs were committed when digests were of names and sizes: they keep the digest of then, under which
+#: those runs are found. Digest of today -> digest of then, of the real brains.
+EARLIER_DIGESTS = {"4120c9548869fa52": "4bfc82e735ad6024"}
 #: Labelled scans of which all ordered pairs are evaluated where the JSON names none; LUMIR has ten.
 MAX_HELD_OUT = 100
 
@@ -243,6 +247,7 @@ def load_cohort(
         if not isinstance(content.get(key, kind()), kind):
             raise ValueError(f"{path}: expected {kind.__name__} as {key!r}, got {content[key]!r}")
     name = content.get("name", path.stem)
+    digest, content_digest = _identity(path, content, reader)
     return Cohort(
         name=name,
         path=path,
@@ -251,7 +256,8 @@ def load_cohort(
         train=train,
         validation_pairs=tuple(pairs),
         credit=CREDITS.get(name, str(content.get("licence", content.get("license", "")))),
-        digest=_digest(path, reader, simulated=content.get("simulated", False)),
+        digest=digest,
+        content_digest=content_digest,
         downsampling=factor,
         affine=affine @ block,
         shape=tuple(side // factor for side in shape),
@@ -298,7 +304,8 @@ def _join(parts: list[Cohort]) -> Cohort:
         train=tuple(subject for part in parts for subject in part.train),
         joined=tuple(parts),
         credit="; ".join(dict.fromkeys(part.credit for part in parts if part.credit)),
-        digest=hashlib.sha256(" ".join(part.digest for part in parts).encode()).hexdigest()[:16],
+        digest=_short_hash(" ".join(part.digest for part in parts).encode()),
+        content_digest=_short_hash(" ".join(part.content_digest for part in parts).encode()),
         _memory=OrderedDict(),
     )
 
@@ -313,14 +320,21 @@ def _check_names(path: Path, pairs: list[Pair]) -> None:
             raise ValueError(f"{path}: two validation pairs would both be named {pair.name}: {images}")
 
 
-def _digest(path: Path, reader: _Reader, simulated: bool) -> str:
-    """Of the JSON's text and the sizes of its files; simulated files follow from the JSON alone."""
-    content = hashlib.sha256(path.read_bytes())
-    if not simulated:
-        for subject in sorted(reader.subjects.values(), key=lambda subject: subject.image):
-            for file in (subject.image, subject.labels, subject.landmarks):
-                content.update(f"{file.name} {file.stat().st_size}\n".encode() if file else b"-\n")
-    return content.hexdigest()[:16]
+def _identity(path: Path, content: dict, reader: _Reader) -> tuple[str, str]:
+    """The digest of a cohort, and that of its files' content alone."""
+    subjects = sorted(reader.subjects.values(), key=lambda subject: subject.image)
+    files = [(one.image, one.labels, one.landmarks, one.velocity) for one in subjects]
+    found = checksums((file for group in files for file in group if file), str(path.resolve()))
+    lines = "".join(f"{file.name} {found[file]}\n" if file else "-\n" for group in files for file in group)
+    text = path.read_bytes()
+    digest = _short_hash(text + lines.encode())
+    if content.get("simulated", False) and "population" in content:  # whose recipe stands in the JSON
+        digest = _short_hash(text)
+    return EARLIER_DIGESTS.get(digest, digest), _short_hash(lines.encode())
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _grid_of(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:

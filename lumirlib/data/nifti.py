@@ -278,12 +278,10 @@ def read_nifti(path: str | Path, check: GridCheck | None = None) -> tuple[np.nda
 
 
 def read_header(path: str | Path) -> Header:
-    """The header of a NIfTI file alone; errors and warnings as of :func:`read_nifti`."""
+    """The header of a NIfTI file alone; errors as of :func:`read_nifti`, which also tells what is odd in it."""
     what = _reading(path)
     with _open(Path(path)) as stream, _explained(what):
-        header = _parse_header(stream.read(HEADER_BYTES))
-    _tell(path, header.notes)
-    return header
+        return _parse_header(stream.read(HEADER_BYTES))
 
 
 def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:

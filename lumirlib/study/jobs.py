@@ -18,6 +18,7 @@ import psutil
 
 from lumirlib import provenance
 from lumirlib._checks import check_choice
+from lumirlib.data import load_cohort
 from lumirlib.data.dataset_json import joined_names
 from lumirlib.methods import parse_row
 from lumirlib.methods.base import file_name
@@ -114,13 +115,15 @@ class SweepRun:
         """Whether its result is there, whole, with these parameters and without an error.
 
         That is the executed notebook, unless the metrics of that name are all of another configuration, as of a recipe
-        that has changed since; or, with the launcher "train", the metrics with a provenance that fits.
+        that has changed since, or of other files of the cohort; or, with the launcher "train", the metrics with a
+        provenance that fits.
         """
         given = self.parameters
         folder, cohort = provenance.results_folder(given.get("out", "")), _short_name(given["cohort"])
         row = parse_row(self.row)
         runs = find_runs(folder, row, given["preset"], cohort, self.options)
-        measured = any(str(about["seed"]) == given["seed"] for _, about in runs)
+        digests = {about["cohort_digest"] for _, about in runs if str(about["seed"]) == given["seed"]}
+        measured = bool(digests) and self._cohort_digest() in (None, *digests)
         if self.launcher == "train":
             return measured
         others = [
@@ -144,6 +147,15 @@ class SweepRun:
             injected.pop(one.name, None)
         same = same and {name: str(value) for name, value in injected.items()} == self.parameters
         return same and record.get("exception") is None and record.get("end_time") is not None
+
+    def _cohort_digest(self) -> str | None:
+        """Of the cohort as its files are now; None where they are not here, so that nothing could be run anyway."""
+        given = self.parameters
+        resolution = split_options(given["preset"], parse_row(self.row), self.options)[0].resolution_mm
+        try:
+            return load_cohort(given["cohort"], resolution, given.get("data_root")).digest
+        except (OSError, ValueError):
+            return None
 
     def execute(
         self, threads: int, started: Callable[[subprocess.Popen], None] | None = None, shielded: bool = False

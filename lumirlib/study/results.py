@@ -112,6 +112,7 @@ def cohort_facts(cohort: Cohort) -> dict[str, object]:
         "cohort": cohort.short_name,
         "cohort_name": cohort.name,
         "cohort_digest": cohort.digest,
+        "content_digest": cohort.content_digest,
         "simulated": cohort.simulated,
         "resolution_mm": cohort.resolution_mm,
         "training_scans": len(cohort.train),

@@ -35,13 +35,14 @@ from lumirlib.training.pairs import evenly_spaced, training_source
 from lumirlib.training.weights import Weights, method_of_weights, starting_weights
 
 
-def _written_by(path: Path) -> str:
-    """The commit that wrote a table of metrics; empty where there is none, or where its code was not committed."""
+def _written_for(path: Path) -> tuple[str, str]:
+    """Commit that wrote a table of metrics, content of its cohort; empty for no table, or one of uncommitted code."""
     try:
-        commit = str(read_json(path.with_suffix(".json")).get("commit", ""))
+        about = read_json(path.with_suffix(".json"))
     except (OSError, ValueError):
-        return ""
-    return commit if path.is_file() and len(commit) == 40 else ""
+        return "", ""
+    commit, content = str(about.get("commit", "")), str(about.get("content_digest", ""))
+    return (commit, content) if path.is_file() and len(commit) == 40 else ("", "")
 
 
 @dataclass(frozen=True)
@@ -364,14 +365,14 @@ class Run:
         return figure
 
     def before_registration(self, progress: bool = True) -> pd.DataFrame:
-        """Metrics of zero displacement on the same pairs, kept for a cohort, resolution, set of pairs and commit."""
+        """Metrics of zero displacement on the same pairs, kept while commit and the cohort's files stay."""
         facts = cohort_facts(self.cohort)
         run = (
             f"ZeroDisplacement_{self.config.cohort}_{self.cohort.resolution_mm:g}mm_{len(self.pairs)}pairs_"
             f"{facts['cohort_digest'][:8]}"
         ).replace("+", "-")
         path = self.out / "metrics" / f"{run}.csv"
-        if _written_by(path) != self.commit:
+        if _written_for(path) != (self.commit, facts["content_digest"]):
             table = evaluate_method(
                 zero_displacement, self.cohort, self.pairs, progress=progress, description="before registration"
             )

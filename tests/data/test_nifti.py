@@ -109,7 +109,7 @@ def test_a_quaternion_above_one_beside_a_good_sform_is_told_and_the_sform_taken(
 def test_a_quaternion_that_rounding_made_too_long_is_taken_as_one_where_there_is_no_sform(tmp_path):
     path = with_quaternion(tmp_path / "image.nii", 1 + 2e-6, sform_code=0)
     with pytest.warns(UserWarning, match=r"2\.0e-06 longer than 1; its qform is taken"):
-        affine = read_grid(path)[1]
+        affine = read_volume(path)[1]
     # half a turn about the axis between x and y: x becomes y, y becomes x, z points down
     np.testing.assert_allclose(affine[:3, :3], [[0, 1, 0], [1, 0, 0], [0, 0, -1]], atol=1e-5)
 

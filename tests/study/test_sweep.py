@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -142,6 +143,15 @@ def test_the_launcher_train_takes_a_run_with_metrics_of_its_parameters_for_finis
     (other,) = jobs.plan(["LC-2"], [0], out=committed, options={"epochs": 9}, **arguments)
     assert not other.is_finished()
     assert not jobs.plan(["LC-2"], [0], out=str(tmp_path), **arguments)[0].is_finished()
+
+
+def test_a_run_on_other_files_of_the_same_cohort_is_not_finished(monkeypatch):
+    arguments = {"preset": "demo", "cohort": "embedded", "data_root": "", "launcher": "train"}
+    (run,) = jobs.plan(["LC-2"], [0], out=str(project_root() / "results"), **arguments)
+    monkeypatch.setattr(jobs, "load_cohort", lambda *_: SimpleNamespace(digest="2d96246082c21149"))
+    assert run.is_finished()
+    monkeypatch.setattr(jobs, "load_cohort", lambda *_: SimpleNamespace(digest="0123456789abcdef"))
+    assert not run.is_finished()
 
 
 @pytest.mark.parametrize(
