@@ -23,6 +23,7 @@ class Metric(Measure):
         unit_of_difference: Unit of a difference, for a reader.
         margin: Half the width of the band within which two rows match, in the unit of results files; NaN where rows
             are not compared.
+        resolution: Smallest difference that counts as one, in the unit of results files.
         snapshot_weight: Weight in the challenge's snapshot score of July 2024.
         final_weight: Weight over ranks by significance in the final ranking of 2024, as a participant states it.
     """
@@ -31,6 +32,7 @@ class Metric(Measure):
     short_digits: int
     unit_of_difference: str
     margin: float = math.nan
+    resolution: float = 0.0
     snapshot_weight: float = 0.0
     final_weight: float = 0.0
 
@@ -98,6 +100,7 @@ METRICS: dict[str, Metric] = {
             short_digits=4,
             unit_of_difference="%",
             margin=0.01,
+            resolution=0.001,
             snapshot_weight=1 / 3,
             final_weight=1 / 5,
         ),

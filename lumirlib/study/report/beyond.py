@@ -216,7 +216,7 @@ def publish_ablation(runs: Runs, costs: Measured, stem: str | Path) -> str:
     how = "not measured" if costs.table is None else f"all rows in turn, {costs.about['device']}"
     note = (
         f"{int(table['pairs'].min())} pairs. ± is the sample standard deviation over seeds. Differences: points of "
-        "Dice, in brackets the 95 % interval over people and seeds, verdict by docs/protocol.md (Wilcoxon over pairs, "
+        "Dice, in brackets the 95 % interval over people and seeds, verdict by docs/protocol.md (test over people, "
         "adjusted after Holm over the rows of the column). s / pair: median over pairs, as the runs took it, whatever "
         f"else the machine did. Training: time of all steps, at what one costs ({how}). At equal time: the best "
         f"validation Dice by the time that {reference} with the same seed took in all, in parentheses minus "

@@ -234,7 +234,7 @@ def publish_ranks(runs: Runs, stem: str | Path) -> str:
 
     Of each pair and metric the mean over a row's seeds counts.
     """
-    keys = ["pair", "metric"]
+    keys = ["pair", "fixed", "moving", "metric"]
     long = {
         name: runs.values[runs.values["variant"] == name].groupby(keys, sort=False, as_index=False)["value"].mean()
         for name in runs.variants
@@ -246,9 +246,8 @@ def publish_ranks(runs: Runs, stem: str | Path) -> str:
     table = ranks.join(scores["score"].rename("snapshot score"), how="outer" if on_lumir else "left")
     table = table.sort_values(["weighted", "snapshot score"], ascending=[True, False])
     table = table.rename_axis("method").reset_index()
-    shown = table.rename(columns={metric: f"rank by {METRICS[metric].heading}" for metric in CHALLENGE}).rename(
-        columns={"weighted": "weighted rank"}
-    )
+    headings = {metric: f"rank by {METRICS[metric].heading}" for metric in CHALLENGE}
+    shown = table.rename(columns={**headings, "weighted": "weighted rank"})
     shown = shown.map(lambda value: value if isinstance(value, str) else "–" if pd.isna(value) else f"{value:.3g}")
     theirs = (
         "Rows marked as published are other teams' figures, which take part in the score alone."
@@ -256,10 +255,16 @@ def publish_ranks(runs: Runs, stem: str | Path) -> str:
         else "Only these rows are ranked: other teams' published figures are of LUMIR's own pairs."
     )
     note = (
-        "Rank by a metric: one plus the number of rows that are significantly better (Wilcoxon signed-rank test over "
-        f"pairs, Holm-adjusted, 5 %); weighted {_weights('final_weight')}. Snapshot score: metrics from the worst row "
-        f"(0) to the best (1), weighted {_weights('snapshot_weight')}. {theirs}"
+        "Rank by a metric: one plus the number of rows that are significantly better (test over people, Holm-adjusted, "
+        f"5 %); weighted {_weights('final_weight')}. Snapshot score: metrics from the worst row (0) to the best (1), "
+        f"weighted {_weights('snapshot_weight')}. Differences of NDV below {METRICS['ndv_percent'].resolution:g} % are "
+        f"none. {theirs}"
     )
+    if absent := [METRICS[metric].title for metric in CHALLENGE if metric not in ranks]:
+        note += (
+            f" Left out, as fewer than {statistics.MIN_PEOPLE} people have it: {', '.join(absent)}; the other weights "
+            "are scaled to one."
+        )
     return publish(stem, table, shown, f"Ranks as the challenge ranks ({runs.title})", note, runs.about())
 
 

@@ -1,6 +1,6 @@
 """What counts as a difference between two rows, by the rules of docs/protocol.md.
 
-Pairs share people, so an interval is drawn over people: a test over pairs takes for independent what is not.
+Pairs share people, so tests and intervals are over people: ordered pairs of ten people are not 90 observations.
 
 Ranks of several methods on the same pairs: by significance, and by the challenge's snapshot score.
 
@@ -12,13 +12,16 @@ The published rows of other teams are means only: they can take part in the snap
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import wilcoxon
+from scipy import stats
 
 from lumirlib._checks import check_choice
 from lumirlib.evaluation import summarize
@@ -27,8 +30,69 @@ from lumirlib.study.results import read_results
 
 #: Level of the test.
 ALPHA = 0.05
+#: Ranks and verdicts say nothing about a metric that fewer people have.
+MIN_PEOPLE = 5
+#: Draws of the bootstrap.
+DRAWS = 20_000
 
-DRAWS = 2000
+
+class PersonTest(NamedTuple):
+    """A mean difference with the spread that other people, and other seeds, would give it.
+
+    Attributes:
+        difference: Mean over pairs and seeds.
+        error: Standard error of it; NaN where one seed, or fewer than three people, leave it unknown.
+        freedom: Degrees of freedom of `error`.
+    """
+
+    difference: float
+    error: float
+    freedom: float
+
+    def p_value(self) -> float:
+        """Two-sided p-value of no difference."""
+        if math.isnan(self.error):
+            return math.nan
+        if self.error == 0:
+            return float(self.difference == 0)
+        return float(2 * stats.t.sf(abs(self.difference) / self.error, self.freedom))
+
+    def p_below(self, bound: float) -> float:
+        """One-sided p-value of a true difference of `bound` or more: small where the difference lies below it."""
+        if math.isnan(self.error):
+            return math.nan
+        if self.error == 0:
+            return float(self.difference >= bound)
+        return float(stats.t.cdf((self.difference - bound) / self.error, self.freedom))
+
+    def detectable(self, comparisons: int = 1, power: float = 0.8) -> float:
+        """The true difference that a two-sided test at 5 % finds with this power, after Bonferroni."""
+        level, found = stats.t.ppf([1 - ALPHA / (2 * comparisons), power], self.freedom)
+        return float((level + found) * self.error)
+
+
+def mean_over_people(differences: pd.Series, seed_variances: Sequence[tuple[float, int]] = ()) -> PersonTest:
+    """Mean of the pairs' differences with its standard error, people and seeds being random.
+
+    The part of the people is a jackknife: each person is left out in turn, with all of the person's pairs. The part of
+    the seeds is the variance of the rows' means over seeds; the degrees of freedom are Satterthwaite's.
+
+    Args:
+        differences: By (fixed, moving).
+        seed_variances: Of each row that has seeds: variance over seeds of its mean, and the number of seeds.
+    """
+    people, places = np.unique(np.array([list(pair) for pair in differences.index]), return_inverse=True)
+    places, values = places.reshape(len(differences), 2), differences.to_numpy()
+    takes_part = (places[:, :1] == np.arange(len(people))) | (places[:, 1:] == np.arange(len(people)))
+    left = (~takes_part).sum(axis=0)
+    if (left == 0).any():  # two people, or one whom all pairs share
+        return PersonTest(float(values.mean()), math.nan, math.nan)
+    means = (values @ ~takes_part) / left
+    parts = [((len(people) - 1) / len(people) * ((means - means.mean()) ** 2).sum(), len(people) - 1)]
+    parts += [(variance / seeds, seeds - 1) for variance, seeds in seed_variances]
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / free for part, free in parts if part > 0) if variance > 0 else math.inf
+    return PersonTest(float(values.mean()), math.sqrt(variance), float(freedom))
 
 
 def _values(table: pd.DataFrame, row: str, metric: str) -> pd.DataFrame:
@@ -41,9 +105,37 @@ def _values(table: pd.DataFrame, row: str, metric: str) -> pd.DataFrame:
     return own.pivot_table(index=["fixed", "moving"], columns="seed", values="value")
 
 
-def bootstrap_over_people(
-    first: pd.DataFrame, second: pd.DataFrame, draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float]:
+class Interval(NamedTuple):
+    """A 95 % interval, with the half width of the 95 % Monte-Carlo interval of either end."""
+
+    low: float
+    high: float
+    low_error: float
+    high_error: float
+
+
+def _counts(generator: np.random.Generator, things: int, draws: int) -> np.ndarray:
+    """How often each of so many things is drawn, ``(draws, things)``."""
+    return generator.multinomial(things, np.full(things, 1 / things), size=draws)
+
+
+@lru_cache(maxsize=8)
+def _weights_of_pairs(places: bytes, people: int, draws: int, seed: int) -> np.ndarray:
+    """How often each pair counts in each draw of people, ``(draws, pairs)``; comparisons of the same pairs share it."""
+    pairs = np.frombuffer(places, dtype=np.int64).reshape(-1, 2)
+    drawn = _counts(np.random.default_rng(seed), people, draws)
+    return (drawn[:, pairs[:, 0]] * drawn[:, pairs[:, 1]]).astype(np.float64)
+
+
+def _end(ordered: np.ndarray, share: float) -> tuple[float, float]:
+    """A quantile of ordered draws, and its Monte-Carlo error from the order statistics around it."""
+    last = len(ordered) - 1
+    around = 1.96 * math.sqrt(len(ordered) * share * (1 - share))
+    below, above = (int(np.clip(round(share * last + sign * around), 0, last)) for sign in (-1, 1))
+    return float(np.quantile(ordered, share)), float(ordered[above] - ordered[below]) / 2
+
+
+def bootstrap_over_people(first: pd.DataFrame, second: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> Interval:
     """95 % interval of the difference of two rows, people and seeds being drawn anew.
 
     People are drawn with replacement, as many as there are, and a pair counts as often as the product of its two
@@ -56,24 +148,20 @@ def bootstrap_over_people(
         seed: of the draws.
 
     Returns:
-        The 2.5th and the 97.5th percentile of first - second.
+        The 2.5th and the 97.5th percentile of first - second, with their Monte-Carlo errors.
     """
     people, places = np.unique(np.array([list(pair) for pair in first.index]), return_inverse=True)
-    places = places.reshape(len(first), 2)
-    generator = np.random.default_rng(seed)
-
-    def counts(things: int) -> np.ndarray:
-        """How often each of so many things is drawn, ``(draws, things)``."""
-        return generator.multinomial(things, np.full(things, 1 / things), size=draws)
-
-    drawn = counts(len(people))
-    weights = drawn[:, places[:, 0]] * drawn[:, places[:, 1]]
+    weights = _weights_of_pairs(places.astype(np.int64).tobytes(), len(people), draws, seed)
+    generator = np.random.default_rng([seed, 1])
+    sums = [
+        (weights @ one.to_numpy() * _counts(generator, one.shape[1], draws)).sum(axis=1) / one.shape[1]
+        for one in (first, second)
+    ]
     total = weights.sum(axis=1)
-    found = np.full(draws, np.nan)  # where no pair has a weight
-    means = [(weights @ one.to_numpy() * counts(one.shape[1])).sum(axis=1) / one.shape[1] for one in (first, second)]
-    np.divide(means[0] - means[1], total, out=found, where=total > 0)
-    low, high = np.nanpercentile(found, [2.5, 97.5])
-    return float(low), float(high)
+    drawn = total > 0  # else no pair has a weight
+    ordered = np.sort((sums[0] - sums[1])[drawn] / total[drawn])
+    (low, low_error), (high, high_error) = _end(ordered, 0.025), _end(ordered, 0.975)
+    return Interval(low, high, low_error, high_error)
 
 
 def verdict(difference: float, low: float, high: float, p_holm: float, seeds_sd: float, metric: str) -> str:
@@ -88,7 +176,8 @@ def verdict(difference: float, low: float, high: float, p_holm: float, seeds_sd:
         metric: one of the challenge's.
     """
     check_choice(metric, CHALLENGE, "metric")
-    if p_holm < ALPHA and (low > 0 or high < 0) and abs(difference) > 2 * seeds_sd:
+    told = p_holm < ALPHA and (low > 0 or high < 0) and abs(difference) > 2 * seeds_sd
+    if told and abs(difference) >= METRICS[metric].resolution:
         return "better" if (difference > 0) == METRICS[metric].higher_is_better else "worse"
     if max(abs(low), abs(high)) <= METRICS[metric].margin:
         return "matches"
@@ -118,8 +207,10 @@ def compare_rows(
 
     Returns:
         One line per row: row, reference, metric, difference (mean of row - reference), low and high (its interval),
-        p, p_holm (two-sided Wilcoxon over pairs, Holm-adjusted over `rows`), seeds_sd, effect (difference over the
-        standard deviation of the differences over pairs), pairs, people, seeds (of the row), verdict.
+        low_error and high_error (their Monte-Carlo errors), error and freedom (see :class:`PersonTest`), p, p_holm
+        (two-sided, over people and seeds, Holm-adjusted over `rows`), seeds_sd, effect (difference over the standard
+        deviation of the differences over pairs), pairs, people, seeds (the fewer of both rows), verdict, settled
+        (whether the verdict is the same with either end of the interval moved by its Monte-Carlo error).
 
     Raises:
         ValueError: an unknown metric, a row that the table lacks, no pair that both rows have, several values for one
@@ -137,45 +228,48 @@ def compare_rows(
         if not np.isfinite(first.to_numpy()).all() or not np.isfinite(second.to_numpy()).all():
             raise ValueError(f"{metric} of {row} or {reference} is infinite on some pair: a label was lost")
         differences = first.mean(axis=1) - second.mean(axis=1)
-        low, high = bootstrap_over_people(first, second, draws, seed)
+        # of one seed it is NaN, and so is all that follows from it
+        trained = [values for name, values in ((row, first), (reference, second)) if name not in deterministic]
+        variances = [(float(values.mean().var(ddof=1)), len(values.columns)) for values in trained]
+        tested = mean_over_people(differences, variances)
         deviation = differences.std(ddof=1)
         lines.append(
             {
                 "row": row,
                 "reference": reference,
                 "metric": metric,
-                "difference": differences.mean(),
-                "low": low,
-                "high": high,
-                "p": float(wilcoxon(differences).pvalue) if differences.any() else 1.0,
-                # np.max: one seed of a trained row makes it NaN
-                "seeds_sd": float(
-                    np.max(
-                        [
-                            0.0 if name in deterministic else values.mean().std(ddof=1)
-                            for name, values in ((row, first), (reference, second))
-                        ]
-                    )
-                ),
+                **tested._asdict(),
+                **bootstrap_over_people(first, second, draws, seed)._asdict(),
+                "p": tested.p_value(),
+                "seeds_sd": math.sqrt(np.max([0.0, *(variance for variance, _ in variances)])),
                 "effect": differences.mean() / deviation if deviation > 0 else np.nan,
                 "pairs": len(shared),
-                "people": len({person for pair in shared for person in pair}),
-                "seeds": first.shape[1],
+                "people": _people(shared),
+                "seeds": min((seeds for _, seeds in variances), default=1),
             }
         )
     found = pd.DataFrame(lines)
     found.insert(found.columns.get_loc("p") + 1, "p_holm", holm(found["p"].to_numpy()))
-    found["verdict"] = [
-        verdict(line.difference, line.low, line.high, line.p_holm, line.seeds_sd, metric) for line in found.itertuples()
+    verdicts = [
+        [verdict(line["difference"], *ends, line["p_holm"], line["seeds_sd"], metric) for ends in within_error(line)]
+        for line in found.to_dict("records")
     ]
-    return found
+    return found.assign(verdict=[first for first, *_ in verdicts], settled=[len(set(each)) == 1 for each in verdicts])
+
+
+def within_error(line: Mapping[str, float]) -> list[tuple[float, float]]:
+    """The interval of a comparison: as found, then with its ends moved by their Monte-Carlo errors."""
+    return [
+        (line["low"] + down * line["low_error"], line["high"] + up * line["high_error"])
+        for down, up in ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
+    ]
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
     """p-values adjusted for all of them being looked at (Holm, 1979): the k-th smallest of n times n - k + 1.
 
     Args:
-        p_values: ``(n,)`` in [0, 1].
+        p_values: ``(n,)`` in [0, 1]; one that is NaN counts, and stays NaN.
 
     Returns:
         ``(n,)`` in [0, 1], in the same order.
@@ -184,28 +278,36 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     order = np.argsort(p_values)
     factors = len(p_values) - np.arange(len(p_values))
     adjusted = np.empty_like(p_values)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1)
+    adjusted[order] = np.minimum(np.fmax.accumulate(p_values[order] * factors), 1)
+    adjusted[np.isnan(p_values)] = np.nan
     return adjusted
 
 
 def _by_pair(tables: Mapping[str, pd.DataFrame], metric: str) -> pd.DataFrame:
     columns = {}
     for name, table in tables.items():
+        if lacking := {"fixed", "moving"} - set(table.columns):
+            raise ValueError(f"{name} lacks the column(s) {', '.join(sorted(lacking))}, which say whom pairs share")
         own = table[table["metric"] == metric]
         if own["pair"].duplicated().any():
             raise ValueError(f"{name} has several values of {metric} for one pair: give one run at a time")
-        columns[name] = own.set_index("pair")["value"]
+        columns[name] = own.set_index(["fixed", "moving"])["value"]
     return pd.DataFrame(columns).dropna()
 
 
-def compare(tables: Mapping[str, pd.DataFrame], alpha: float = 0.05) -> pd.DataFrame:
-    """Every pair of methods on every metric: two-sided Wilcoxon signed-rank tests, Holm-adjusted within a metric.
+def _people(pairs: Iterable[tuple[str, str]]) -> int:
+    return len({person for pair in pairs for person in pair})
 
-    Pairs of people share people, so the tests take for independent what is not quite: read p-values near alpha with
-    care.
+
+def compare(tables: Mapping[str, pd.DataFrame], alpha: float = ALPHA) -> pd.DataFrame:
+    """Every pair of methods on every metric: two-sided tests over people, Holm-adjusted within a metric.
+
+    A metric that fewer than :data:`MIN_PEOPLE` people have is left out. A lost label makes HD95 infinite; where a pair
+    has that, the signs of the pairs' differences are tested.
 
     Args:
-        tables: method -> long table (pair, metric, value), as :func:`lumirlib.evaluation.evaluate_method` gives it.
+        tables: method -> long table (pair, fixed, moving, metric, value), as
+            :func:`lumirlib.evaluation.evaluate_method` gives it.
         alpha: level of significance.
 
     Returns:
@@ -213,22 +315,21 @@ def compare(tables: Mapping[str, pd.DataFrame], alpha: float = 0.05) -> pd.DataF
         (name of the significantly better method, or "").
 
     Raises:
-        ValueError: fewer than two methods, several values for one pair, or no pair that all methods have.
+        ValueError: fewer than two methods, several values for one pair, or too few people that all methods have.
     """
     if len(tables) < 2:
         raise ValueError(f"tables must hold two methods or more, got {len(tables)}")
     rows = []
     for metric in CHALLENGE:
-        values = _by_pair(tables, metric)
-        if values.empty:
+        values, found = _by_pair(tables, metric), []
+        if _people(values.index) < MIN_PEOPLE:
             continue
-        found = []
         for position, first in enumerate(values):
             for second in list(values)[position + 1 :]:
                 # infinite minus infinite is no difference
-                with np.errstate(invalid="ignore"):
-                    difference = np.nan_to_num((values[first] - values[second]).to_numpy(), nan=0.0)
-                p = float(wilcoxon(difference).pvalue) if np.any(difference) else 1.0
+                difference = (values[first] - values[second]).fillna(0.0)
+                finite = np.isfinite(difference).all()
+                p = mean_over_people(difference if finite else np.sign(difference)).p_value()
                 found.append(
                     {
                         "metric": metric,
@@ -241,9 +342,10 @@ def compare(tables: Mapping[str, pd.DataFrame], alpha: float = 0.05) -> pd.DataF
                 )
         for row, adjusted in zip(found, holm(np.array([row["p"] for row in found])), strict=True):
             ahead = row["first"] if (row["difference"] > 0) == METRICS[metric].higher_is_better else row["second"]
-            rows.append({**row, "p_holm": adjusted, "better": ahead if adjusted < alpha else ""})
+            told = adjusted < alpha and abs(row["difference"]) >= METRICS[metric].resolution
+            rows.append({**row, "p_holm": adjusted, "better": ahead if told else ""})
     if not rows:
-        raise ValueError(f"the methods {', '.join(tables)} have no pair in common")
+        raise ValueError(f"the methods {', '.join(tables)} have no pairs of {MIN_PEOPLE} people in common")
     return pd.DataFrame(rows)
 
 
@@ -255,8 +357,8 @@ def rank(tables: Mapping[str, pd.DataFrame], alpha: float = 0.05) -> pd.DataFram
         alpha: level of significance.
 
     Returns:
-        One row per method, best first: a rank per metric, and "weighted", their mean by the final weights, from
-        which metrics that no pair has are left out.
+        One row per method, best first: a rank per metric, and "weighted", their mean by the final weights, without
+        the metrics that :func:`compare` leaves out.
     """
     tests = compare(tables, alpha)
     ranks = pd.DataFrame(1, index=list(tables), columns=list(dict.fromkeys(tests["metric"])))
@@ -278,7 +380,8 @@ def snapshot_scores(tables: Mapping[str, pd.DataFrame], cohort: str = "", with_p
 
     Returns:
         One row per method, best first: the means, "published" (True for rows that were not computed here) and
-        "score" in [0, 1].
+        "score" in [0, 1], without metrics that fewer than :data:`MIN_PEOPLE` people have; one whose means differ by
+        less than its resolution is alike for all.
 
     Raises:
         ValueError: published rows beside results of another cohort, fewer than two rows, or a metric that is lacking.
@@ -288,7 +391,11 @@ def snapshot_scores(tables: Mapping[str, pd.DataFrame], cohort: str = "", with_p
             f"published figures are of LUMIR's validation pairs; ours are of the cohort {cohort!r} and cannot be "
             "placed among them"
         )
-    metrics = list(CHALLENGE)
+    metrics = [
+        metric
+        for metric in CHALLENGE
+        if any(_people(_by_pair({name: table}, metric).index) >= MIN_PEOPLE for name, table in tables.items())
+    ]
     means = pd.DataFrame(
         {name: summarize(table)["mean"].reindex(metrics) for name, table in tables.items()}, dtype=float
     ).T.assign(published=False)
@@ -299,11 +406,12 @@ def snapshot_scores(tables: Mapping[str, pd.DataFrame], cohort: str = "", with_p
     lacking = means[metrics].isna().any(axis=1)
     if lacking.any():
         raise ValueError(f"{', '.join(means.index[lacking])} lack a metric that the score needs: {', '.join(metrics)}")
-    score = 0.0
-    for metric in (METRICS[name] for name in CHALLENGE):
+    score, weights = 0.0, sum(METRICS[name].snapshot_weight for name in metrics)
+    for metric in (METRICS[name] for name in metrics):
         values = means[metric.name] if metric.higher_is_better else -means[metric.name]
         spread = values.max() - values.min()
-        score = score + metric.snapshot_weight * ((values - values.min()) / spread if spread > 0 else 1.0)
+        told = spread > 0 and spread >= metric.resolution
+        score = score + metric.snapshot_weight / weights * ((values - values.min()) / spread if told else 1.0)
     return means.assign(score=score).sort_values("score", ascending=False, kind="stable")
 
 

@@ -16,7 +16,7 @@ from lumirlib.study.report import difficulty, figures, statistics
 def table(dice, tre=2.0, ndv=0.0, hd95=3.0, pairs=12):
     values = {"dice": dice, "tre_mm": tre, "ndv_percent": ndv, "hd95_mm": hd95}
     rows = [
-        {"pair": f"p{number}", "metric": metric, "value": value}
+        {"pair": f"p{number}", "fixed": f"P{number}", "moving": f"P{number + 1}", "metric": metric, "value": value}
         for metric, given in values.items()
         for number, value in enumerate(np.broadcast_to(given, pairs))
     ]
@@ -33,11 +33,10 @@ def test_holm_multiplies_the_smallest_by_their_number_and_keeps_the_order():
 
 
 def test_a_method_that_is_better_on_every_pair_is_found_so_and_one_that_is_alike_is_not():
-    good, alike, bad = table(0.70 + STEPS), table(0.70 + STEPS[::-1]), table(0.60 + STEPS, tre=3 + STEPS)
+    good, alike, bad = table(0.70 + STEPS), table(0.70 + STEPS[::-1]), table(0.60 + STEPS**2, tre=3 + STEPS)
     tests = statistics.compare({"good": good, "alike": alike, "bad": bad}).set_index(["metric", "first", "second"])
     first = tests.loc[("dice", "good", "bad")]
-    assert first["better"] == "good" and first["difference"] == pytest.approx(0.1) and first["pairs"] == 12
-    assert first["p"] == pytest.approx(2 / 2**12)  # the smallest that twelve pairs can give
+    assert first["better"] == "good" and first["difference"] == pytest.approx(0.1 + np.mean(STEPS - STEPS**2))
     assert tests.loc[("dice", "good", "alike"), "better"] == ""
     assert tests.loc[("tre_mm", "good", "bad"), "better"] == "good"  # less is better
     assert tests.loc[("ndv_percent", "good", "bad"), "p"] == 1  # no difference at all
@@ -52,6 +51,20 @@ def test_a_lost_label_is_infinitely_bad_and_two_are_alike():
     lost = table(0.7, hd95=[math.inf] + [3.0] * 11)
     tests = statistics.compare({"a": lost, "b": lost}).set_index("metric")
     assert tests.loc["hd95_mm", "difference"] == 0
+    worse = statistics.compare({"a": table(0.7), "b": table(0.7, hd95=math.inf)}).set_index("metric")
+    assert worse.loc["hd95_mm", "better"] == "a"
+
+
+def test_ranks_and_scores_leave_out_what_rests_on_nothing():
+    """TRE of three people, and NDV that differs by less than the metric's resolution."""
+    good = table(0.8, tre=[2.0, 2.0] + [math.nan] * 10, ndv=2e-5 + STEPS * 1e-6)
+    bad = table(0.7, tre=[1.0, 1.0] + [math.nan] * 10, ndv=0.0)
+    ranks = statistics.rank({"bad": bad, "good": good})
+    assert "tre_mm" not in ranks and ranks["ndv_percent"].tolist() == [1, 1]
+    assert ranks.loc["bad", "weighted"] == pytest.approx((2 * 1 / 5 + 1 / 5 + 1 / 5) / (3 / 5))
+    scores = statistics.snapshot_scores({"bad": bad, "good": good})
+    assert "tre_mm" not in scores
+    assert scores["score"].to_dict() == pytest.approx({"good": 1, "bad": (1 / 3 + 1 / 6) / (2 / 3)})
 
 
 def test_methods_that_cannot_be_compared_are_refused():
@@ -59,8 +72,10 @@ def test_methods_that_cannot_be_compared_are_refused():
         statistics.compare({"a": table(0.7)})
     with pytest.raises(ValueError, match="a has several values of dice for one pair"):
         statistics.compare({"a": pd.concat([table(0.7)] * 2), "b": table(0.7)})
-    other = table(0.7).assign(pair="elsewhere" + table(0.7)["pair"])
-    with pytest.raises(ValueError, match="a, b have no pair in common"):
+    with pytest.raises(ValueError, match=r"b lacks the column\(s\) fixed, which say whom pairs share"):
+        statistics.compare({"a": table(0.7), "b": table(0.7).drop(columns="fixed")})
+    other = table(0.7).assign(fixed="elsewhere")
+    with pytest.raises(ValueError, match="a, b have no pairs of 5 people in common"):
         statistics.compare({"a": table(0.7), "b": other})
 
 
