@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from lumirlib import load_cohort, provenance
-from lumirlib.cache import GIGABYTE, LUMIR_SCANS
 from lumirlib.data import Cohort, Pair, PairLoader
+from lumirlib.data.dataset_json import LUMIR_SCANS
 from lumirlib.data.nifti import write_nifti
 from lumirlib.files import write_json
 from lumirlib.study.results import cohort_facts
@@ -143,9 +143,7 @@ def measure(cohort: Cohort, given: argparse.Namespace, device: torch.device) -> 
             "cache": cached.cache.describe(),
             "build_seconds_per_volume_by_workers": build,
             "lumir": {
-                "disk_and_page_cache_gb": round(
-                    LUMIR_SCANS * cached.stored_image(people[0]).values.nbytes / GIGABYTE, 1
-                ),
+                "disk_and_page_cache_gb": round(LUMIR_SCANS * cached.stored_image(people[0]).values.nbytes / 1e9, 1),
                 "build_minutes_by_workers": {key: round(LUMIR_SCANS * value / 60, 1) for key, value in build.items()},
             },
         }

@@ -1,98 +1,423 @@
-"""The command `lumirlib`: one entry point for what the modules do; each is imported when it is called."""
+"""The command `lumirlib`: all its sub-commands, the options that they share, and one place where errors end.
+
+Everything heavy is imported inside the sub-commands, so that `--help` need not wait for PyTorch.
+
+The exit status is 0; 1 where part of the work failed; 2 for arguments or data that cannot be used; 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
-import sys
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pandas as pd
+import click
 
 from lumirlib._version import __version__
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lumirlib.data import Cohort
 
-#: Subcommand -> module and function that it calls with (arguments, prog), and what it does.
-COMMANDS = {
-    "run": ("lumirlib.train:main", "train and evaluate one row of a table, resuming"),
-    "sweep": ("lumirlib.study.sweep:main", "many rows and seeds, here or on Slurm"),
-    "evaluate": ("lumirlib.cli:evaluate", "score a trained network or a method on a cohort"),
-    "submission": ("lumirlib.cli:submission", "write, validate or score the challenge's zip"),
-    "prepare": ("lumirlib.scans.prepare:main", "make a folder of scans into a cohort"),
-    "register": ("lumirlib.scans.register:main", "register two scans, in the fixed scan's own space"),
-    "weights": ("lumirlib.training.weights:main", "list, check or make the pretrained weights of the package"),
-    "cache": ("lumirlib.cache:main", "make, check or mend the volumes that training reads"),
-    "info": ("lumirlib.cli:info", "versions, devices, and which cohorts are there"),
-}
-
-EXAMPLES = """examples:
-  lumirlib run --variant LC-2 --preset demo
-  lumirlib sweep --rows table2 --seeds 0 1 2 --preset demo
-  lumirlib evaluate --run <run> --cohort brains
-  lumirlib submission write disp.zip --run <run> --cohort lumir --data-root FOLDER
-  lumirlib prepare scans --out cohort
-  lumirlib register fixed.nii.gz moving.nii.gz --out registered --method deedsBCV
-
-`lumirlib COMMAND --help` explains a command. The exit status is 0; 1 where part of the work failed, 2 for arguments or
-data that cannot be used, 130 after Ctrl-C.
-"""
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _options(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+# what all sub-commands have in common ---------------------------------------------------------------------------------
+def _is_expected(error: Exception) -> bool:
+    """Whether an error says what the user can do about it, so that no traceback is needed."""
+    if isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryError)):
+        return True
+    from lumirlib.study.slurm import ClusterError
+    from lumirlib.training.divergence import NonFiniteLossError
+
+    return isinstance(error, (ClusterError, NonFiniteLossError))
+
+
+def _examples(calls: str) -> str:
+    lines = "".join(f"\n  {line.strip()}" for line in calls.strip().splitlines())
+    return f"\b\nexamples:{lines}"  # click takes the lines as they are
+
+
+class _Command(click.Command):
+    """A sub-command: its examples, options that take several words, and the end of its errors.
+
+    Args:
+        examples: Calls of it, one a line.
+        resumes: Whether the same call goes on where an interrupted one stopped.
+    """
+
+    def __init__(self, *arguments: Any, examples: str = "", resumes: bool = False, **attributes: Any) -> None:
+        super().__init__(*arguments, epilog=_examples(examples), **attributes)
+        self.resumes = resumes
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Read `--seeds 0 1 2` as `--seeds 0 --seeds 1 --seeds 2`, for options that may be repeated."""
+        several = {name for one in self.params if getattr(one, "multiple", False) for name in one.opts}
+        words: list[str] = []
+        option = ""  # that the next words belong to
+        for word in arguments:
+            if word.startswith("-") and not re.match(r"-[\d.]", word):
+                option = word if word in several else ""
+                words.append(word)
+            elif option and words[-1] != option:
+                words += [option, word]
+            else:
+                words.append(word)
+        return super().parse_args(context, words)
+
+    def invoke(self, context: click.Context) -> None:
+        """Call it; its status, if it returns one, is the exit status."""
+        try:
+            status = super().invoke(context)
+        except KeyboardInterrupt as interrupt:
+            usual = "stopped; the same command goes on from here" if self.resumes else "interrupted"
+            click.echo(f"{context.command_path}: {str(interrupt) or usual}", err=True)
+            status = 130
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if not _is_expected(error):
+                raise
+            click.echo(f"{context.command_path}: {error}", err=True)
+            status = 2
+        context.exit(status or 0)
+
+
+class _Group(click.Group):
+    """Sub-commands, listed in the order in which they are written."""
+
+    command_class = _Command
+    group_class = type
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Their names."""
+        return list(self.commands)
+
+
+@click.group(
+    "lumirlib",
+    cls=_Group,
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+    epilog=_examples("""
+    lumirlib run LC-2 --preset demo
+    lumirlib sweep --rows table2 --seeds 0 1 2 --preset demo
+    lumirlib evaluate --run <run> --cohort brains
+    lumirlib submission write disp.zip --run <run> --cohort lumir --data-root FOLDER
+    lumirlib prepare scans --out cohort
+    lumirlib register fixed.nii.gz moving.nii.gz --out registered --method deedsBCV
+    """),
+)
+@click.version_option(__version__, message="lumirlib %(version)s")
+def lumirlib() -> None:
+    """The LUMIR reproducibility study: brain MRI registration, reproduced.
+
+    `lumirlib COMMAND --help` explains a command. The exit status is 0; 1 where part of the work failed; 2 for
+    arguments or data that cannot be used; 130 after Ctrl-C.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Words after `lumirlib`; those of this process if None.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        lumirlib.main(None if arguments is None else list(arguments), prog_name="lumirlib")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def parse_setting(text: str, argument: str = "--set") -> tuple[str, object]:
+    """Name and value of "name=value", as `argument` takes them; the value is JSON (a number, true ...), or text."""
+    name, equals, value = text.partition("=")
+    if not (name.strip() and equals):
+        raise ValueError(f"{argument} takes name=value, got {text!r}")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value.strip()
+
+
+def _called() -> str:
+    """The call of this sub-command with all its options, for provenance; paths of this machine keep their last part."""
+    import shlex
+
+    from lumirlib.provenance import redact_path
+
+    context = click.get_current_context()
+    words = context.command_path.split()
+    for one in context.command.params:
+        value = context.params[one.name or ""]
+        given = [str(part) for part in (value if isinstance(value, tuple) else (value,))]
+        if one.name == "quiet" or value in ("", None, False, ()):
+            continue
+        if isinstance(one, click.Option):
+            words.append(one.opts[0])
+        words += [] if value is True else map(redact_path, given)
+    return shlex.join(words)
+
+
+# options that several sub-commands share ------------------------------------------------------------------------------
+def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _text(*names: str, help: str, **more: Any) -> Callable[[Function], Function]:
+    """An option that is empty unless it is given."""
+    return click.option(*names, default="", show_default=False, help=help, **more)
+
+
+def _several(*names: str, metavar: str, help: str, **more: Any) -> Callable[[Function], Function]:
+    """An option that takes several words."""
+    return click.option(*names, multiple=True, metavar=f"{metavar} ...", help=help, **more)
+
+
+def _cohort(default: str = "embedded") -> Callable[[Function], Function]:
+    return _together(
+        click.option(
+            "--cohort",
+            default=default,
+            help="embedded, lumir, brains or the path of a Learn2Reg dataset JSON; several joined by '+': trained on "
+            "all, evaluated on the last.",
+        ),
+        _text("--data-root", help="Folder that the JSON's paths are relative to, if not its own."),
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command itself."""
-    options = argparse.ArgumentParser(
-        prog="lumirlib",
-        description="The LUMIR reproducibility study: brain MRI registration, reproduced.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _rows(default: Sequence[str]) -> Callable[[Function], Function]:
+    return _several(
+        "--rows", default=default, metavar="ROW", help="table1, table2, beyond, or names of rows such as LK+BF."
     )
-    options.add_argument("--version", action="version", version=f"lumirlib {__version__}")
-    commands = options.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, words) in COMMANDS.items():
-        commands.add_parser(name, help=words, add_help=False)
-    return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Call a subcommand; the exit status is that of the subcommand, see :data:`EXAMPLES`."""
-    given = sys.argv[1:] if arguments is None else arguments
-    command = parser().parse_args(given[:1]).command  # what follows is the subcommand's
-    module, function = COMMANDS[command][0].split(":")
-    return getattr(importlib.import_module(module), function)(given[1:], f"lumirlib {command}")
+def _seeds(default: Sequence[int]) -> Callable[[Function], Function]:
+    return _several("--seeds", default=default, type=int, metavar="SEED", help="Seeds of each row.")
 
 
-# subcommands without a module of their own ----------------------------------------------------------------------------
-def _add_method(options: argparse.ArgumentParser) -> None:
-    by = options.add_mutually_exclusive_group(required=True)
-    by.add_argument("--weights", default="", help="best.pt of a trained network")
-    by.add_argument("--run", default="", help="name of a trained run in the results folder")
-    by.add_argument("--pretrained", default="", metavar="NAME", help="weights of the package: `lumirlib weights list`")
-    by.add_argument(
-        "--method", default="", help="one that needs no training: deedsBCV, affine (zero displacement), ..."
+_PRESET = click.option("--preset", default="demo", help="smoke, demo, real-cpu, half, full or paper.")
+_DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+_OUT = _text("--out", help="Results folder.")
+_RESULTS = _text("--results", help="Results folder that the run is in.")
+_QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
+_SKIP = "strip, bias, affine"
+_JOBS = click.IntRange(min=1)
+
+_SET = _several(
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    help="Options of row and preset, such as smoothness_weight=0.1 cascade=compositional.",
+)
+
+#: Arguments of :class:`lumirlib.training.engine.Engine`.
+_ENGINE = _together(
+    _DEVICE,
+    click.option("--precision", default="auto", help="auto, 32-true or bf16-mixed."),
+    click.option("--processes", default=1, help="GPUs of this machine to train on; or call torchrun."),
+    click.option("--compile", is_flag=True, help="Compile the network."),
+    click.option("--checkpointing", is_flag=True, help="Less memory for more time."),
+    click.option("--cache", default="auto", help="Volumes on disk, made once: auto, on or off."),
+    click.option("--readers", default=1, help="Threads that read ahead."),
+    click.option("--deterministic", is_flag=True, help="The same bits again, as far as the device can."),
+)
+
+#: Arguments of :func:`lumirlib.training.registrar.choose_registrar`: what registers.
+_METHOD = _together(
+    _text("--weights", help="best.pt of a trained network."),
+    _text("--run", help="Name of a trained run in the results folder."),
+    _text("--pretrained", metavar="NAME", help="Weights of the package: `lumirlib weights list`."),
+    _text("--method", help="One that needs no training: deedsBCV, affine (zero displacement) ..."),
+    _RESULTS,
+    click.option(
+        "--resolution", "resolution_mm", type=int, help="Voxels of --method in mm: 1, 2 or 4; 2 if not given."
+    ),
+    _DEVICE,
+)
+
+
+# training -------------------------------------------------------------------------------------------------------------
+@lumirlib.command(
+    "run",
+    resumes=True,
+    examples="""
+    lumirlib run LC-2 --preset demo
+    lumirlib run CA+BF --preset paper --cohort lumir --data-root FOLDER --set smoothness_weight=5
+    lumirlib run VoxelMorph --cohort brains --preset half --no-notebook
+    torchrun --nproc-per-node 4 -m lumirlib run LC-2 --preset full --cohort brains --set batch_size=4
+    """,
+)
+@click.argument("row")
+@_PRESET
+@_cohort()
+@click.option("--seed", default=0, help="Random seed of weights and pairs.")
+@_OUT
+@_ENGINE
+@_SET
+@_text(
+    "--init",
+    help="Weights to start from: random (if not given), pretrained (packaged ones that fit), a name of "
+    "`lumirlib weights list`, or the path of a best.pt.",
+)
+@click.option("--restart", is_flag=True, help="Start anew where a checkpoint would be resumed.")
+@click.option("--no-notebook", is_flag=True, help="Train and evaluate here, without pictures; torchrun always does.")
+@click.option("--train-only", is_flag=True, help="With --no-notebook: do not evaluate.")
+@click.option("--consistency", is_flag=True, help="With --no-notebook: measure inverse consistency of every pair.")
+@_QUIET
+def run_row(
+    row: str,
+    preset: str,
+    cohort: str,
+    data_root: str,
+    seed: int,
+    out: str,
+    settings: tuple[str, ...],
+    init: str,
+    restart: bool,
+    no_notebook: bool,
+    train_only: bool,
+    consistency: bool,
+    quiet: bool,
+    **engine: Any,
+) -> int:
+    """Train and evaluate one row of a table, resuming.
+
+    ROW is the backbone or schemes joined by '+' (backbone, LK, LC-1, LC-2, CA, BF, BF-post, CA+BF ...), or another
+    team's method (VoxelMorph, TransMorph, SynthMorph, uniGradICON, deedsBCV ...).
+
+    The executed notebook, with tables and pictures, is written to runs/ of the results folder.
+    """
+    from lumirlib.evaluation import summarize
+    from lumirlib.study.run import Run
+    from lumirlib.training.engine import Engine, launched
+
+    no_notebook = no_notebook or launched()
+    if not no_notebook and (train_only or consistency):
+        raise click.UsageError("--train-only and --consistency go with --no-notebook")
+    options = dict(parse_setting(text) for text in settings) | ({"init": init} if init else {})
+    job = None
+    if not no_notebook:
+        from lumirlib.study.jobs import plan
+
+        (job,) = plan([row], [seed], preset, cohort, data_root, out, options, engine=engine, resume=not restart)
+    run = Run.prepare(
+        row,
+        preset,
+        cohort,
+        seed,
+        data_root,
+        out,
+        Engine(**engine),
+        options=options,
+        command="lumirlib run --no-notebook, as papermill notebooks/run_ablation.ipynb <output>.ipynb",
     )
-    options.add_argument("--results", default="", help="results folder")
-    options.add_argument("--resolution", type=int, help="mm, for --method: 1, 2, 4; 2 if not given")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    if run.engine.is_first:
+        print(run.describe(), flush=True)
+    if job:
+        from lumirlib.study.sweep import execute_run
+
+        broken = execute_run(job, run, not quiet)
+        if broken:
+            click.echo(f"lumirlib run: {broken.splitlines()[-1]}; see {job.failed}", err=True)
+            return 1
+        print(f"\n{run.metrics_path}\n{job.output}")
+        return 0
+    result = run.train(resume=not restart, progress=not quiet)
+    if train_only or not run.engine.is_first:
+        return 0
+    table = run.evaluate(result, not quiet, consistency or None)
+    print(f"\nbest epoch {result.best_epoch}; {run.metrics_path}")
+    print(summarize(table).to_string(float_format="%.4f"))
+    return 0
 
 
-def _add_cohort(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
-    options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
-    options.add_argument("--quiet", action="store_true", help="no progress bar")
+@lumirlib.command(
+    "sweep",
+    resumes=True,
+    examples="""
+    lumirlib sweep --rows table2 --seeds 0 1 2 --preset demo --dry-run
+    lumirlib sweep --rows LK+BF VoxelMorph --cohort brains --preset half --jobs 2
+    lumirlib sweep --rows table2 --seeds 0 1 2 --preset paper --executor slurm --slurm gpus_per_node=1 mem_gb=64
+    """,
+)
+@_rows(["table2"])
+@_seeds([0])
+@_PRESET
+@_cohort()
+@_OUT
+@_ENGINE
+@_SET
+@click.option("--jobs", type=_JOBS, help="Runs at a time; if not given, 1 here, all on a cluster.")
+@click.option("--no-notebook", is_flag=True, help="Keep what each run prints in place of an executed notebook.")
+@click.option("--executor", default="local", type=click.Choice(["local", "slurm"]), help="Where the runs are executed.")
+@_several(
+    "--slurm",
+    "job_settings",
+    metavar="NAME=VALUE",
+    help="Options of each job, as submitit has them: partition=gpu gpus_per_node=1 mem_gb=64 timeout_min=1440 ...",
+)
+@click.option("--no-wait", is_flag=True, help="Submit to Slurm and return.")
+@click.option("--dry-run", is_flag=True, help="List what would be run, and stop.")
+def run_many(
+    rows: tuple[str, ...],
+    seeds: tuple[int, ...],
+    preset: str,
+    cohort: str,
+    data_root: str,
+    out: str,
+    settings: tuple[str, ...],
+    jobs: int | None,
+    no_notebook: bool,
+    executor: str,
+    job_settings: tuple[str, ...],
+    no_wait: bool,
+    dry_run: bool,
+    **engine: Any,
+) -> int:
+    """Many rows and seeds, here or on Slurm.
+
+    What is finished is skipped, so the same command goes on where it stopped; what broke is run again.
+    """
+    import shlex
+
+    from lumirlib import provenance
+    from lumirlib.study import slurm, sweep
+    from lumirlib.study.jobs import plan
+
+    on_slurm = executor == "slurm"
+    if not on_slurm and (job_settings or no_wait):
+        raise click.UsageError("--slurm and --no-wait go with --executor slurm")
+    options = dict(parse_setting(text) for text in settings)
+    launcher = "train" if no_notebook else "notebook"
+    runs = plan(rows, seeds, preset, cohort, data_root, out, options, launcher, engine)
+    if dry_run:
+        for run in runs:
+            print("finished" if run.is_finished() else "to run  ", shlex.join(run.command(run.output)))
+        return 0
+    if on_slurm:
+        queue = slurm.Queue(provenance.results_folder(out) / "slurm", "slurm")
+        queue.submit(runs, dict(parse_setting(text, "--slurm") for text in job_settings), jobs)
+        broken = {} if no_wait else queue.wait(runs)
+    else:
+        broken = sweep.run_sweep(runs, jobs or 1)
+    for output, error in broken.items():
+        click.echo(f"broken: {output.name}: {error.splitlines()[-1]}", err=True)
+    return 1 if broken else 0
 
 
+# evaluating -----------------------------------------------------------------------------------------------------------
 def _summarized(table: pd.DataFrame, cohort: Cohort) -> str:
     from lumirlib.evaluation import summarize
     from lumirlib.study.results import data_title
@@ -101,20 +426,22 @@ def _summarized(table: pd.DataFrame, cohort: Cohort) -> str:
     return f"{title}\n{summarize(table).to_string(float_format='%.4f')}"
 
 
-def evaluate(arguments: list[str], prog: str) -> int:
-    """Score a network or a method on a cohort; the exit status is 0, or 2 for what cannot be used."""
-    options = _options(
-        prog,
-        "Score a trained network or a method on a cohort's validation pairs.",
-        f"  {prog} --run <run> --cohort brains\n  {prog} --method deedsBCV --resolution 4 --out deeds.csv\n",
-    )
-    _add_method(options)
-    _add_cohort(options)
-    options.add_argument(
-        "--out", default="", help="CSV for the figures of every pair, with a JSON of where they are from"
-    )
-    given = options.parse_args(arguments)
+@lumirlib.command(
+    "evaluate",
+    examples="""
+    lumirlib evaluate --run <run> --cohort brains
+    lumirlib evaluate --method deedsBCV --resolution 4 --out deeds.csv
+    """,
+)
+@_METHOD
+@_cohort()
+@_text("--out", help="CSV for the figures of every pair, with a JSON of where they are from.")
+@_QUIET
+def evaluate(cohort: str, data_root: str, out: str, quiet: bool, device: str, **chosen: Any) -> None:
+    """Score a network or a method on a cohort's pairs.
 
+    These are its validation pairs, and all of them.
+    """
     from lumirlib import provenance
     from lumirlib.data import load_cohort
     from lumirlib.evaluation import evaluate_method
@@ -122,87 +449,283 @@ def evaluate(arguments: list[str], prog: str) -> int:
     from lumirlib.training.engine import pick_device
     from lumirlib.training.registrar import choose_registrar
 
-    try:
-        device = pick_device(given.device)
-        chosen = choose_registrar(
-            given.weights, given.run, given.method, given.results, given.resolution, given.device, given.pretrained
-        )
-        cohort = load_cohort(given.cohort, chosen.resolution_mm, given.data_root or None)
-        table = evaluate_method(chosen.method, cohort, cohort.validation_pairs, device, progress=not given.quiet)
-        if given.out:
-            facts = {"method": chosen.name, **chosen.facts, **cohort_facts(cohort), "command": prog}
-            facts |= {"commit": provenance.commit(), "device": provenance.describe_device(device)}
-            write_results(table, given.out, facts)
-    except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    print(f"{chosen.name}: {_summarized(table, cohort)}")
-    return 0
+    target = pick_device(device)
+    registrar = choose_registrar(device=device, **chosen)
+    people = load_cohort(cohort, registrar.resolution_mm, data_root or None)
+    table = evaluate_method(registrar.method, people, people.validation_pairs, target, progress=not quiet)
+    if out:
+        facts = {"method": registrar.name, **registrar.facts, **cohort_facts(people), "command": _called()}
+        facts |= {"commit": provenance.commit(), "device": provenance.describe_device(target)}
+        write_results(table, out, facts)
+    print(f"{registrar.name}: {_summarized(table, people)}")
 
 
-def submission(arguments: list[str], prog: str) -> int:
-    """Write, validate or score a zip; the exit status is 0, 1 if it must not be uploaded, 2 for what cannot be used."""
-    options = argparse.ArgumentParser(prog=prog, description="The challenge's zip of displacements.")
-    actions = options.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for action, words, example in (
-        (
-            "write",
-            "run a network or a method on every validation pair",
-            "--run <run> --cohort lumir --data-root FOLDER",
-        ),
-        ("validate", "say what is wrong with a zip before it is uploaded", "--cohort lumir --data-root FOLDER"),
-        ("score", "score a zip where labels or landmarks are there", "--cohort brains"),
-    ):
-        one = actions.add_parser(
-            action,
-            help=words,
-            description=words,
-            epilog=f"example:\n  {prog} {action} disp.zip {example}\n",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        one.add_argument("zip", help="path of the zip")
-        if action == "write":
-            _add_method(one)
-        else:
-            one.add_argument("--resolution", type=int, default=1, help="mm of the zip's displacements")
-        _add_cohort(one)
-    given = options.parse_args(arguments)
+@lumirlib.group("submission")
+def submission() -> None:
+    """Write, validate or score the challenge's zip of displacements."""
 
+
+_ZIP = click.argument("path", metavar="ZIP")
+_ZIP_RESOLUTION = click.option(
+    "--resolution", "resolution_mm", default=1, help="Voxels of the zip's displacements, mm."
+)
+
+
+@submission.command(
+    "write", examples="lumirlib submission write disp.zip --run <run> --cohort lumir --data-root FOLDER"
+)
+@_ZIP
+@_METHOD
+@_cohort()
+@_QUIET
+def write_zip(path: str, cohort: str, data_root: str, quiet: bool, device: str, **chosen: Any) -> None:
+    """Run a network or a method on every validation pair."""
     from lumirlib.data import load_cohort
-    from lumirlib.study.submission import score_submission, validate_submission, write_submission
+    from lumirlib.study.submission import write_submission
     from lumirlib.training.engine import pick_device
     from lumirlib.training.registrar import choose_registrar
 
-    try:
-        resolution, registrar = given.resolution, None
-        if given.action == "write":
-            registrar = choose_registrar(
-                given.weights, given.run, given.method, given.results, resolution, given.device, given.pretrained
-            )
-            resolution = registrar.resolution_mm
-        cohort = load_cohort(given.cohort, resolution, given.data_root or None)
-        if registrar:
-            device = pick_device(given.device)
-            print(write_submission(registrar.method, cohort, given.zip, device=device, progress=not given.quiet))
-            return 0
-        cohort = load_cohort(given.cohort, given.resolution, given.data_root or None)
-        if given.action == "score":
-            print(_summarized(score_submission(given.zip, cohort, progress=not given.quiet), cohort))
-            return 0
-        findings = validate_submission(given.zip, cohort, progress=not given.quiet)
-    except (ValueError, OSError) as error:
-        print(f"{prog} {given.action}: {error}", file=sys.stderr)
-        return 2
-    print(*(("error: " if finding.fatal else "remark: ") + finding.message for finding in findings), sep="\n")
-    fatal = any(finding.fatal for finding in findings)
+    registrar = choose_registrar(device=device, **chosen)
+    people = load_cohort(cohort, registrar.resolution_mm, data_root or None)
+    print(write_submission(registrar.method, people, path, device=pick_device(device), progress=not quiet))
+
+
+@submission.command("validate", examples="lumirlib submission validate disp.zip --cohort lumir --data-root FOLDER")
+@_ZIP
+@_ZIP_RESOLUTION
+@_cohort()
+@_QUIET
+def validate_zip(path: str, resolution_mm: int, cohort: str, data_root: str, quiet: bool) -> int:
+    """Say what is wrong with a zip before it is uploaded; the status is 1 if it must not be."""
+    from lumirlib.data import load_cohort
+    from lumirlib.study.submission import validate_submission
+
+    people = load_cohort(cohort, resolution_mm, data_root or None)
+    problems = validate_submission(path, people, progress=not quiet)
+    for problem in problems:
+        print(("error: " if problem.fatal else "remark: ") + problem.message)
+    fatal = any(problem.fatal for problem in problems)
     print("not fit to be uploaded" if fatal else "fit to be uploaded, as to its form")
     return 1 if fatal else 0
 
 
-def info(arguments: list[str], prog: str) -> int:
-    """Print versions, devices and cohorts; the exit status is 0."""
-    _options(prog, "Versions, devices, and which cohorts are there.", f"  {prog}\n").parse_args(arguments)
+@submission.command("score", examples="lumirlib submission score disp.zip --cohort brains")
+@_ZIP
+@_ZIP_RESOLUTION
+@_cohort()
+@_QUIET
+def score_zip(path: str, resolution_mm: int, cohort: str, data_root: str, quiet: bool) -> None:
+    """Score a zip where labels or landmarks are there."""
+    from lumirlib.data import load_cohort
+    from lumirlib.study.submission import score_submission
 
+    people = load_cohort(cohort, resolution_mm, data_root or None)
+    print(_summarized(score_submission(path, people, progress=not quiet), people))
+
+
+# a user's own scans ---------------------------------------------------------------------------------------------------
+@lumirlib.command(
+    "prepare",
+    resumes=True,
+    examples="""
+    lumirlib prepare scans --out cohort                       # heads as they come from the scanner
+    lumirlib prepare scans --out cohort --jobs 4              # four at a time
+    lumirlib prepare brains --out cohort --skip strip bias    # brains that are stripped and corrected already
+    lumirlib run LC-2 --cohort cohort/dataset.json            # train on them
+    """,
+)
+@click.argument("folder")
+@click.option("--out", required=True, help="Folder of the cohort; an interrupted call goes on from there.")
+@_several("--skip", metavar="STEP", help=f"Steps done before: {_SKIP}.")
+@click.option("--jobs", default=1, help="Scans at a time.")
+@click.option("--validation", type=int, help="People held out, the last by name; a tenth if not given.")
+@_text("--name", help="Name of the cohort; the folder's if not given.")
+@_DEVICE
+@_QUIET
+def prepare(
+    folder: str,
+    out: str,
+    skip: tuple[str, ...],
+    jobs: int,
+    validation: int | None,
+    name: str,
+    device: str,
+    quiet: bool,
+) -> int:
+    """Make a folder of T1 scans into a cohort in the LUMIR frame.
+
+    FOLDER has .nii or .nii.gz files, at any depth, one scan a person. Skulls are stripped on --device. The status is 1
+    where a scan was left out.
+    """
+    from lumirlib.scans.folder import prepare_folder
+
+    path, broken = prepare_folder(folder, out, skip, jobs, validation, name, device, not quiet)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    print(f"{path}: {content['numTraining']} training scans, {content['numValidation']} validation pairs")
+    print(f"look at {path.parent / 'qc_1.png'}, worst correlation with the template first")
+    for scan, error in broken.items():
+        click.echo(f"left out: {scan}: {error}", err=True)
+    return 1 if broken else 0
+
+
+@lumirlib.command(
+    "register",
+    examples="""
+    lumirlib register fixed.nii.gz moving.nii.gz --out registered --method deedsBCV
+    lumirlib register fixed.nii.gz moving.nii.gz --out registered --weights results/checkpoints/<run>/best.pt
+    lumirlib register fixed.nii.gz moving.nii.gz --out registered --method affine --skip strip bias
+    antsApplyTransforms -d 3 -i moving.nii.gz -r fixed.nii.gz -t registered/transform.nii.gz -o warped.nii.gz
+    """,
+)
+@click.argument("fixed")
+@click.argument("moving")
+@click.option("--out", required=True, help="Folder for warped image, displacement, transform and QC page.")
+@_METHOD
+@_several("--skip", metavar="STEP", help=f"Steps done before to both scans: {_SKIP}.")
+@_several("--skip-fixed", metavar="STEP", help="Steps done before to the fixed scan.")
+@_several("--skip-moving", metavar="STEP", help="Steps done before to the moving scan.")
+@_QUIET
+def register(quiet: bool, **given: Any) -> None:
+    """Register two T1 scans in the fixed scan's own space.
+
+    FIXED and MOVING are NIfTI files of T1 heads, any orientation and spacing. The last example applies the map
+    elsewhere.
+    """
+    from lumirlib.scans.register import register
+
+    found = register(**given, progress=not quiet, command=_called())
+    for name, value in found.measures.items():
+        print(f"{name:18s} {value:.4f}")
+    print(*(f"{kind}: {path}" for kind, path in found.files.items()), sep="\n")
+
+
+# weights of the package -----------------------------------------------------------------------------------------------
+@lumirlib.group("weights")
+def weights() -> None:
+    """List, check or make the pretrained weights of the package."""
+
+
+@weights.command("list", examples="lumirlib weights list")
+def list_weights() -> None:
+    """What there is, with its Dice."""
+    from lumirlib.training.weights import FOLDER, names, read_packaged
+
+    for one in map(read_packaged, names()):
+        dice = one.facts["figures"]["dice"]["mean"]
+        print(
+            f"{one.name}: {one.row.name}, {one.resolution_mm:g} mm, Dice {100 * dice:.2f} % on "
+            f"{one.facts['evaluation']['cohort_name']}; {FOLDER / one.name}.md"
+        )
+
+
+@weights.command("export", examples="lumirlib weights export --run <run> --name ours-4mm-cpu")
+@click.option("--run", required=True, help="Name of the run in the results folder.")
+@click.option("--name", required=True, help="Name of the weights, such as ours-4mm-cpu.")
+@_RESULTS
+@_cohort("brains")
+@_DEVICE
+@_QUIET
+def export_weights(run: str, name: str, results: str, cohort: str, data_root: str, device: str, quiet: bool) -> None:
+    """Package the weights of a finished run, evaluated, with a card."""
+    from lumirlib.study.model_cards import export
+
+    print(export(run, name, results, cohort, data_root, device, not quiet, _called()))
+
+
+@weights.command(
+    "check",
+    examples="""
+    lumirlib weights check
+    lumirlib weights check ours-4mm-cpu
+    """,
+)
+@click.argument("names", nargs=-1)
+@_cohort("brains")
+@_DEVICE
+@_QUIET
+def check_weights(names: tuple[str, ...], cohort: str, data_root: str, device: str, quiet: bool) -> int:
+    """Measure packaged weights anew: all, or those of the NAMES.
+
+    The status is 1 unless Dice is the card's to 0.1 point.
+    """
+    from lumirlib.study.model_cards import check
+    from lumirlib.training import weights as packaged
+
+    chosen = names or packaged.names()
+    if not chosen:
+        raise ValueError("no weights are packaged")
+    right = [check(name, cohort, data_root, device, not quiet) for name in chosen]  # all, whatever the first says
+    return 0 if all(right) else 1
+
+
+@weights.command("cards", examples="lumirlib weights cards")
+def write_cards() -> None:
+    """Write the cards anew from what the weights' files say."""
+    from lumirlib.study import model_cards
+
+    print(*model_cards.write_cards(), sep="\n")
+
+
+# the machine ----------------------------------------------------------------------------------------------------------
+@lumirlib.command(
+    "cache",
+    resumes=True,
+    examples="""
+    lumirlib cache --cohort lumir --data-root FOLDER --preset paper
+    lumirlib cache --cohort brains --resolution 2 --repair
+    """,
+)
+@_cohort()
+@_PRESET
+@click.option("--resolution", type=float, help="Voxel size in mm, in place of the preset's.")
+@_text("--folder", help="Folder of caches; the user's cache folder if not given.")
+@click.option("--dtype", default="auto", help="auto (integers where exact, else float16), float16 or float32.")
+@click.option("--workers", type=int, help="Threads that read scans; one per core, at most 8, if not given.")
+@click.option("--verify", is_flag=True, help="Compare the checksum of every volume.")
+@click.option("--repair", is_flag=True, help="Verify, and make damaged volumes anew.")
+@_QUIET
+def cache(
+    cohort: str,
+    data_root: str,
+    preset: str,
+    resolution: float | None,
+    folder: str,
+    dtype: str,
+    workers: int | None,
+    verify: bool,
+    repair: bool,
+    quiet: bool,
+) -> None:
+    """Make, check or mend the volumes that training reads.
+
+    They are memory-mapped. An interrupted call goes on where it stopped.
+    """
+    import time
+
+    from lumirlib.data import load_cohort
+    from lumirlib.data.dataset_json import LUMIR_SCANS
+    from lumirlib.methods.presets import get_preset
+
+    resolution = get_preset(preset).resolution_mm if resolution is None else resolution
+    people = load_cohort(cohort, resolution, data_root or None)
+    started = time.perf_counter()
+    cached = people.with_cache(folder or None, dtype, workers, not quiet, verify, repair)
+    seconds, caches = time.perf_counter() - started, [part.cache for part in cached.parts]
+    made = sum(one.made for one in caches)
+    print(f"{people.name}, {resolution:g} mm: {cached.describe_cache()}")
+    for one in caches:
+        print(f"{one.folder}: {one.nbytes / 1e9:.2f} GB")
+    print(f"{made} volumes made in {seconds:.1f} s")
+    image = cached.stored_image(next(iter([*people.train, *(pair.fixed for pair in people.validation_pairs)])))
+    size = LUMIR_SCANS * image.values.nbytes / 1e9
+    print(f"LUMIR's {LUMIR_SCANS} scans, if like these: {size:.1f} GB of disk, and as much free memory to stay there")
+    if made:
+        print(f"and {LUMIR_SCANS * seconds / made / 60:.0f} minutes to make")
+
+
+@lumirlib.command("info", examples="lumirlib info")
+def info() -> None:
+    """Versions, devices, and which cohorts are there."""
     import os
 
     import psutil
@@ -246,7 +769,6 @@ def info(arguments: list[str], prog: str) -> int:
     show("pretrained weights", dict.fromkeys(names(), "") or {"none": ""})
     show("tools", dict(availability().itertuples(index=False)))
     show("preparing scans", {name: _version(name) for name in ("deepbet", "SimpleITK")})
-    return 0
 
 
 def _version(package: str) -> str:
@@ -258,16 +780,152 @@ def _version(package: str) -> str:
         return 'not installed: pip install "lumirlib[prepare]"'
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+# measuring ------------------------------------------------------------------------------------------------------------
+@lumirlib.group("measure")
+def measure() -> None:
+    """Measure costs, folding and robustness of rows."""
 
 
-def parse_setting(text: str, argument: str = "--set") -> tuple[str, object]:
-    """Name and value of "name=value", as `argument` takes them; the value is JSON (a number, true ...), or text."""
-    name, equals, value = text.partition("=")
-    if not (name.strip() and equals):
-        raise ValueError(f"{argument} takes name=value, got {text!r}")
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value.strip()
+@measure.command(
+    "costs",
+    examples="""
+    lumirlib measure costs --rows table2 BF-post --preset demo
+    lumirlib measure costs --rows table1 --preset paper --device cuda
+    """,
+)
+@_rows(["table2", "BF-post"])
+@_PRESET
+@_DEVICE
+@click.option("--rounds", default=3, type=_JOBS, help="How often each row is measured.")
+@click.option("--repeats", default=3, type=_JOBS, help="Repeats of each timing within a round.")
+@click.option("--no-training", is_flag=True, help="Measure registration alone.")
+@_OUT
+def measure_costs(
+    rows: tuple[str, ...], preset: str, device: str, rounds: int, repeats: int, no_training: bool, out: str
+) -> None:
+    """Parameters, multiply-adds, seconds and memory of rows, side by side.
+
+    Every row is measured in a process of its own, all of them in turn, several rounds over, on random images of the
+    preset's size. The machine should have nothing else to do.
+    """
+    from lumirlib.study import costs
+
+    table, path = costs.measure_rows(rows, preset, device, rounds, repeats, not no_training, out, _called())
+    columns = ["seconds_per_pair", "seconds_per_step", "inference_mib", "training_mib"]
+    print(table.groupby("variant", sort=False)[columns].median().to_string(float_format="%.3f"))
+    print(path)
+
+
+@measure.command("folding", examples="lumirlib measure folding --rows LC-1 LC-2 --seeds 0 1 2 --preset demo")
+@_rows(["LC-1", "LC-2"])
+@_seeds([0, 1, 2])
+@_PRESET
+@_cohort()
+@_several("--factors", default=[1.0, 2.0, 3.0, 4.0], type=float, metavar="FACTOR", help="Factors of the velocities.")
+@_OUT
+@_DEVICE
+def measure_folding(**given: Any) -> None:
+    """How the two cascades fold, from trained rows: the same velocities joined additively and compositionally."""
+    from lumirlib.study import folding
+
+    table, path = folding.measure_rows(**given, command=_called())
+    print(table.groupby(["variant", "cascade", "factor"], sort=False)[["ndv_percent", "displacement_mm"]].mean())
+    print(path)
+
+
+@measure.command(
+    "robustness",
+    resumes=True,
+    examples="lumirlib measure robustness --rows LC-2 ours --preset real-cpu --cohort brains --seeds 0 1",
+)
+@_rows(["LC-2", "ours"])
+@_seeds([0, 1, 2])
+@_PRESET
+@_cohort()
+@click.option("--pairs", type=_JOBS, help="So many of the pairs, spread evenly; all if not given.")
+@_OUT
+@_DEVICE
+def measure_robustness(**given: Any) -> None:
+    """Trained rows on altered moving images: contrast, thick slices, missing tissue."""
+    from lumirlib.study import robustness
+
+    for path in robustness.measure_rows(**given, command=_called()):
+        print(path)
+
+
+# reporting ------------------------------------------------------------------------------------------------------------
+_WRITE = click.option("--write", is_flag=True, help="Put it into README.md of the checkout, between its markers.")
+
+
+def _readme() -> Path:
+    from lumirlib.provenance import project_root
+
+    return (project_root() or Path.cwd()) / "README.md"
+
+
+@lumirlib.group("report")
+def report() -> None:
+    """Verdicts, costs and ranks, from finished runs."""
+
+
+@report.command(
+    "claims",
+    examples="""
+    lumirlib report claims --cohort brains --preset real-cpu
+    lumirlib report claims --write
+    """,
+)
+@click.option("--cohort", default="brains", help="Short name of the cohort of the runs.")
+@click.option("--preset", default="real-cpu", help="Preset of the runs.")
+@_OUT
+@_WRITE
+def report_claims(cohort: str, preset: str, out: str, write: bool) -> None:
+    """The paper's claims, judged from finished runs by stated rules."""
+    from lumirlib.files import write_between
+    from lumirlib.provenance import results_folder
+    from lumirlib.study.report import claims, publish
+
+    study = claims.load_study(results_folder(out), cohort, preset)
+    verdicts = claims.judge(study)
+    if write:
+        print(write_between(_readme(), claims.MARKERS, claims.summary(study, verdicts)))
+    else:
+        print(publish.to_markdown(claims.readable(verdicts)))
+
+
+@report.command(
+    "budget",
+    examples="""
+    lumirlib report budget
+    lumirlib report budget --write
+    """,
+)
+@_OUT
+@_WRITE
+def report_budget(out: str, write: bool) -> None:
+    """What the full reproduction costs: GPU-hours, disk and memory, from what `lumirlib measure costs` wrote."""
+    from lumirlib.files import write_between
+    from lumirlib.provenance import results_folder
+    from lumirlib.study import costs
+
+    text = costs.readable_budget(costs.load_budget(results_folder(out)))
+    print(write_between(_readme(), costs.MARKERS, text) if write else text)
+
+
+@report.command("ranks", examples="lumirlib report ranks results/metrics/LC-2_*.csv results/metrics/TransMorph_*.csv")
+@click.argument("results", nargs=-1, required=True)
+@click.option("--published", is_flag=True, help="Score among the published rows; results on LUMIR only.")
+def report_ranks(results: tuple[str, ...], published: bool) -> None:
+    """Ranks of methods on the same pairs: by significance, and by the challenge's snapshot score.
+
+    RESULTS are CSVs of metrics, each with its provenance (.json) beside it.
+    """
+    from lumirlib.study.report import statistics
+
+    tables, cohort = statistics.read_scores(results)
+    ranks = statistics.rank(tables)
+    scores = statistics.snapshot_scores(tables, cohort, published)
+    print(f"ranks by significance, cohort {cohort}")
+    print(ranks.to_string(float_format="%.3g"))
+    print("\nsnapshot score, 1 is best" + ("; rows marked published are other teams' figures" if published else ""))
+    print(scores.to_string(float_format="%.4g"))

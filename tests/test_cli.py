@@ -4,45 +4,104 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import click
+import nbformat
 import pytest
 
 from lumirlib import cli
+from lumirlib.data.cache import DTYPES
+from lumirlib.data.dataset_json import NAMED_COHORTS
 from lumirlib.data.frame import frame_affine, template_in_frame
 from lumirlib.data.nifti import write_nifti
+from lumirlib.methods.presets import PRESETS
+from lumirlib.methods.variants import variant_choices
 from lumirlib.scans import prepare
 from lumirlib.scans.scan import as_scanned
+from lumirlib.study import jobs
+from lumirlib.study.folding import FACTORS
+from lumirlib.study.report import claims
+from lumirlib.study.slurm import ClusterError
+from lumirlib.training import engine
+from lumirlib.training.divergence import NonFiniteLossError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_help_of_the_command_does_not_wait_for_torch():
+def leaves(group=cli.lumirlib, words=()):
+    """All sub-commands, as words after `lumirlib`."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from leaves(command, (*words, name))
+        else:
+            yield (*words, name)
+
+
+COMMANDS = list(leaves())
+
+
+@pytest.mark.parametrize("words", [(), ("run",), ("measure", "costs"), ("weights",)], ids=" ".join)
+def test_help_does_not_wait_for_torch(words):
     code = (
-        "import sys\nfrom lumirlib import cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit as end:\n"
-        "    assert end.code == 0\nheavy = {'torch', 'numpy', 'matplotlib', 'pandas'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "import sys\nfrom lumirlib import cli\nassert cli.main([*sys.argv[1:], '--help']) == 0\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'pandas'} & set(sys.modules)\nassert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "examples:" in done.stdout and all(name in done.stdout for name in cli.COMMANDS)
+    assert f"Usage: lumirlib {' '.join(words)}".strip() in done.stdout
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "submission write"])
-def test_each_subcommand_explains_itself_with_an_example(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main([*command.split(), "--help"])
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_each_command_explains_itself_with_an_example_of_its_own(words, capsys):
+    assert cli.main([*words, "--help"]) == 0
     printed = capsys.readouterr().out
-    assert end.value.code == 0 and f"usage: lumirlib {command}" in printed
-    assert re.search(rf"examples?:\n  lumirlib {command}", printed) or command == "submission"
+    assert f"Usage: lumirlib {' '.join(words)}" in printed
+    assert re.search(rf"\n  examples:\n    lumirlib {' '.join(words)}\b", printed)
+
+
+def test_help_lists_what_the_library_knows(capsys):
+    cli.main(["run", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for known in (*PRESETS, *variant_choices()[:7], *engine.PRECISIONS, *engine.CACHES, *NAMED_COHORTS):
+        assert known in text, known
+    cli.main(["prepare", "--help"])
+    assert ", ".join(prepare.STEPS) in capsys.readouterr().out
+    cli.main(["cache", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(known in text for known in DTYPES)
+
+
+def test_options_of_the_command_line_have_the_defaults_of_the_library():
+    given = cli.lumirlib.commands["run"].make_context("run", ["LK"]).params
+    for one in fields(engine.Engine):
+        assert given[one.name] == one.default, one.name
+    given = cli.lumirlib.commands["measure"].commands["folding"].make_context("folding", []).params
+    assert given["factors"] == FACTORS
+
+
+def test_one_flag_takes_several_words_up_to_the_next_option(tmp_path, capsys):
+    words = ["--seeds", "0", "1", "--rows", "LK", "CA", "--seeds=2", "--preset", "smoke", "--out", str(tmp_path)]
+    assert cli.main(["sweep", *words, "--set", "epochs=3", "smoothness_weight=1e-2", "--no-notebook", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [tuple(re.search(r"run (\S+) .*--seed (\d)", line).groups()) for line in lines]
+    assert found == [("LK", "0"), ("LK", "1"), ("LK", "2"), ("CA", "0"), ("CA", "1"), ("CA", "2")]
+    assert all(line.endswith("--set epochs=3 smoothness_weight=0.01") for line in lines)
+    assert cli.main(["sweep", "--seeds", "--dry-run"]) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: COMMAND"),
-        (["trian"], "invalid choice: 'trian'"),
-        (["run", "--preset", "dmeo"], "lumirlib run: preset must be one of smoke"),
+        ([], "Usage: lumirlib [OPTIONS] COMMAND"),
+        (["trian"], "No such command 'trian'"),
+        (["run"], "Missing argument 'ROW'"),
+        (["run", "LKK"], "lumirlib run: unknown variant 'LKK'"),
+        (["run", "LK", "--preset", "dmeo"], "lumirlib run: preset must be one of smoke"),
+        (["run", "LK", "--set", "epochs"], "lumirlib run: --set takes name=value, got 'epochs'"),
+        (["run", "LK", "--cohort", "nowhere.json"], "nowhere.json"),
+        (["run", "LK", "--train-only"], "--train-only and --consistency go with --no-notebook"),
         (
             ["register", "a.nii", "b.nii", "--out", "c"],
             "lumirlib register: give one of weights, run, method and pretrained",
@@ -56,11 +115,72 @@ def test_mistakes_end_with_status_2_and_a_sentence(arguments, message, capsys, s
     monkeypatch.chdir(small_cohort_json.parent)
     if arguments[:1] == ["submission"]:
         arguments = [*arguments, "--cohort", str(small_cohort_json)]
-    try:
-        status = cli.main(arguments)
-    except SystemExit as end:
-        status = end.code
-    assert status == 2 and message in capsys.readouterr().err
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("a value"), 2, "lumirlib report claims: a value\n"),
+        (PermissionError("a file"), 2, "lumirlib report claims: a file\n"),
+        (ModuleNotFoundError("a package"), 2, "lumirlib report claims: a package\n"),
+        (MemoryError("killed: memory?"), 2, "lumirlib report claims: killed: memory?\n"),
+        (NonFiniteLossError("a loss"), 2, "lumirlib report claims: a loss\n"),
+        (ClusterError("no Slurm"), 2, "lumirlib report claims: no Slurm\n"),
+        (KeyboardInterrupt(), 130, "lumirlib report claims: interrupted\n"),
+        (KeyboardInterrupt("saved"), 130, "lumirlib report claims: saved\n"),
+        (SystemExit(143), 143, ""),
+    ],
+)
+def test_errors_of_every_command_end_in_one_place(error, status, said, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(claims, "load_study", broken)
+    assert cli.main(["report", "claims"]) == status
+    assert capsys.readouterr().err == said
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(claims, "load_study", lambda *_: {}["no such key"])
+    with pytest.raises(KeyError, match="no such key"):
+        cli.main(["report", "claims"])
+
+
+def test_a_run_goes_through_its_notebook_and_says_where_it_is(small_cohort_json, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs.provenance, "project_root", lambda: tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    cells = ["variant = cohort = preset = data_root = out = ''; seed = 0; resume = True; options = {}", "print(resume)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    for name in jobs.NOTEBOOKS.values():
+        nbformat.write(notebook, tmp_path / "notebooks" / name)
+    words = ["run", "LK", "--cohort", str(small_cohort_json), "--preset", "smoke", "--out", str(tmp_path / "out")]
+    words += ["--quiet", "--set", "resolution_mm=1", "levels=2"]
+    assert cli.main(words) == 0
+    output = (
+        tmp_path / "out" / "runs" / f"LK_{small_cohort_json.parent.name}_smoke_resolution_mm-1_levels-2_seed0.ipynb"
+    )
+    assert str(output) in capsys.readouterr().out
+    assert nbformat.read(output, 4).cells[-1].outputs[0].text == "True\n"
+    assert cli.main([*words[:-3], "--restart", *words[-3:]]) == 0
+    assert nbformat.read(output, 4).cells[-1].outputs[0].text == "False\n"
+    notebook.cells[1].source = "raise ValueError('no luck')"
+    nbformat.write(notebook, tmp_path / "notebooks" / jobs.NOTEBOOKS["variant"])
+    assert cli.main(words) == 1
+    failed = output.with_suffix(".failed.ipynb")
+    assert f"lumirlib run: ValueError: no luck; see {failed}" in capsys.readouterr().err and failed.is_file()
+
+
+def test_a_run_without_the_projects_notebooks_says_how_it_goes_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs.provenance, "project_root", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "LK"]) == 2
+    said = capsys.readouterr().err
+    assert "no such notebook: " in said and "go without notebooks: --no-notebook" in said
 
 
 def test_method_is_evaluated_on_a_cohort(small_cohort_json, tmp_path, capsys):

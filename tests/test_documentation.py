@@ -17,11 +17,10 @@ import pytest
 import yaml
 from small_cohorts import smooth_blob, write_small_cohort
 
-from lumirlib import evaluation, load_cohort, methods
+from lumirlib import cli, evaluation, load_cohort, methods
 from lumirlib.data.nifti import write_nifti
 from lumirlib.methods import parse_row, variants
 from lumirlib.methods.presets import get_preset
-from lumirlib.study import costs, sweep
 
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11, as requirements.txt does")
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +113,21 @@ def check_program(run, arguments: list[str], monkeypatch) -> None:
     pytest.fail("the program has parsed no arguments")
 
 
+def check_lumirlib(arguments: list[str], monkeypatch) -> None:
+    """The command takes these words; nothing of it is run after that."""
+
+    def parsed(self, context):
+        raise ParsedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli.lumirlib.command_class, "invoke", parsed)
+        try:
+            status = cli.main(arguments)
+        except ParsedError:
+            return
+    assert status == 0 and "--help" in arguments, f"refused: {arguments}"
+
+
 @pytest.mark.parametrize(
     ("page", "command"), ALL, ids=[f"{page.relative_to(ROOT)}-{number}" for number, (page, _) in enumerate(ALL)]
 )
@@ -136,22 +150,20 @@ def test_every_command_of_the_documentation_is_accepted(page, command, monkeypat
         assert words[1:] in (["env", "create", "-f", "environment.yml"], ["activate", "lumirlib"])
     elif words[0].startswith("python") and words[1:3] == ["-m", "venv"]:
         importlib.import_module("venv")
-    elif words[0] in ("python", "torchrun") and "-m" in words:
-        module, *arguments = words[words.index("-m") + 1 :]
-        loaded = importlib.import_module(module)
-        if module.startswith("lumirlib."):
-            check_program(lambda: loaded.main(arguments), arguments, monkeypatch)
-        if module == "lumirlib.study.sweep" and not {"--help", "WIDE+CA"} & set(
-            arguments
-        ):  # docs/extending.md makes that row
-            assert sweep.main([*arguments, "--dry-run", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    elif words[0] == "lumirlib" or (words[1:] and words[0] == "torchrun" and "lumirlib" in words):
+        arguments = words[words.index("lumirlib") + 1 :]
+        check_lumirlib(arguments, monkeypatch)
+        if arguments[0] == "sweep" and not {"--help", "WIDE+CA"} & set(arguments):  # docs/extending.md makes that row
+            assert cli.main([*arguments, "--dry-run", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+        if arguments[0] == "run" and arguments[1] != "--help":
+            parse_row(arguments[1])
+            get_preset(arguments[arguments.index("--preset") + 1] if "--preset" in arguments else "demo")
+    elif words[0] == "python" and words[1] == "-m":
+        importlib.import_module(words[2])
     elif words[:2] == ["python", "-c"]:
         exec(words[2], {})
     elif words[0] == "python":
         check_program(lambda: runpy.run_path(str(ROOT / words[1]), run_name="__main__"), words[2:], monkeypatch)
-    elif words[0] in PROJECT["project"].get("scripts", {}):
-        module, function = PROJECT["project"]["scripts"][words[0]].split(":")
-        check_program(getattr(importlib.import_module(module), function), words[1:], monkeypatch)
     elif words[:2] == ["jupyter", "lab"]:
         assert all((ROOT / word).exists() for word in words[2:])
     elif words[0] == "antsApplyTransforms":
@@ -163,16 +175,17 @@ def test_every_command_of_the_documentation_is_accepted(page, command, monkeypat
 
 
 def test_every_program_of_the_documentation_is_run_by_a_test():
-    named = {name for _, command in ALL for name in re.findall(r"-m lumirlib\.(\w+)", command)}
-    assert {"train", "sweep", "costs"} <= named
+    pattern = r"\blumirlib ((?:(?:measure|report|submission|weights) )?\w+)"
+    named = {name for _, command in ALL for name in re.findall(pattern, command)}
+    assert {"run", "sweep", "measure costs"} <= named
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for name in named:
-        aliases = [name, *re.findall(rf"import {name} as (\w+)", tests)]
-        assert any(f"{alias}.main(" in tests for alias in aliases), f"no test runs lumirlib.{name}"
+        words = ", ".join(f'"{word}"' for word in name.split())
+        assert f"cli.main([{words}" in tests, f"no test runs lumirlib {name}"
 
 
 def test_budget_is_printed_as_the_readme_has_it(capsys):
-    assert costs.budget_main(["--out", str(ROOT / "results")]) == 0
+    assert cli.main(["report", "budget", "--out", str(ROOT / "results")]) == 0
     printed = capsys.readouterr().out.strip()
     assert printed and printed in text_of(ROOT / "README.md")
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from lumirlib import __version__, train
+from lumirlib import __version__, cli
 from lumirlib.methods.presets import PRESETS
 from lumirlib.provenance import project_root, results_folder
 
@@ -64,13 +64,15 @@ def test_notebooks_are_committed_executed_without_errors_or_paths_of_a_machine()
 
 
 def test_command_line_trains_and_prints_the_metrics(tmp_path, capsys):
-    assert train.main(["--preset", "smoke", "--out", str(tmp_path), "--quiet"]) == 0
+    assert cli.main(["run", "backbone", "--no-notebook", "--preset", "smoke", "--out", str(tmp_path), "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert "simulated" in printed and "hd95_mm" in printed
 
 
 def test_command_line_explains_mistakes_without_a_traceback():
-    done = subprocess.run([sys.executable, "-m", "lumirlib.train", "--preset", "dmeo"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lumirlib", "run", "LK", "--preset", "dmeo"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "preset must be one of smoke, demo" in done.stderr and "Traceback" not in done.stderr
 
@@ -80,7 +82,7 @@ def test_command_line_names_a_broken_scan_without_a_traceback(small_cohort_json,
     scan = small_cohort_json.parent / "imagesTr" / "SMALL_0002_0000.nii.gz"
     scan.write_bytes(scan.read_bytes()[:-100])
     arguments = ["--preset", "smoke", "--cohort", str(small_cohort_json), "--out", str(tmp_path), "--quiet"]
-    assert train.main(arguments) == 2
+    assert cli.main(["run", "backbone", "--no-notebook", *arguments]) == 2
     assert "SMALL_0002_0000.nii.gz as NIfTI (truncated or corrupt?)" in capsys.readouterr().err
 
 

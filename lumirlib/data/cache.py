@@ -39,7 +39,7 @@ STORED_DTYPES = {"images": ("uint8", "int16", "float16", "float32"), "labels": (
 
 MAX_RECORD_BYTES = 1 << 16
 
-REPAIR = "python -m lumirlib.cache --repair makes it anew"
+REPAIR = "lumirlib cache --repair makes it anew"
 #: A second process that wants to build the same cache waits this long for the first.
 LOCK_SECONDS = 6 * 3600.0
 

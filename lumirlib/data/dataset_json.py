@@ -20,6 +20,8 @@ from lumirlib.files import read_json
 BRAINS_VARIABLE = "LUMIR_BRAINS"
 
 NAMED_COHORTS = ("embedded", "lumir", "brains")
+#: Scans of the LUMIR task's training set.
+LUMIR_SCANS = 3384
 
 LABEL_KEYS = ("seg", "label", "labels", "segmentation")
 

@@ -10,9 +10,6 @@ once, from its own grid to the frame.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -364,60 +361,3 @@ def template_correlation(image: torch.Tensor) -> float:
     template = template_in_frame(TEMPLATE_MM)
     coarse = torch.nn.functional.avg_pool3d(image.float(), TEMPLATE_MM)
     return correlation(coarse, template, template > 0.02)
-
-
-# command line ---------------------------------------------------------------------------------------------------------
-EXAMPLES = """examples:
-  lumirlib prepare scans --out cohort                      heads as they come from the scanner
-  lumirlib prepare scans --out cohort --jobs 4             four at a time
-  lumirlib prepare brains --out cohort --skip strip bias   brains that are stripped and corrected already
-  lumirlib run --cohort cohort/dataset.json --preset half  train on them
-"""
-
-
-def parser(prog: str = "python -m lumirlib.scans.prepare") -> argparse.ArgumentParser:
-    """The options of the command line."""
-    options = argparse.ArgumentParser(
-        prog=prog,
-        description="Make a folder of T1 scans into a cohort in the LUMIR frame.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    options.add_argument("folder", help="folder with .nii or .nii.gz files, at any depth, one scan a person")
-    options.add_argument("--out", required=True, help="folder of the cohort; an interrupted call goes on from there")
-    options.add_argument("--skip", nargs="+", default=[], metavar="STEP", help=f"steps done before: {', '.join(STEPS)}")
-    options.add_argument("--jobs", type=int, default=1, help="scans at a time")
-    options.add_argument("--validation", type=int, help="people held out, the last by name; a tenth if not given")
-    options.add_argument("--name", default="", help="of the cohort; the folder's if not given")
-    options.add_argument("--device", default="auto", help="where skulls are stripped: auto, cpu, cuda ...")
-    options.add_argument("--quiet", action="store_true", help="no progress bar")
-    return options
-
-
-def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.scans.prepare") -> int:
-    """Prepare a folder; the exit status is 0, 1 if a scan was left out, 2 for what cannot be used, 130 after Ctrl-C."""
-    given = parser(prog).parse_args(arguments)
-    try:
-        from lumirlib.scans.folder import prepare_folder
-
-        path, broken = prepare_folder(
-            given.folder, given.out, given.skip, given.jobs, given.validation, given.name, given.device, not given.quiet
-        )
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    content = json.loads(path.read_text(encoding="utf-8"))
-    print(f"{path}: {content['numTraining']} training scans, {content['numValidation']} validation pairs")
-    print(f"look at {path.parent / 'qc_1.png'}, worst correlation with the template first")
-    for name, error in broken.items():
-        print(f"left out: {name}: {error}", file=sys.stderr)
-    return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    # of the module by its name: what is handed to other processes must be found there under it
-
-    sys.exit(main())

@@ -9,9 +9,6 @@ the fixed scan's voxels to the moving scan's, through which the moving file is i
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,11 +24,10 @@ from lumirlib.data import field_formats
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine
 from lumirlib.data.nifti import write_nifti
 from lumirlib.files import write_json
-from lumirlib.provenance import redact_path
-from lumirlib.scans.prepare import STEPS, PreparedScan, as_cohort, background_value, check_skip, prepare_scan
+from lumirlib.scans.prepare import PreparedScan, as_cohort, background_value, check_skip, prepare_scan
 from lumirlib.scans.scan import Scan, correlation, sample_world, transform, world_slabs
 from lumirlib.training.engine import pick_device
-from lumirlib.training.registrar import DEFAULT_RESOLUTION_MM, RESOLUTIONS_MM, choose_registrar
+from lumirlib.training.registrar import choose_registrar
 
 
 @dataclass(frozen=True)
@@ -260,88 +256,3 @@ def _check(whole: ScanMap, fixed: PreparedScan, moving: PreparedScan, method: st
     save_figure(figure, out / "qc")
     plt.close(figure)
     return {name: round(value, 6) for name, value in measures.items()}
-
-
-# command line ---------------------------------------------------------------------------------------------------------
-EXAMPLES = """examples:
-  lumirlib register fixed.nii.gz moving.nii.gz --out registered --method deedsBCV
-  lumirlib register fixed.nii.gz moving.nii.gz --out registered --weights results/checkpoints/<run>/best.pt
-  lumirlib register fixed.nii.gz moving.nii.gz --out registered --method affine --skip strip bias
-The map is applied elsewhere with
-  antsApplyTransforms -d 3 -i moving.nii.gz -r fixed.nii.gz -t registered/transform.nii.gz -o warped.nii.gz
-"""
-
-
-def parser(prog: str = "python -m lumirlib.scans.register") -> argparse.ArgumentParser:
-    """The options of the command line."""
-    options = argparse.ArgumentParser(
-        prog=prog,
-        description="Register two T1 scans; results lie in the fixed scan's own space.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    options.add_argument("fixed", help="NIfTI file of a T1 head, any orientation and spacing")
-    options.add_argument("moving", help="likewise")
-    options.add_argument("--out", required=True, help="folder for warped image, displacement, transform and QC page")
-    by = options.add_mutually_exclusive_group()
-    by.add_argument("--weights", default="", help="best.pt of a trained network")
-    by.add_argument("--run", default="", help="name of a trained run in the results folder")
-    by.add_argument("--pretrained", default="", metavar="NAME", help="weights of the package: `lumirlib weights list`")
-    by.add_argument("--method", default="", help="one that needs no training: deedsBCV, affine, ...")
-    options.add_argument("--results", default="", help="results folder of --run")
-    options.add_argument(
-        "--resolution",
-        type=int,
-        help=f"mm, for --method: {', '.join(map(str, RESOLUTIONS_MM))}; {DEFAULT_RESOLUTION_MM} if not given",
-    )
-    for role in ("", "-fixed", "-moving"):
-        which = f"the {role[1:]} scan" if role else "both scans"
-        options.add_argument(
-            f"--skip{role}",
-            nargs="+",
-            default=[],
-            metavar="STEP",
-            help=f"steps done before to {which}: {', '.join(STEPS)}",
-        )
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    options.add_argument("--quiet", action="store_true", help="no progress bars")
-    return options
-
-
-def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.scans.register") -> int:
-    """Register and print what came of it; the exit status is 0, or 2 for what cannot be used, 130 after Ctrl-C."""
-    given = parser(prog).parse_args(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
-    command = f"{prog} {shlex.join(map(redact_path, words))}"
-    try:
-        found = register(
-            given.fixed,
-            given.moving,
-            given.out,
-            given.weights,
-            given.run,
-            given.method,
-            given.results,
-            given.resolution,
-            given.skip,
-            given.skip_fixed,
-            given.skip_moving,
-            given.device,
-            not given.quiet,
-            command,
-            given.pretrained,
-        )
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    for name, value in found.measures.items():
-        print(f"{name:18s} {value:.4f}")
-    print(*(f"{kind}: {path}" for kind, path in found.files.items()), sep="\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,22 +1,21 @@
 """What each scheme costs: parameters, multiply-adds, seconds and memory, side by side.
 
-    python -m lumirlib.study.costs --rows table2 BF-post --preset demo
+    lumirlib measure costs --rows table2 BF-post --preset demo
 
-Every variant is measured in a process of its own, all of them in turn, several rounds over, on random images of the
+Every row is measured in a process of its own, all of them in turn, several rounds over, on random images of the
 preset's size. The machine should have nothing else to do.
 
-What the full reproduction costs, `python -m lumirlib.study.costs`: GPU-hours, disk and memory, as a table for README.
+What the full reproduction costs: GPU-hours, disk and memory, as a table for README.
 
-    python -m lumirlib.study.costs            # prints it
-    python -m lumirlib.study.costs --write    # puts it into README.md, between its markers
+    lumirlib report budget            # prints it
+    lumirlib report budget --write    # puts it into README.md, between its markers
 
-Everything is computed from `results/costs/*.csv`, which `python -m lumirlib.study.costs` measures, and from the sizes
-below. GPU-hours appear as soon as the costs of the preset `paper` have been measured on a GPU.
+The budget is computed from `results/costs/*.csv`, which `lumirlib measure costs` writes, and from the sizes below.
+GPU-hours appear as soon as the costs of the preset `paper` have been measured on a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import math
@@ -40,8 +39,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
+from lumirlib.data.dataset_json import LUMIR_SCANS
 from lumirlib.data.frame import FRAME_SHAPE
-from lumirlib.files import write_between
 from lumirlib.methods import parse_row
 from lumirlib.methods.base import PAPER, Preset, Row
 from lumirlib.methods.presets import get_preset
@@ -296,51 +295,49 @@ def write_costs(
     return write_results(table, out / "costs" / f"{name}{preset.name}_{device.type}.csv", about)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    options = argparse.ArgumentParser(
-        prog="python -m lumirlib.study.costs", description=(__doc__ or "").splitlines()[0]
-    )
-    options.add_argument(
-        "--rows", nargs="+", default=["table2", "BF-post"], help="table1, table2, beyond, or rows such as LK"
-    )
-    options.add_argument("--preset", default="demo", help="gives widths and the size of the images")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
-    options.add_argument("--rounds", type=int, default=3, help="how often each variant is measured")
-    options.add_argument("--repeats", type=int, default=3, help="of each timing within a round")
-    options.add_argument("--no-training", action="store_true", help="measure registration alone")
-    options.add_argument("--out", default="", help="results folder")
-    return options
+def measure_rows(
+    rows: Sequence[str],
+    preset: str = "demo",
+    device: str = "auto",
+    rounds: int = 3,
+    repeats: int = 3,
+    training: bool = True,
+    out: str = "",
+    command: str = "lumirlib.study.costs.measure_rows",
+) -> tuple[pd.DataFrame, Path]:
+    """Measure rows and write their costs after each round.
+
+    Args:
+        rows: Names for :func:`lumirlib.study.paper.table_rows`.
+        preset: Name of the preset that gives widths and size of the images.
+        device: "auto", "cpu", "cuda" ...
+        rounds: How often every row is measured, from 1.
+        repeats: Repeats of each timing within a round, from 1.
+        training: Whether training steps are measured too.
+        out: Results folder; empty for :func:`lumirlib.provenance.results_folder`.
+        command: What was called, for the provenance.
+
+    Returns:
+        The table of :func:`measure_all`, and the path that it was written to.
+
+    Raises:
+        ValueError: An unknown row or preset, a device that is not there, or a number below 1.
+        MemoryError: A measuring process was killed; the rounds before it are written.
+    """
+    for name, value in (("rounds", rounds), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    chosen, names, target = get_preset(preset), table_rows(rows), pick_device(device)
+    prefix = f"{rows[0]}_" if list(rows) in (["table1"], ["beyond"]) else ""
+    folder = provenance.results_folder(out)
+    for table in measure_all(names, chosen, str(target), rounds, repeats, training):
+        path = write_costs(table, chosen, target, folder, command, prefix)
+    return table, path
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, write and print; the exit status is 0, or 2 for parameters that cannot be used."""
-    given = parser().parse_args(arguments)
-    try:
-        for name in ("rounds", "repeats"):
-            if getattr(given, name) < 1:
-                raise ValueError(f"--{name} must be 1 or more, got {getattr(given, name)}")
-        preset, rows, device = get_preset(given.preset), table_rows(given.rows), pick_device(given.device)
-        command = f"python -m lumirlib.study.costs --rows {' '.join(given.rows)} --preset {preset.name}"
-        command += f" --rounds {given.rounds} --repeats {given.repeats}" + " --no-training" * given.no_training
-        name = f"{given.rows[0]}_" if given.rows in (["table1"], ["beyond"]) else ""
-        out = provenance.results_folder(given.out)
-        for table in measure_all(rows, preset, str(device), given.rounds, given.repeats, not given.no_training):
-            path = write_costs(table, preset, device, out, command, name)  # whole rounds
-    except (ValueError, MemoryError) as error:
-        print(f"python -m lumirlib.study.costs: {error}", file=sys.stderr)
-        return 2
-    columns = ["seconds_per_pair", "seconds_per_step", "inference_mib", "training_mib"]
-    print(table.groupby("variant", sort=False)[columns].median().to_string(float_format="%.3f"))
-    print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
-#: Scans of the LUMIR task's training set, and those of them that are held out with labels.
-LUMIR_SCANS, LUMIR_HELD_OUT = 3384, 10
+# the budget -----------------------------------------------------------------------------------------------------------
+#: Scans of LUMIR's training set that are held out with labels.
+LUMIR_HELD_OUT = 10
 #: Pairs that choose the best epoch: all ordered pairs of the scans held out.
 VALIDATION_PAIRS = LUMIR_HELD_OUT * (LUMIR_HELD_OUT - 1)
 #: Training steps of a row: each other scan is the moving image once an epoch.
@@ -353,7 +350,7 @@ BYTES = 4
 #: Seeds of the study.
 SEEDS = 3
 
-MARKERS = ("<!-- python -m lumirlib.study.costs --write -->", "<!-- end of python -m lumirlib.study.costs -->")
+MARKERS = ("<!-- lumirlib report budget --write -->", "<!-- end of lumirlib report budget -->")
 #: Table of the paper -> name of its measured costs, without the preset and the device.
 SOURCES = {2: "", 1: "table1_"}
 
@@ -414,7 +411,7 @@ def load_budget(folder: str | Path) -> Budget:
             trained = trained.assign(**dict.fromkeys(times, math.nan))
         if trained["seconds_per_step"].isna().any():
             rows_option = f"--rows table{table} " if prefix else ""
-            missing.append(f"`python -m lumirlib.study.costs {rows_option}--preset {PAPER.name} --device cuda`")
+            missing.append(f"`lumirlib measure costs {rows_option}--preset {PAPER.name} --device cuda`")
         lines += [
             {
                 "table": table,
@@ -480,28 +477,3 @@ def readable_budget(budget: Budget) -> str:
         "images beside the program, the disk is read in the first epoch only; less works too, as they are mapped."
     )
     return f"{to_markdown(pd.DataFrame(shown))}\n\n" + "\n".join(f"- {note}" for note in notes)
-
-
-def budget_main(arguments: list[str] | None = None) -> int:
-    """Print the table, or write it into README.md; the exit status is 0, or 2 where something is missing."""
-    options = argparse.ArgumentParser(
-        prog="python -m lumirlib.study.costs", description=(__doc__ or "").splitlines()[0]
-    )
-    options.add_argument("--out", default="", help="results folder, with costs/")
-    options.add_argument("--write", action="store_true", help="put the table into README.md of the checkout")
-    given = options.parse_args(arguments)
-    try:
-        text = readable_budget(load_budget(provenance.results_folder(given.out)))
-        if given.write:
-            readme = (provenance.project_root() or Path.cwd()) / "README.md"
-            print(write_between(readme, MARKERS, text))
-        else:
-            print(text)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"python -m lumirlib.study.costs: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(budget_main())

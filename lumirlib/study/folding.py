@@ -1,7 +1,7 @@
 """How the two cascades fold: the same velocities joined additively and compositionally.
 
-    python -m lumirlib.study.sweep --rows LC-1 LC-2 --seeds 0 1 2 --preset demo
-    python -m lumirlib.study.folding --rows LC-1 LC-2 --seeds 0 1 2 --preset demo
+    lumirlib sweep --rows LC-1 LC-2 --seeds 0 1 2 --preset demo
+    lumirlib measure folding --rows LC-1 LC-2 --seeds 0 1 2 --preset demo
 
 Takes the velocities that trained networks predict for every pair, amplifies them, joins the levels both ways, and
 measures the non-diffeomorphic volume: all but the cascade is equal.
@@ -9,9 +9,8 @@ measures the non-diffeomorphic volume: all but the cascade is equal.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -22,7 +21,6 @@ from lumirlib import metrics, provenance
 from lumirlib.data import Cohort, Pair
 from lumirlib.methods.variants import parse_variant
 from lumirlib.models.backbone import CASCADES, RegistrationNetwork, join_velocities
-from lumirlib.provenance import redact_path
 from lumirlib.study.results import cohort_facts, write_results
 from lumirlib.study.run import Run
 from lumirlib.training.weights import load_model
@@ -80,64 +78,61 @@ def amplified_folding(
     return pd.DataFrame(rows)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    options = argparse.ArgumentParser(
-        prog="python -m lumirlib.study.folding", description=(__doc__ or "").splitlines()[0]
-    )
-    options.add_argument("--rows", nargs="+", default=["LC-1", "LC-2"], help="variants whose trained weights are used")
-    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each")
-    options.add_argument("--preset", default="demo", help="preset that they were trained with")
-    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
-    options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
-    options.add_argument("--factors", nargs="+", type=float, default=list(FACTORS), help="of the velocities")
-    options.add_argument("--out", default="", help="results folder, where the checkpoints are too")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
-    return options
+def measure_rows(
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    preset: str = "demo",
+    cohort: str = "embedded",
+    data_root: str = "",
+    factors: Sequence[float] = FACTORS,
+    out: str = "",
+    device: str = "auto",
+    command: str = "lumirlib.study.folding.measure_rows",
+) -> tuple[pd.DataFrame, Path]:
+    """Measure the folding of trained rows and write `<out>/folding/<cohort>_<preset>.csv` with its provenance.
 
+    Args:
+        rows: Names of rows whose trained weights are used.
+        seeds: Seeds of each.
+        preset: Preset that they were trained with.
+        cohort: Cohort that they were trained and are evaluated on.
+        data_root: Folder that the cohort's paths are relative to; empty for its own.
+        factors: Factors of the velocities.
+        out: Results folder, where the checkpoints are too; empty for :func:`lumirlib.provenance.results_folder`.
+        device: "auto", "cpu", "cuda" ...
+        command: What was called, for the provenance.
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure and write `<out>/folding/<cohort>_<preset>.csv`; the exit status is 0, or 2 for what cannot be used."""
-    given = parser().parse_args(arguments)
+    Returns:
+        The table, with the columns variant, seed and those of :func:`amplified_folding`, and its path.
+
+    Raises:
+        ValueError: No row or seed, an unknown row, or a network that has a bilateral filter.
+        FileNotFoundError: A row that is not trained.
+    """
+    if not rows or not seeds:
+        raise ValueError("rows and seeds must name one run or more")
     found, used = [], []
-    try:
-        for row in given.rows:
-            for seed in given.seeds:
-                run = Run.prepare(row, given.preset, given.cohort, seed, given.data_root, given.out, given.device)
-                table = amplified_folding(
-                    load_model(run.checkpoint, str(run.device)),
-                    run.cohort,
-                    run.pairs,
-                    given.factors,
-                    run.device,
-                    description=f"{row}, seed {seed}",
-                )
-                found.append(table.assign(variant=parse_variant(row).name, seed=seed))
-                used.append(run.config.run)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"python -m lumirlib.study.folding: {error}", file=sys.stderr)
-        return 2
-    words = [
-        f"--rows {' '.join(given.rows)}",
-        f"--seeds {' '.join(map(str, given.seeds))}",
-        f"--preset {given.preset}",
-        f"--cohort {redact_path(given.cohort)}",
-    ]
+    for row in rows:
+        for seed in seeds:
+            run = Run.prepare(row, preset, cohort, seed, data_root, out, device)
+            table = amplified_folding(
+                load_model(run.checkpoint, str(run.device)),
+                run.cohort,
+                run.pairs,
+                factors,
+                run.device,
+                description=f"{row}, seed {seed}",
+            )
+            found.append(table.assign(variant=parse_variant(row).name, seed=seed))
+            used.append(run.config.run)
     about = {
-        "command": " ".join(["python -m lumirlib.study.folding", *words]),
+        "command": command,
         "commit": run.commit,
         "device": provenance.describe_device(run.device),
-        "preset": given.preset,
+        "preset": preset,
         "runs": used,
         **cohort_facts(run.cohort),
     }
-    path = run.out / "folding" / f"{run.cohort.short_name}_{given.preset}.csv"
+    path = run.out / "folding" / f"{run.cohort.short_name}_{preset}.csv"
     table = pd.concat(found)[["variant", "seed", "pair", "cascade", "factor", "ndv_percent", "displacement_mm"]]
-    write_results(table, path, about)
-    print(table.groupby(["variant", "cascade", "factor"], sort=False)[["ndv_percent", "displacement_mm"]].mean())
-    print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return table, write_results(table, path, about)

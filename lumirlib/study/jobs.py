@@ -29,7 +29,7 @@ from lumirlib.training.engine import Engine, as_arguments
 
 #: The notebook that makes one run of any row, below the checkout (or the current folder, where there is none).
 NOTEBOOK = "notebooks/run_ablation.ipynb"
-#: How a run is started: its notebook by papermill, or `python -m lumirlib.train`.
+#: How a run is started: its notebook by papermill, or `lumirlib run --no-notebook`.
 LAUNCHERS = ("notebook", "train")
 #: Lines of a broken run's messages that are shown; all are in its failed output.
 SHOWN_LINES = 40
@@ -43,7 +43,10 @@ def run_notebook() -> Path:
     """
     path = (provenance.project_root() or Path.cwd()) / NOTEBOOK
     if not path.is_file():
-        raise FileNotFoundError(f"runs are made by {path}, which does not exist: call this from a checkout")
+        raise FileNotFoundError(
+            f"no such notebook: {path}, which makes a run in a checkout of the project; call this there, or go without "
+            "the notebook: --no-notebook"
+        )
     return path
 
 
@@ -60,12 +63,13 @@ class SweepRun:
 
     Attributes:
         notebook: what is executed.
-        output: where the executed notebook goes, or what `python -m lumirlib.train` printed.
+        output: where the executed notebook goes, or what `lumirlib run --no-notebook` printed.
         parameters: what papermill injects.
         options: what it injects as the notebook's parameter of that name.
         launcher: one of :data:`LAUNCHERS`.
         engine: arguments of :class:`lumirlib.training.engine.Engine` that are not at their default. A run that is
             finished is so whatever it was computed on.
+        resume: whether it goes on from its last checkpoint.
     """
 
     notebook: Path
@@ -74,6 +78,7 @@ class SweepRun:
     options: dict[str, object] = field(default_factory=dict)
     launcher: str = "notebook"
     engine: dict[str, object] = field(default_factory=dict)
+    resume: bool = True
 
     @property
     def processes(self) -> int:
@@ -91,7 +96,7 @@ class SweepRun:
         return self.output.with_suffix(f".failed{self.output.suffix}")
 
     def command(self, output: Path) -> list[str]:
-        """The call of papermill, where every parameter but the seed is passed as text, or of lumirlib.train."""
+        """The call of papermill, where every parameter but the seed is passed as text, or of `lumirlib run`."""
         if self.launcher == "train":
             return self._train_command()
         # relative: papermill writes both paths into the notebook, which may be committed
@@ -99,13 +104,16 @@ class SweepRun:
         for name, value in self.parameters.items():
             words += ["-p" if name == "seed" else "-r", name, value]
         typed = {**({"options": self.options} if self.options else {}), **self.engine}
+        typed |= {} if self.resume else {"resume": False}
         return words + (["-y", json.dumps(typed)] if typed else [])
 
     def _train_command(self) -> list[str]:
-        words = [sys.executable, "-m", "lumirlib.train", "--quiet"]
+        words = [sys.executable, "-m", "lumirlib", "run", self.row, "--no-notebook", "--quiet"]
         for name, value in self.parameters.items():
-            words += [f"--{name.replace('_', '-')}", value]
+            if name != "variant":
+                words += [f"--{name.replace('_', '-')}", value]
         words += as_arguments(self.engine)
+        words += [] if self.resume else ["--restart"]
         settings = [
             f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in self.options.items()
         ]
@@ -143,8 +151,8 @@ class SweepRun:
         record = found.metadata.get("papermill", {})
         injected = dict(record.get("parameters", {}))
         same = injected.pop("options", {}) == self.options
-        for one in fields(Engine):
-            injected.pop(one.name, None)
+        for name in ("resume", *(one.name for one in fields(Engine))):
+            injected.pop(name, None)
         same = same and {name: str(value) for name, value in injected.items()} == self.parameters
         return same and record.get("exception") is None and record.get("end_time") is not None
 
@@ -223,6 +231,7 @@ def plan(
     options: Mapping[str, object] | None = None,
     launcher: str = "notebook",
     engine: Mapping[str, object] | None = None,
+    resume: bool = True,
 ) -> list[SweepRun]:
     """The runs of a sweep, row by row, each with all its seeds; those that use another's weights last.
 
@@ -237,6 +246,7 @@ def plan(
         options: of variant and preset to set in every run.
         launcher: one of :data:`LAUNCHERS`.
         engine: arguments of :class:`lumirlib.training.engine.Engine` for each run.
+        resume: whether runs go on from their last checkpoint.
 
     Raises:
         ValueError: an unknown variant, preset, option or launcher, or a value that does not fit it.
@@ -245,7 +255,8 @@ def plan(
     check_choice(launcher, LAUNCHERS, "launcher")
     checked = Engine(**{**(engine or {}), "device": "cpu"})  # a cluster's front end may lack the device
     standard = {one.name: one.default for one in fields(Engine)}
-    changed = {name: value for name, value in (engine or {}).items() if value != standard[name]}
+    given = standard | dict(engine or {})
+    changed = {name: value for name, value in given.items() if value != standard[name]}
     names = sorted(table_rows(rows), key=uses_other_weights)
     options = dict(options or {})
     for name in names:
@@ -256,7 +267,7 @@ def plan(
                 f"batch_size must be a multiple of the {checked.processes} processes that share it, got {batch}: "
                 f"--set batch_size={checked.processes}"
             )
-    notebook = run_notebook()
+    notebook = run_notebook() if launcher == "notebook" else Path(NOTEBOOK)
     # what is at its default is not injected: executed notebooks are committed, and hold no path of a machine unasked
     common = {"preset": preset, "cohort": cohort}
     common |= {name: value for name, value in (("data_root", data_root), ("out", out)) if value}
@@ -271,6 +282,7 @@ def plan(
             options,
             launcher,
             changed,
+            resume,
         )
         for name in names
         for seed in (seeds if parse_row(name).trains_on != "nothing" else seeds[:1])  # nothing in it is random

@@ -21,7 +21,17 @@ from lumirlib.study.paper import CHALLENGE, METRICS, Metric
 from lumirlib.study.results import cohort_facts, read_results, write_results
 from lumirlib.training import weights as packaged
 from lumirlib.training.engine import pick_device
-from lumirlib.training.weights import FORMAT, MAX_BYTES, Weights, names, read_checkpoint, read_packaged
+from lumirlib.training.weights import (
+    EVALUATION_FACTS,
+    FACTS,
+    FORMAT,
+    MAX_BYTES,
+    Weights,
+    check_facts,
+    names,
+    read_checkpoint,
+    read_packaged,
+)
 
 #: Of a file besides its weights: configuration, facts, names and shapes.
 HEADER_BYTES = 100_000
@@ -111,6 +121,7 @@ def export(
     write_results(pd.concat(tables, ignore_index=True), measured, evaluation | cohort_facts(people))
 
     facts = _facts(name, weights, about, pd.read_csv(log), *read_results(measured))
+    check_facts(f"metrics/{run}.json", facts)
     stored = {"format": FORMAT, "digest": weights.digest}
     stored |= {"config": json.dumps(weights.config), "facts": json.dumps(facts)}
     tensors = {key: tensor.contiguous() for key, tensor in weights.tensors.items()}
@@ -137,38 +148,12 @@ def _facts(
     preset = Preset(**about["preset"])
     summary = summarize(table)
     trained = log[log["epoch"] > 0]
-    keys = (
-        "run",
-        "method",
-        "seed",
-        "command",
-        "trained_by",
-        "parameters",
-        "best_epoch",
-        "val_dice",
-        "trained_on",
-        "credit",
-        "cohort_name",
-        "simulated",
-        "started_from",
-    )
-    evaluation = (
-        "cohort_name",
-        "cohort_digest",
-        "evaluated_pairs",
-        "scored_labels",
-        "credit",
-        "device",
-        "commit",
-        "written",
-        "command",
-    )
     return {
+        **{key: about[key] for key in FACTS if key in about},
         "name": name,
         "license": LICENSE,
         "resolution_mm": weights.resolution_mm,
         "words": weights.row.describe(),
-        **{key: about.get(key) for key in keys},
         "preset": preset.name,
         "batch_size": preset.batch_size,
         "differences": preset.differences_from_paper(weights.row),
@@ -176,7 +161,7 @@ def _facts(
         "steps": int(trained["steps"].sum()),
         "steps_of_best_epoch": int(trained.loc[trained["epoch"] <= about["best_epoch"], "steps"].sum()),
         "training_hours": round(float((trained["seconds"] * trained["steps"]).sum()) / 3600, 3),
-        "evaluation": {key: measured[key] for key in evaluation},
+        "evaluation": {key: measured[key] for key in EVALUATION_FACTS},
         "figures": {
             metric: {"mean": float(row["mean"]), "std": float(row["std"]), "pairs": int(row["pairs"])}
             for metric, row in summary.iterrows()
@@ -238,8 +223,7 @@ standard deviation over pairs. No image or label of these people was trained on,
 
 A registration takes {figures["seconds"]["mean"]:.2f} s on {done["device"]}, without reading. Measured by
 `{done["command"]}` at commit {done["commit"]}, {done["written"]}. Every pair's figures are in
-`results/pretrained/{facts["name"]}.csv`; `python -m lumirlib.training.weights check {facts["name"]}` measures them
-again.
+`results/pretrained/{facts["name"]}.csv`; `lumirlib weights check {facts["name"]}` measures them again.
 
 ## Training
 

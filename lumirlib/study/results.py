@@ -270,7 +270,7 @@ class Measured:
 def read_measured(folder: str | Path, kind: str, name: str) -> Measured:
     """`<folder>/<kind>/<name>.csv` with its provenance, for the kinds "costs" and "folding"."""
     path = Path(folder) / kind / f"{name}.csv"
-    how = f"Not measured ({kind}/{name}.csv): `python -m lumirlib.{kind} --help` says how."
+    how = f"Not measured ({kind}/{name}.csv): `lumirlib measure {kind} --help` says how."
     if not path.is_file():
         return Measured(None, {}, how)
     about = read_json(path.with_suffix(".json"))

@@ -1,6 +1,6 @@
 """Trained networks on altered moving images: contrast, thick slices, missing tissue.
 
-    python -m lumirlib.study.robustness --rows LC-2 ours --preset real-cpu --cohort brains --seeds 0 1
+    lumirlib measure robustness --rows LC-2 ours --preset real-cpu --cohort brains --seeds 0 1
 
 The fixed images stay as they are. Every alteration leaves the anatomy where it is (missing tissue takes a part of it
 away), so labels, landmarks and the brain that NDV counts in are those of the unaltered moving image: the displacement
@@ -13,11 +13,8 @@ is not measured again, so the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,7 +30,6 @@ from lumirlib.data import Pair
 from lumirlib.evaluation import Method, evaluate_method
 from lumirlib.files import check_writable, read_json, write_json
 from lumirlib.methods import parse_row
-from lumirlib.provenance import redact_path
 from lumirlib.study.paper import CHALLENGE
 from lumirlib.study.results import cohort_facts, read_table, write_results
 from lumirlib.study.run import Run
@@ -256,53 +252,43 @@ def measure(run: Run, command: str, pairs: int | None = None, progress: bool = T
     return path
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    options = argparse.ArgumentParser(
-        prog="python -m lumirlib.study.robustness", description=(__doc__ or "").splitlines()[0]
-    )
-    options.add_argument("--rows", nargs="+", default=["LC-2", "ours"], help="rows whose trained weights are used")
-    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of each")
-    options.add_argument("--preset", default="demo", help="preset that they were trained with")
-    options.add_argument("--cohort", default="embedded", help="embedded, lumir, brains, or a Learn2Reg dataset JSON")
-    options.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
-    options.add_argument("--pairs", type=int, help="so many of the pairs, spread evenly; all if not given")
-    options.add_argument("--out", default="", help="results folder, where the checkpoints are too")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
-    return options
+def measure_rows(
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    preset: str = "demo",
+    cohort: str = "embedded",
+    data_root: str = "",
+    out: str = "",
+    device: str = "auto",
+    pairs: int | None = None,
+    command: str = "lumirlib.study.robustness.measure_rows",
+) -> Iterator[Path]:
+    """:func:`measure` for trained rows, each with all its seeds; those without random numbers once.
 
+    Args:
+        rows: Names of rows whose trained weights are used.
+        seeds: Seeds of each.
+        preset: Preset that they were trained with.
+        cohort: Cohort that they are evaluated on.
+        data_root: Folder that the cohort's paths are relative to; empty for its own.
+        out: Results folder, where the checkpoints are too; empty for :func:`lumirlib.provenance.results_folder`.
+        device: "auto", "cpu", "cuda" ...
+        pairs: Number of pairs, spread evenly; None takes all.
+        command: What was called, for the provenance.
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; the exit status is 0, 2 for what cannot be used, 130 after Ctrl-C."""
-    given = parser().parse_args(arguments)
-    words = [
-        f"--rows {shlex.join(given.rows)}",
-        f"--seeds {' '.join(map(str, given.seeds))}",
-        f"--preset {given.preset}",
-        f"--cohort {redact_path(given.cohort)}",
+    Yields:
+        Path of each run's table, as soon as it is written.
+
+    Raises:
+        FileNotFoundError: A row that is not trained, said before the first is measured.
+        ValueError: An unknown row or preset.
+    """
+    runs = [
+        Run.prepare(row, preset, cohort, seed, data_root, out, device)
+        for row in rows
+        for seed in (seeds if parse_row(row).trains_on != "nothing" else seeds[:1])
     ]
-    words += [f"--pairs {given.pairs}"] if given.pairs else []
-    command = " ".join(["python -m lumirlib.study.robustness", *words])
-    try:
-        if given.pairs is not None and given.pairs < 1:
-            raise ValueError(f"--pairs must be 1 or more, got {given.pairs}")
-        runs = [
-            Run.prepare(row, given.preset, given.cohort, seed, given.data_root, given.out, given.device)
-            for row in given.rows
-            for seed in (given.seeds if parse_row(row).trains_on != "nothing" else given.seeds[:1])
-        ]
-        for run in runs:
-            _identity(run)  # what is not trained is said before the first is measured
-        for run in runs:
-            print(measure(run, command, given.pairs))
-    except (ValueError, OSError) as error:
-        print(f"python -m lumirlib.study.robustness: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for run in runs:
+        _identity(run)  # raises for what is not trained
+    for run in runs:
+        yield measure(run, command, pairs)

@@ -57,7 +57,7 @@ class Run:
         options: what was set besides the variant's and the preset's own values.
         command: how it can be repeated.
         commit: of the code when the run was prepared; that it was trained by stands in the checkpoint.
-        arguments: the same run for `python -m lumirlib.train`.
+        arguments: the same run for `lumirlib run`.
         start: what its training starts from; None for random weights.
     """
 
@@ -140,7 +140,7 @@ class Run:
             command=" ".join([command, *words]),
             commit=provenance.commit(),
             arguments=(
-                f"--variant={variant}",
+                variant,
                 f"--preset={preset}",
                 f"--cohort={cohort}",
                 f"--seed={seed}",
@@ -229,7 +229,7 @@ class Run:
         if not path.is_file() or epochs < self.config.preset.epochs:
             raise FileNotFoundError(
                 f"{row.name} with seed {self.config.seed} is not trained yet ({path}; {epochs} of "
-                f"{self.config.preset.epochs} epochs): python -m lumirlib.study.sweep --rows {shlex.quote(row.name)} "
+                f"{self.config.preset.epochs} epochs): lumirlib sweep --rows {shlex.quote(row.name)} "
                 f"--seeds {self.config.seed} --preset {self.config.preset.name}, with the same cohort"
             )
         return path

@@ -1,4 +1,4 @@
-"""Runs of a sweep as jobs of Slurm, through submitit: what `python -m lumirlib.study.sweep --executor slurm` does.
+"""Runs of a sweep as jobs of Slurm, through submitit: what `lumirlib sweep --executor slurm` does.
 
 Why submitit: it is small, needs nothing but Python on either side, has a local executor that the tests use, and knows
 requeueing. (Snakemake with its Slurm plugin would do the rest as well, but wants a workflow file beside the sweep.)
@@ -27,7 +27,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import psutil
-import submitit
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
@@ -35,6 +34,8 @@ from lumirlib.files import read_json, write_json
 from lumirlib.methods import parse_row
 
 if TYPE_CHECKING:
+    import submitit
+
     from lumirlib.study.jobs import SweepRun
 
 #: A job's time unless it is given: submitit's own would be five minutes.

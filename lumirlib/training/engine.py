@@ -4,7 +4,7 @@ Lightning Fabric does the work: it is PyTorch with the differences between one p
 Accelerate it neither asks for a configuration file nor owns the loop. Processes are started by `torchrun`, on one
 machine or several:
 
-    torchrun --nproc-per-node 4 -m lumirlib.train --variant LC-2 --preset paper --set batch_size=4 ...
+    torchrun --nproc-per-node 4 -m lumirlib run LC-2 --preset paper --set batch_size=4 ...
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class Engine:
         return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
 
     def as_arguments(self) -> list[str]:
-        """What differs from the defaults, but for the processes, as arguments of `python -m lumirlib.train`."""
+        """What differs from the defaults, but for the processes, as arguments of `lumirlib run`."""
         return as_arguments({name: value for name, value in self.as_parameters().items() if name != "processes"})
 
     def barrier(self) -> None:

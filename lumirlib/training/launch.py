@@ -149,7 +149,7 @@ def train_in_processes(
         config: what `arguments` stand for.
         out: results folder.
         processes: how many.
-        arguments: of the run, for `python -m lumirlib.train`.
+        arguments: of the run, for `lumirlib run`.
         resume: False starts anew.
         progress: show a progress bar.
 
@@ -164,7 +164,8 @@ def train_in_processes(
         "--standalone",
         f"--nproc-per-node={processes}",
         "-m",
-        "lumirlib.train",
+        "lumirlib",
+        "run",
         *arguments,
         "--train-only",
         "--quiet",

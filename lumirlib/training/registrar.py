@@ -77,8 +77,8 @@ def choose_registrar(
         FileNotFoundError: no such checkpoint, with the runs that there are.
     """
     train_first = (
-        'train a network first, "lumirlib run --preset half --cohort brains", and pass its name with --run, or its '
-        "best.pt with --weights; --method deedsBCV needs no training"
+        'train a network first, "lumirlib run LC-2 --preset half --cohort brains", and pass its name with --run, or '
+        "its best.pt with --weights; --method deedsBCV needs no training"
     )
     if sum(map(bool, (weights, run, method, pretrained))) != 1:
         raise ValueError(f"give one of weights, run, method and pretrained; {train_first}")

@@ -1,8 +1,8 @@
 """Pretrained weights that the package carries: loaded, exported from a finished run with a model card, and checked.
 
-    python -m lumirlib.training.weights list
-    python -m lumirlib.training.weights export --run <run> --name ours-4mm-cpu
-    python -m lumirlib.training.weights check
+    lumirlib weights list
+    lumirlib weights export --run <run> --name ours-4mm-cpu
+    lumirlib weights check
 
 `pretrained_weights/<name>.safetensors` holds the weights and, as JSON in its metadata, the run's configuration and all
 that the card says; the card, `<name>.md`, is made of that. Every number comes from files that runs wrote.
@@ -10,10 +10,7 @@ that the card says; the card, `<name>.md`, is made of that. Every number comes f
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import shlex
-import sys
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +20,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lumirlib import provenance
 from lumirlib.files import parse_json
 from lumirlib.methods.base import Row
 from lumirlib.methods.variants import Variant
@@ -38,6 +34,52 @@ FOLDER = Path(__file__).resolve().parent.parent / "pretrained_weights"
 FORMAT = "lumirlib-weights-1"
 #: All weights together, in bytes.
 MAX_BYTES = 20_000_000
+
+_NUMBER = (int, float)
+#: Facts that a packaged file has about its weights, by name, and the types that each may have. The model card is made
+#: of them.
+FACTS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "license": (str,),
+    "resolution_mm": _NUMBER,
+    "words": (str,),
+    "run": (str,),
+    "method": (str,),
+    "seed": (int,),
+    "command": (str,),
+    "trained_by": (list,),
+    "parameters": (int,),
+    "best_epoch": (int,),
+    "val_dice": (*_NUMBER, type(None)),
+    "trained_on": (str,),
+    "credit": (str,),
+    "cohort_name": (str,),
+    "simulated": (bool,),
+    "started_from": (str, type(None)),
+    "preset": (str,),
+    "batch_size": (int,),
+    "differences": (list,),
+    "epochs": (int,),
+    "steps": (int,),
+    "steps_of_best_epoch": (int,),
+    "training_hours": _NUMBER,
+    "evaluation": (dict,),
+    "figures": (dict,),
+}
+#: Facts of the evaluation, likewise.
+EVALUATION_FACTS: dict[str, tuple[type, ...]] = {
+    "cohort_name": (str,),
+    "cohort_digest": (str,),
+    "evaluated_pairs": (int,),
+    "scored_labels": (int,),
+    "credit": (str,),
+    "device": (str,),
+    "commit": (str,),
+    "written": (str,),
+    "command": (str,),
+}
+#: What is known of each metric over the pairs, likewise; every metric has a figure before registration beside it.
+FIGURE: dict[str, tuple[type, ...]] = {"mean": _NUMBER, "std": _NUMBER, "pairs": (int,)}
 
 
 @dataclass(frozen=True)
@@ -125,13 +167,36 @@ def read_weights(path: str | Path) -> Weights:
     found = _described(path, path.stem, {"config": config, "model": tensors}, size, facts)
     if stored.get("digest") != found.digest:
         raise ValueError(f"{path}: damaged, the digest of its weights is not the one it was written with")
-    from lumirlib.study.model_cards import model_card
-
-    try:
-        model_card(facts)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: its facts make no model card: {error!r}") from error
+    check_facts(path, facts)
     return found
+
+
+def check_facts(path: str | Path, facts: dict[str, Any]) -> None:
+    """Raise ValueError unless facts have the names and types of :data:`FACTS`.
+
+    Args:
+        path: File that they are of, for the message.
+        facts: As the file has them.
+    """
+
+    def check(where: str, given: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
+        for name, allowed in types.items():
+            value = given.get(name, ...)
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+                came = "nothing" if value is ... else repr(value)
+                raise ValueError(f"{path}: {where}.{name} must be {expected}, got {came}")
+
+    check("facts", facts, FACTS)
+    for name in ("trained_by", "differences"):
+        if not all(isinstance(text, str) for text in facts[name]):
+            raise ValueError(f"{path}: facts.{name} must be texts, got {facts[name]!r}")
+    check("facts.evaluation", facts["evaluation"], EVALUATION_FACTS)
+    figures = facts["figures"]
+    metrics = {"dice", "seconds", *(name.removesuffix("_before") for name in figures)}
+    check("facts.figures", figures, {f"{name}{when}": (dict,) for name in sorted(metrics) for when in ("", "_before")})
+    for name, figure in figures.items():
+        check(f"facts.figures.{name}", figure, FIGURE)
 
 
 def read_checkpoint(path: str | Path) -> Weights:
@@ -221,74 +286,6 @@ def _fitting(row: Row, resolution_mm: float) -> Weights:
         what = "several pretrained weights are" if fitting else "no pretrained weights are"
         raise ValueError(f"{what} of the network of {row.name} ({row.describe()}); there are {there or 'none'}")
     return fitting[0]
-
-
-def parser(prog: str = "python -m lumirlib.training.weights") -> argparse.ArgumentParser:
-    """The options of the command line."""
-    options = argparse.ArgumentParser(
-        prog=prog,
-        description="Pretrained weights of the package.",
-        epilog=f"examples:\n  {prog} list\n  {prog} export --run <run> --name ours-4mm-cpu\n  {prog} check\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = options.add_subparsers(dest="action", metavar="ACTION", required=True)
-    actions.add_parser("list", help="what there is, with its Dice")
-    actions.add_parser("cards", help="write the cards anew from what the weights' files say")
-    for action, words in (
-        ("export", "package the weights of a finished run, evaluated, with a card"),
-        ("check", "measure packaged weights anew; status 1 unless Dice is the card's to 0.1 point"),
-    ):
-        one = actions.add_parser(action, help=words, description=words)
-        if action == "export":
-            one.add_argument("--run", required=True, help="name of the run in the results folder")
-            one.add_argument("--name", required=True, help="of the weights, such as ours-4mm-cpu")
-            one.add_argument("--results", default="", help="results folder")
-        else:
-            one.add_argument("names", nargs="*", help="all if none is given")
-        one.add_argument("--cohort", default="brains", help="to evaluate on")
-        one.add_argument("--data-root", default="", help="folder the JSON's paths are relative to; its own if empty")
-        one.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-        one.add_argument("--quiet", action="store_true", help="no progress bars")
-    return options
-
-
-def main(arguments: list[str] | None = None, prog: str = "python -m lumirlib.training.weights") -> int:
-    """List, export or check; exit status 0, 1 where a card is wrong, 2 for what cannot be used, 130 after Ctrl-C."""
-    from lumirlib.study.model_cards import check, export, write_cards
-
-    given = parser(prog).parse_args(arguments)
-    try:
-        if given.action == "list":
-            for one in map(read_packaged, names()):
-                dice = one.facts["figures"]["dice"]["mean"]
-                print(
-                    f"{one.name}: {one.row.name}, {one.resolution_mm:g} mm, Dice {100 * dice:.2f} % on "
-                    f"{one.facts['evaluation']['cohort_name']}; {FOLDER / one.name}.md"
-                )
-            return 0
-        if given.action == "cards":
-            print(*write_cards(), sep="\n")
-            return 0
-        where = (given.cohort, given.data_root, given.device, not given.quiet)
-        if given.action == "export":
-            people = shlex.quote(provenance.redact_path(given.cohort))
-            command = f"{prog} export --run {given.run} --name {given.name} --cohort {people}"
-            print(export(given.run, given.name, given.results, *where, command))
-            return 0
-        if not (given.names or names()):
-            raise ValueError("no weights are packaged")
-        right = [check(name, *where) for name in given.names or names()]  # all of them, whatever the first says
-        return 0 if all(right) else 1
-    except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was packaged", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:

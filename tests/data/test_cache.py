@@ -13,8 +13,7 @@ import pytest
 import torch
 from small_cohorts import SMALL_SHAPE, smooth_blob, write_small_cohort
 
-from lumirlib import cache as command_line
-from lumirlib import load_cohort
+from lumirlib import cli, load_cohort
 from lumirlib.data import cache as module
 from lumirlib.data.cache import encode
 from lumirlib.data.nifti import write_nifti
@@ -307,11 +306,11 @@ def test_a_builder_that_waits_too_long_for_another_says_so(small_cohort_json, tm
 
 def test_command_line_says_what_was_made_and_what_lumir_would_take(small_cohort_json, tmp_path, capsys):
     arguments = ["--cohort", str(small_cohort_json), "--resolution", "2", "--folder", str(tmp_path), "--quiet"]
-    assert command_line.main(arguments) == 0
+    assert cli.main(["cache", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "7 images in int16, exact; 7 label volumes" in printed and "14 volumes made" in printed
     assert "LUMIR's 3384 scans" in printed and "minutes to make" in printed
-    assert command_line.main([*arguments, "--verify"]) == 0
+    assert cli.main(["cache", *arguments, "--verify"]) == 0
     assert "0 volumes made" in capsys.readouterr().out
 
 
@@ -324,7 +323,7 @@ def test_command_line_says_what_was_made_and_what_lumir_would_take(small_cohort_
     ],
 )
 def test_command_line_explains_what_it_cannot_use(small_cohort_json, tmp_path, capsys, arguments, message):
-    assert command_line.main(["--cohort", str(small_cohort_json), "--folder", str(tmp_path), *arguments]) == 2
+    assert cli.main(["cache", "--cohort", str(small_cohort_json), "--folder", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -334,5 +333,5 @@ def test_command_line_ends_an_interruption_without_a_traceback(small_cohort_json
 
     monkeypatch.setattr(module, "encode", interrupt)
     arguments = ["--cohort", str(small_cohort_json), "--resolution", "1", "--folder", str(tmp_path), "--quiet"]
-    assert command_line.main(arguments) == 130
+    assert cli.main(["cache", *arguments]) == 130
     assert "goes on from here" in capsys.readouterr().err

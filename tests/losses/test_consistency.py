@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_runs import small_run
 
-from lumirlib import build_model, metrics, parse_variant, spatial, train
+from lumirlib import build_model, cli, metrics, parse_variant, spatial
 from lumirlib.losses.consistency import group_consistency_loss, inverse_consistency_loss
 from lumirlib.methods.presets import get_preset
 
@@ -154,8 +154,8 @@ def test_inverse_consistency_of_any_row_is_measured_where_it_is_asked_for(small_
         "epochs=1",
         "steps_per_epoch=1",
     ]
-    assert train.main(arguments) == 0
+    assert cli.main(["run", "backbone", "--no-notebook", *arguments]) == 0
     (written,) = (tmp_path / "metrics").glob("*.csv")
     assert "inverse_consistency_mm" not in set(pd.read_csv(written)["metric"])
-    assert train.main([*arguments[:7], "--consistency", *arguments[7:]]) == 0
+    assert cli.main(["run", "backbone", "--no-notebook", *arguments[:7], "--consistency", *arguments[7:]]) == 0
     assert "inverse_consistency_mm" in set(pd.read_csv(written)["metric"])

@@ -32,8 +32,7 @@ from matplotlib.figure import Figure
 from small_cohorts import smooth_blob, write_small_cohort
 from tqdm.auto import tqdm
 
-from lumirlib import files, load_cohort, parse_variant
-from lumirlib import train as train_command
+from lumirlib import cli, files, load_cohort, parse_variant
 from lumirlib.data.nifti import read_volume, write_nifti
 from lumirlib.files import check_writable, read_json, write_atomically, write_json
 from lumirlib.methods.presets import PRESETS
@@ -424,9 +423,9 @@ def test_a_results_folder_that_cannot_be_written_is_told_before_anything_is_trai
     assert is_ours(caught.value)
     words = [f"{name}={value}" for name, value in OPTIONS.items()]
     arguments = ["--cohort", str(small_cohort_json), "--preset", "smoke", "--out", str(out), "--device", "cpu"]
-    assert train_command.main([*arguments, "--quiet", "--set", *words]) == 2
+    assert cli.main(["run", "backbone", "--no-notebook", *arguments, "--quiet", "--set", *words]) == 2
     said = capsys.readouterr().err
-    assert "python -m lumirlib.train: " in said and "cannot write" in said and "Traceback" not in said
+    assert "lumirlib run: " in said and "cannot write" in said and "Traceback" not in said
     TALLY.count("results folder that cannot be written", "told before training", 2)
 
 
@@ -453,11 +452,9 @@ def test_a_folder_without_the_right_to_write_is_told_by_the_system_itself():
 
 def test_a_sweep_into_a_folder_that_cannot_be_written_ends_with_a_sentence(tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
-    assert sweep.main(["--rows", "backbone", "--preset", "smoke", "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["sweep", "--rows", "backbone", "--preset", "smoke", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert (
-        "python -m lumirlib.study.sweep: [Errno" in said and str(tmp_path / "out") in said and "Traceback" not in said
-    )
+    assert "lumirlib sweep: [Errno" in said and str(tmp_path / "out") in said and "Traceback" not in said
     TALLY.count("results folder that cannot be written", "told before training")
 
 

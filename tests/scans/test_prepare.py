@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumirlib import load_cohort
+from lumirlib import cli, load_cohort
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine, template_in_frame
 from lumirlib.data.nifti import read_volume, write_nifti
 from lumirlib.scans import prepare
@@ -248,7 +248,7 @@ def test_missing_package_is_named_with_the_command_that_installs_it(tmp_path, mo
     image, affine = small_brain()
     write_nifti(tmp_path / "scans" / "a.nii.gz", image[0, 0].numpy(), affine)
     arguments = [str(tmp_path / "scans"), "--out", str(tmp_path / "out"), "--skip", "strip"]
-    assert prepare.main(arguments) == 2
+    assert cli.main(["prepare", *arguments]) == 2
     assert 'SimpleITK, which is not installed: pip install "lumirlib[prepare]"' in capsys.readouterr().err
     with pytest.raises(ValueError, match="skip must be one of strip, bias, affine; got 'skull'"):
         prepare.check_skip(["skull"])
@@ -278,7 +278,7 @@ def test_folder_becomes_a_cohort_goes_on_where_it_stopped_and_names_what_it_left
         "--validation",
         "2",
     ]
-    assert prepare.main(arguments, "lumirlib prepare") == 1
+    assert cli.main(["prepare", *arguments]) == 1
     assert "left out: torn: ValueError" in capsys.readouterr().err
     cohort = load_cohort(tmp_path / "cohort" / "dataset.json", 4)
     assert [subject.name for subject in cohort.train] == ["one-t1"]
@@ -294,7 +294,7 @@ def test_folder_becomes_a_cohort_goes_on_where_it_stopped_and_names_what_it_left
     write_nifti(folder / "two" / "t1.nii.gz", *read_volume(folder / "one" / "t1.nii.gz"))  # other bytes, same name
     (folder / "torn.nii.gz").unlink()
     arguments[arguments.index("--jobs") + 1] = "1"
-    assert prepare.main(arguments) == 0
+    assert cli.main(["prepare", *arguments]) == 0
     after = [path.stat().st_mtime_ns for path in images]
     assert [path.name for path, a, b in zip(images, before, after, strict=True) if a != b] == ["two-t1_0000.nii.gz"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumirlib import metrics, spatial
+from lumirlib import cli, metrics, spatial
 from lumirlib.data.frame import frame_affine, template_in_frame
 from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume, write_nifti
 from lumirlib.methods.presets import PRESETS
@@ -178,7 +178,7 @@ def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_p
         write_nifti(tmp_path / f"{name}.nii.gz", array, affine)
     paths = [str(tmp_path / f"{name}.nii.gz") for name in ("fixed", "moving")]
     arguments = [*paths, "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "run" / "best.pt"), "--quiet"]
-    assert register.main([*arguments, "--skip", *STEPS]) == 0
+    assert cli.main(["register", *arguments, "--skip", *STEPS]) == 0
     assert "ncc_affine" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "warped.nii.gz",
@@ -201,7 +201,7 @@ def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_p
     written, affine = read_volume(tmp_path / "out" / "warped.nii.gz")
     np.testing.assert_allclose(written, warped[0, 0].numpy(), atol=1e-3)
     np.testing.assert_allclose(affine, scans[0].scan.affine, atol=1e-4)
-    assert register.main([paths[0], str(tmp_path / "no.nii.gz"), "--out", "x", "--method", "affine"]) == 2
+    assert cli.main(["register", paths[0], str(tmp_path / "no.nii.gz"), "--out", "x", "--method", "affine"]) == 2
     assert "no such NIfTI file" in capsys.readouterr().err
 
 

@@ -43,7 +43,7 @@ def test_the_readme_has_the_table_that_the_committed_costs_make():
     text = readable_budget(load_budget(COMMITTED))
     readme = (project_root() / "README.md").read_text(encoding="utf-8")
     between = readme.partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
-    assert between == text, "make it anew: python -m lumirlib.study.costs --write"
+    assert between == text, "make it anew: lumirlib report budget --write"
 
 
 def test_the_papers_schedule_and_sizes():
@@ -69,7 +69,7 @@ def test_without_a_gpu_the_table_says_how_to_measure_and_invents_nothing(folder)
     ]
     assert found.rows[["seconds_per_step", "gpu_hours", "training_mib"]].isna().all(axis=None)
     text = readable_budget(found)
-    assert "`python -m lumirlib.study.costs --preset paper --device cuda`" in text and "All rows" not in text
+    assert "`lumirlib measure costs --preset paper --device cuda`" in text and "All rows" not in text
     assert text.count("not measured yet") == 3 * 11 + 1
     assert "12.52 (4.49×)" in text and "3,384 scans × 6.88 MB (uint8) = 23.3 GB" in text
 
@@ -79,7 +79,7 @@ def test_gpu_figures_make_hours_as_soon_as_they_are_there(folder):
     found = load_budget(folder)
     hours = found.rows.set_index("row")["gpu_hours"]
     assert hours["backbone"] == pytest.approx(94.22, abs=0.01) and hours["LK"] == pytest.approx(187.94, abs=0.01)
-    assert found.missing == ("`python -m lumirlib.study.costs --rows table1 --preset paper --device cuda`",)
+    assert found.missing == ("`lumirlib measure costs --rows table1 --preset paper --device cuda`",)
     assert hours.isna().sum() == 4 and "All rows" not in readable_budget(found)
     measure_on_a_gpu(folder, "table1_")
     text = readable_budget(load_budget(folder))
@@ -111,5 +111,5 @@ def test_the_table_is_written_between_the_markers_and_nothing_else_is_touched(tm
     write_between(readme, MARKERS, "| new |")
     assert readme.read_text() == f"before\n{MARKERS[0]}\n\n| new |\n\n{MARKERS[1]}\nafter\n"
     readme.write_text("no markers")
-    with pytest.raises(ValueError, match=r"must hold <!-- python -m lumirlib.study.costs"):
+    with pytest.raises(ValueError, match=r"must hold <!-- lumirlib report budget"):
         write_between(readme, MARKERS, "| new |")

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lumirlib import cli
 from lumirlib.methods import presets
 from lumirlib.methods.presets import get_preset
 from lumirlib.study import robustness
@@ -73,7 +74,7 @@ def trained(small_cohort_json, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(presets.PRESETS, "smoke", small)
     words = ["--seeds", "0", "--preset", "smoke", "--cohort", str(small_cohort_json), "--out", str(tmp_path)]
     run = Run.prepare("backbone", "smoke", str(small_cohort_json), out=str(tmp_path), engine="cpu")
-    assert robustness.main(["--rows", "backbone", *words]) == 2
+    assert cli.main(["measure", "robustness", "--rows", "backbone", *words]) == 2
     assert "backbone with seed 0 is not trained yet" in capsys.readouterr().err
     return words, run, run.train(progress=False)
 
@@ -81,7 +82,7 @@ def trained(small_cohort_json, tmp_path, monkeypatch, capsys):
 def test_altered_images_are_scored_as_any_other_and_only_what_lacks_is_measured(trained, monkeypatch):
     words, run, result = trained
     words = ["--rows", "backbone", *words]
-    assert robustness.main([*words, "--pairs", "2"]) == 0
+    assert cli.main(["measure", "robustness", *words, "--pairs", "2"]) == 0
     path = robustness.table_path(run)
     about = json.loads(path.with_suffix(".json").read_text())
     assert about["evaluated_pairs"] == 2 and str(run.out) not in path.with_suffix(".json").read_text()
@@ -101,7 +102,7 @@ def test_altered_images_are_scored_as_any_other_and_only_what_lacks_is_measured(
         return original(method, run, pair)
 
     monkeypatch.setattr(robustness, "evaluate_altered", stopped)
-    assert robustness.main(words) == 130
+    assert cli.main(["measure", "robustness", *words]) == 130
     assert path.with_suffix(".unfinished").is_file() and len(pd.read_csv(path)) == 2 * len(ALTERATIONS)
 
     def counted(method, run, pair):
@@ -109,7 +110,7 @@ def test_altered_images_are_scored_as_any_other_and_only_what_lacks_is_measured(
         return original(method, run, pair)
 
     monkeypatch.setattr(robustness, "evaluate_altered", counted)
-    assert robustness.main(words) == 0 and robustness.main(words) == 0
+    assert cli.main(["measure", "robustness", *words]) == 0 and cli.main(["measure", "robustness", *words]) == 0
     assert len(measured) == len(set(measured)) == 4 and not path.with_suffix(".unfinished").exists()
     found = pd.read_csv(path)
     assert found["pair"].nunique() == 6 and list(found["pair"].unique()) == [pair.name for pair in run.pairs]
@@ -118,7 +119,7 @@ def test_altered_images_are_scored_as_any_other_and_only_what_lacks_is_measured(
 
 def test_instance_optimization_is_that_of_the_row_behind_the_same_weights(trained):
     words, _, _ = trained
-    assert robustness.main(["--rows", "IO", "--pairs", "1", *words]) == 0
+    assert cli.main(["measure", "robustness", "--rows", "IO", "--pairs", "1", *words]) == 0
     (path,) = (trained[1].out / "robustness").glob("*.csv")
     table = pd.read_csv(path)
     assert path.name.startswith("IO_small") and (table["optimization_steps"] > 0).all()
@@ -126,5 +127,5 @@ def test_instance_optimization_is_that_of_the_row_behind_the_same_weights(traine
 
 
 def test_mistakes_are_named(capsys):
-    assert robustness.main(["--rows", "backbone", "--pairs", "0"]) == 2
-    assert "--pairs must be 1 or more, got 0" in capsys.readouterr().err
+    assert cli.main(["measure", "robustness", "--rows", "backbone", "--pairs", "0"]) == 2
+    assert "Invalid value for '--pairs': 0 is not in the range x>=1" in capsys.readouterr().err

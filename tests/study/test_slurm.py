@@ -14,7 +14,8 @@ import nbformat
 import psutil
 import pytest
 
-from lumirlib.study import jobs, slurm, sweep
+from lumirlib import cli
+from lumirlib.study import jobs, slurm
 from lumirlib.training.checkpoints import load_checkpoint
 
 pytest.importorskip("submitit", reason='sweeps on a cluster need submitit: pip install "lumirlib[slurm]"')
@@ -183,7 +184,7 @@ def test_slurm_gets_one_array_and_filters_behind_the_jobs_of_their_bases(slurm_s
     arguments += ["--out", str(tmp_path / "out"), "--executor", "slurm", "--no-wait"]
     arguments += ["--slurm", "partition=gpu", "gpus_per_node=1", "mem_gb=64", "timeout_min=90"]
     arguments += ['additional_parameters={"reservation": "mri"}']
-    assert sweep.main(arguments) == 0
+    assert cli.main(["sweep", *arguments]) == 0
     asked = {"partition=gpu", "gpus-per-node=1", "mem=64GB", "time=90", "signal=USR2@90", "reservation=mri"}
     assert asked | {"array=0-3%3"} <= submission(tmp_path, 7)
     for number, base in ((8, "7_0"), (9, "7_1")):
@@ -192,18 +193,14 @@ def test_slurm_gets_one_array_and_filters_behind_the_jobs_of_their_bases(slurm_s
     assert record["job"] == "9"
     (slurm_stand_in / "queued").write_text("7_0\n7_1\n7_2\n8\n9\n")
     capsys.readouterr()
-    assert sweep.main(arguments) == 0
+    assert cli.main(["sweep", *arguments]) == 0
     assert "6 runs, 0 finished before, 5 submitted before\nsubmitted 1 jobs" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "slurm" / "LK_embedded_smoke_seed1.json").read_text())["job"] == "10"
 
 
 def test_the_time_of_a_job_is_a_day_unless_given(slurm_stand_in, tmp_path):
-    assert (
-        sweep.main(
-            ["--rows", "LK", "--preset", "smoke", "--out", str(tmp_path / "out"), "--executor", "slurm", "--no-wait"]
-        )
-        == 0
-    )
+    words = ["--rows", "LK", "--preset", "smoke", "--out", str(tmp_path / "out"), "--executor", "slurm", "--no-wait"]
+    assert cli.main(["sweep", *words]) == 0
     assert "time=1440" in submission(tmp_path, 7)
 
 
@@ -217,23 +214,23 @@ def test_the_time_of_a_job_is_a_day_unless_given(slurm_stand_in, tmp_path):
     ],
 )
 def test_options_that_cannot_be_used_are_named(given, message, slurm_stand_in, tmp_path, capsys):
-    assert sweep.main(["--rows", "LK", "--out", str(tmp_path), "--executor", "slurm", *given]) == 2
+    assert cli.main(["sweep", "--rows", "LK", "--out", str(tmp_path), "--executor", "slurm", *given]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_what_slurm_refuses_is_said(slurm_stand_in, tmp_path, capsys):
     (slurm_stand_in / "sbatch").write_text("#!/bin/sh\necho invalid partition specified: gpu >&2; exit 1\n")
-    assert sweep.main(["--rows", "LK", "--out", str(tmp_path), "--executor", "slurm"]) == 2
+    assert cli.main(["sweep", "--rows", "LK", "--out", str(tmp_path), "--executor", "slurm"]) == 2
     assert "sbatch refused the jobs: invalid partition specified: gpu" in capsys.readouterr().err
 
 
 def test_a_machine_without_slurm_or_submitit_says_what_to_do(tmp_path, capsys, monkeypatch):
     arguments = ["--rows", "LK", "--out", str(tmp_path), "--executor", "slurm"]
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert sweep.main(arguments) == 2
+    assert cli.main(["sweep", *arguments]) == 2
     assert "needs Slurm's srun and sbatch on the PATH" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert sweep.main(arguments) == 2
+    assert cli.main(["sweep", *arguments]) == 2
     assert 'pip install "lumirlib[slurm]"' in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
+from lumirlib import cli
 from lumirlib.provenance import project_root
 from lumirlib.study import jobs, paper, sweep
 
@@ -67,7 +68,7 @@ def test_a_torn_output_or_one_of_other_parameters_counts_as_unfinished(runs):
 
 
 def test_dry_run_lists_the_commands_and_runs_nothing(tmp_path, capsys):
-    assert sweep.main(["--rows", "LC-2+CA", "--seeds", "3", "--dry-run", "--out", str(tmp_path)]) == 0
+    assert cli.main(["sweep", "--rows", "LC-2+CA", "--seeds", "3", "--dry-run", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("to run") and "-r variant LC-2+CA -p seed 3 -r preset demo" in printed
     assert not list(tmp_path.iterdir())
@@ -75,7 +76,7 @@ def test_dry_run_lists_the_commands_and_runs_nothing(tmp_path, capsys):
 
 def test_options_are_handed_to_every_run_and_name_its_output(tmp_path, capsys):
     arguments = ["--rows", "LC-1", "--set", "smoothness_weight=0.1", "cascade=compositional", "--out", str(tmp_path)]
-    assert sweep.main([*arguments, "--dry-run"]) == 0
+    assert cli.main(["sweep", *arguments, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert """-y '{"options": {"smoothness_weight": 0.1, "cascade": "compositional"}}'""" in printed
     assert "LC-1_embedded_demo_smoothness_weight-0.1_cascade-compositional_seed0.ipynb" in printed
@@ -93,21 +94,21 @@ def test_filters_of_trained_weights_are_run_when_all_else_has_ended(tmp_path):
     assert [run.parameters["variant"] for run in planned] == ["backbone", "backbone", "BF-post", "BF-post"]
 
 
-def test_the_launcher_train_needs_no_notebook(tmp_path, capsys):
-    arguments = ["--rows", "VoxelMorph", "--seeds", "2", "--launcher", "train", "--out", str(tmp_path), "--dry-run"]
-    assert sweep.main([*arguments, "--set", "similarity=mse", "amsgrad=false"]) == 0
+def test_runs_without_notebooks_need_none(tmp_path, capsys):
+    arguments = ["--rows", "VoxelMorph", "--seeds", "2", "--no-notebook", "--out", str(tmp_path), "--dry-run"]
+    assert cli.main(["sweep", *arguments, "--set", "similarity=mse", "amsgrad=false"]) == 0
     alone = capsys.readouterr().out
-    assert "-m lumirlib.train --quiet --variant VoxelMorph --seed 2 --preset demo --cohort embedded" in alone
+    assert "-m lumirlib run VoxelMorph --no-notebook --quiet --seed 2 --preset demo --cohort embedded" in alone
     assert alone.endswith(f"--out {tmp_path} --set similarity=mse amsgrad=false\n")
 
 
-@pytest.mark.parametrize("launcher", ["notebook", "train"])
+@pytest.mark.parametrize("launcher", [[], ["--no-notebook"]])
 def test_how_a_run_is_computed_is_handed_to_either_launcher_and_names_no_output(launcher, tmp_path, capsys):
-    arguments = ["--rows", "LK", "--launcher", launcher, "--out", str(tmp_path), "--set", "batch_size=4", "--dry-run"]
+    arguments = ["--rows", "LK", *launcher, "--out", str(tmp_path), "--set", "batch_size=4", "--dry-run"]
     arguments += ["--device", "cuda", "--processes", "4", "--precision", "bf16-mixed", "--compile"]
-    assert sweep.main(arguments) == 0  # where there may be no such device
+    assert cli.main(["sweep", *arguments]) == 0  # where there may be no such device
     printed = capsys.readouterr().out
-    if launcher == "train":
+    if launcher:
         assert "--device=cuda --precision=bf16-mixed --processes=4 --compile --set batch_size=4" in printed
     else:
         engine = '"device": "cuda", "precision": "bf16-mixed", "processes": 4, "compile": true'
@@ -161,8 +162,8 @@ def test_a_run_on_other_files_of_the_same_cohort_is_not_finished(monkeypatch):
         (["--preset", "dmeo"], "preset must be one of smoke, demo"),
         (["--set", "lambda1=3"], "unknown option lambda1"),
         (["--set", "epochs"], "--set takes name=value, got 'epochs'"),
-        (["--jobs", "0"], "--jobs must be 1 or more, got 0"),
-        (["--launcher", "trian"], "launcher must be one of notebook, train"),
+        (["--jobs", "0"], "Invalid value for '--jobs': 0 is not in the range x>=1"),
+        (["--executor", "slrum"], "Invalid value for '--executor': 'slrum' is not one of 'local', 'slurm'"),
         (["--processes", "0"], "processes must be a whole number from 1, got 0"),
         (["--processes", "2"], "batch_size must be a multiple of the 2 processes that share it, got 1: --set batch"),
         (["--precision", "fp8"], "precision must be one of auto, 32-true, bf16-mixed"),
@@ -170,5 +171,5 @@ def test_a_run_on_other_files_of_the_same_cohort_is_not_finished(monkeypatch):
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys):
-    assert sweep.main([*arguments, "--dry-run"]) == 2
+    assert cli.main(["sweep", *arguments, "--dry-run"]) == 2
     assert message in capsys.readouterr().err

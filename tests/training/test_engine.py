@@ -16,7 +16,8 @@ from lumirlib.study.run import Run
 from lumirlib.training import trainer
 from lumirlib.training.engine import Engine
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lumirlib.train"]
+LUMIRLIB_RUN = ["-m", "lumirlib", "run"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *LUMIRLIB_RUN]
 TINY = {"resolution_mm": 1, "channel_divisor": 16, "levels": 3, "batch_size": 2}
 
 
@@ -59,7 +60,7 @@ def test_two_processes_give_the_weights_and_the_log_of_one_at_the_same_batch(
     pd.testing.assert_frame_equal(first.history[columns], second.history[columns], rtol=1e-12)
 
 
-@pytest.mark.parametrize("starter", [TORCHRUN, [sys.executable, "-m", "lumirlib.train", "--processes=2"]])
+@pytest.mark.parametrize("starter", [TORCHRUN, [sys.executable, *LUMIRLIB_RUN, "--no-notebook", "--processes=2"]])
 def test_processes_that_are_told_to_stop_save_and_another_number_of_them_goes_on(
     small_cohort_json, tmp_path, one_thread, starter
 ):

@@ -15,8 +15,7 @@ import torch
 from small_cohorts import SMALL_SHAPE, write_small_cohort
 from small_runs import CPU, TINY, small_run
 
-from lumirlib import load_cohort, losses, parse_variant, provenance
-from lumirlib import train as train_command
+from lumirlib import cli, load_cohort, losses, parse_variant, provenance
 from lumirlib.data.loader import Batch
 from lumirlib.losses import multilevel
 from lumirlib.methods import row_from_options
@@ -143,9 +142,9 @@ def test_ctrl_c_ends_the_command_with_a_sentence(said, small_cohort_json, tmp_pa
 
     monkeypatch.setattr(Trainer, "run", interrupted)
     given = ["--preset", "smoke", "--cohort", str(small_cohort_json), "--out", str(tmp_path), "--quiet"]
-    assert train_command.main(given) == 130
+    assert cli.main(["run", "backbone", "--no-notebook", *given]) == 130
     error = capsys.readouterr().err
-    assert error.startswith("python -m lumirlib.train: stopped") and "the same call goes on from" in error
+    assert error.startswith("lumirlib run: stopped") and "the same call goes on from" in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

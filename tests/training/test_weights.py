@@ -15,7 +15,7 @@ import torch
 from small_cohorts import write_small_cohort
 
 import lumirlib
-from lumirlib import load_cohort
+from lumirlib import cli, load_cohort
 from lumirlib.methods.presets import get_preset
 from lumirlib.methods.variants import parse_variant
 from lumirlib.provenance import project_root
@@ -155,7 +155,7 @@ def no_size(tensors, stored):
         (lose_a_tensor, "weights do not fit the network: 1 differ"),
         (not_finite, "must hold finite values only"),
         (no_row, "config.variant.levels must be at most"),
-        (no_facts, "its facts make no model card"),
+        (no_facts, r"facts.name must be str, got nothing"),
         (foreign, "is not of this package: expected format"),
         (no_size, "config.preset.resolution_mm must be a voxel size in mm, got '1'"),
     ],
@@ -202,8 +202,8 @@ def test_weights_beyond_the_limit_are_not_packaged(made, packaged, monkeypatch):
 
 
 def test_check_measures_again_and_tells_a_card_that_is_wrong(made, packaged, capsys):
-    arguments = ["check", NAME, "--cohort", str(made[2]), "--device", "cpu", "--quiet"]
-    assert weights.main(arguments) == 0
+    arguments = [NAME, "--cohort", str(made[2]), "--device", "cpu", "--quiet"]
+    assert cli.main(["weights", "check", *arguments]) == 0
     assert "the same to 0.1 point" in capsys.readouterr().out
 
     def praise(tensors, stored):
@@ -212,20 +212,20 @@ def test_check_measures_again_and_tells_a_card_that_is_wrong(made, packaged, cap
         stored["facts"] = json.dumps(facts)
 
     rewritten(packaged / f"{NAME}.safetensors", praise)
-    assert weights.main(arguments) == 1
+    assert cli.main(["weights", "check", *arguments]) == 1
     assert f"{NAME}.md is not the card of the facts" in capsys.readouterr().out
-    assert weights.main(["cards"]) == 0
-    assert weights.main(arguments) == 1
+    assert cli.main(["weights", "cards"]) == 0
+    assert cli.main(["weights", "check", *arguments]) == 1
     assert "NOT the same to 0.1 point" in capsys.readouterr().out
 
 
 def test_command_line_lists_and_explains(made, packaged, capsys):
-    assert weights.main(["list"]) == 0
+    assert cli.main(["weights", "list"]) == 0
     assert f"{NAME}: backbone, 1 mm, Dice " in capsys.readouterr().out
-    assert weights.main(["export", "--run", "none", "--name", NAME, "--results", str(made[1] / "out")]) == 2
+    assert cli.main(["weights", "export", "--run", "none", "--name", NAME, "--results", str(made[1] / "out")]) == 2
     assert "no such file" in capsys.readouterr().err
     shutil.rmtree(packaged)
-    assert weights.main(["check"]) == 2
+    assert cli.main(["weights", "check"]) == 2
     assert "no weights are packaged" in capsys.readouterr().err
 
 

@@ -351,7 +351,7 @@ def _time_target(runs: Runs, costs: Measured) -> dict[str, object]:
             "outcome": outcome,
             "why": why,
         }
-    why = f"not measured in turn: python -m lumirlib.study.costs --rows beyond --preset {runs.preset.name}"
+    why = f"not measured in turn: lumirlib measure costs --rows beyond --preset {runs.preset.name}"
     if {row, reference} <= set(runs.variants):
         own = runs.values[runs.values["metric"] == "seconds"].groupby("variant")["value"].median()
         line["value"] = own[row] / own[reference]
@@ -419,7 +419,7 @@ def load_robustness(
     measured = {about["method"] for about in facts}
     missing = [parse_row(name).name for name in rows if parse_row(name).name not in measured]
     how = (
-        f"**Not measured: {', '.join(missing)}.** `python -m lumirlib.study.robustness --rows {' '.join(missing)} "
+        f"**Not measured: {', '.join(missing)}.** `lumirlib measure robustness --rows {' '.join(missing)} "
         f"--preset {preset} --cohort {cohort}` measures trained networks on altered images."
     )
     if not parts:

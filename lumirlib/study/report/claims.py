@@ -1,7 +1,7 @@
-"""The paper's claims, judged from the CSVs of finished runs by stated rules; `python -m lumirlib.study.report.claims`.
+"""The paper's claims, judged from the CSVs of finished runs by stated rules.
 
-    python -m lumirlib.study.report.claims --cohort brains --preset real-cpu            # prints them
-    python -m lumirlib.study.report.claims --write                                      # puts them into README.md
+    lumirlib report claims --cohort brains --preset real-cpu    # prints them
+    lumirlib report claims --write                              # puts them into README.md
 
 A claim is a list of comparisons between rows, each computed by :mod:`lumirlib.study.report.statistics`, or a rule of
 its own. It is supported if all of its comparisons hold, not supported if one does not hold, and cannot be told from
@@ -10,9 +10,7 @@ the runs otherwise. Nothing here knows a verdict: other CSVs give other ones.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lumirlib import provenance
 from lumirlib._checks import check_choice
-from lumirlib.files import write_between
 from lumirlib.methods import parse_row
 from lumirlib.methods.variants import Variant
 from lumirlib.study import results
@@ -58,10 +54,7 @@ ARRIVED, EARLY = 0.9, 0.25
 #: Range of Dice over pairs (points) that is wide, and one that is not.
 WIDE, NARROW = 10.0, 5.0
 
-MARKERS = (
-    "<!-- python -m lumirlib.study.report.claims --write -->",
-    "<!-- end of python -m lumirlib.study.report.claims -->",
-)
+MARKERS = ("<!-- lumirlib report claims --write -->", "<!-- end of lumirlib report claims -->")
 
 _SWAPPED = {"better": "worse", "worse": "better"}
 
@@ -562,31 +555,3 @@ def summary(study: Evidence, findings: Sequence[Verdict]) -> str:
         f"**{study.runs.title}**; {counted} seed(s) a row, ± over seeds; the paper's figures are of LUMIR\n\n"
         f"{to_markdown(publish.brief_table(table))}\n\nThe paper's claims, judged by these runs:\n\n"
     ) + "\n".join(verdicts)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the verdicts, or write tables and verdicts into README.md; the status is 0, or 2 where runs are missing."""
-    options = argparse.ArgumentParser(
-        prog="python -m lumirlib.study.report.claims", description=(__doc__ or "").splitlines()[0]
-    )
-    options.add_argument("--cohort", default="brains", help="short name of the cohort of the runs")
-    options.add_argument("--preset", default="real-cpu", help="preset of the runs")
-    options.add_argument("--out", default="", help="results folder")
-    options.add_argument("--write", action="store_true", help="put tables and verdicts into README.md of the checkout")
-    given = options.parse_args(arguments)
-    try:
-        study = load_study(provenance.results_folder(given.out), given.cohort, given.preset)
-        findings = judge(study)
-        if given.write:
-            readme = (provenance.project_root() or Path.cwd()) / "README.md"
-            print(write_between(readme, MARKERS, summary(study, findings)))
-        else:
-            print(to_markdown(readable(findings)))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"python -m lumirlib.study.report.claims: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -141,7 +141,7 @@ def load_runs(
     folder, given = Path(folder), dict(options or {})
     rows = {row.name: row for row in map(parse_row, variants)}
     names = list(rows)
-    sweep = ["python -m lumirlib.study.sweep --rows", *names, "--preset", preset, "--cohort", cohort]
+    sweep = ["lumirlib sweep --rows", *names, "--preset", preset, "--cohort", cohort]
     sweep += ["--set", *(shlex.quote(f"{name}={value}") for name, value in given.items())] if given else []
     command = " ".join([*sweep, "--seeds 0 1 2"])
     tables, facts = [], []

@@ -4,16 +4,14 @@ Pairs share people, so tests and intervals are over people: ordered pairs of ten
 
 Ranks of several methods on the same pairs: by significance, and by the challenge's snapshot score.
 
-    python -m lumirlib.study.report.statistics results/metrics/LC-2_*.csv results/metrics/TransMorph_*.csv
+    lumirlib report ranks results/metrics/LC-2_*.csv results/metrics/TransMorph_*.csv
 
 The published rows of other teams are means only: they can take part in the snapshot score, not in the tests.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -434,33 +432,3 @@ def read_scores(paths: Sequence[str | Path]) -> tuple[dict[str, pd.DataFrame], s
             f"the runs are on different cohorts: {', '.join(sorted({name for name, _ in cohorts.values()}))}"
         )
     return tables, next(iter(cohorts.values()))[0]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print ranks and scores; the exit status is 0, or 2 for files that cannot be used."""
-    options = argparse.ArgumentParser(
-        prog="python -m lumirlib.study.report.statistics", description=(__doc__ or "").splitlines()[0]
-    )
-    options.add_argument("results", nargs="+", help="CSVs of metrics, each with its provenance (.json) beside it")
-    options.add_argument(
-        "--published", action="store_true", help="score among the published rows; results on LUMIR only"
-    )
-    given = options.parse_args(arguments)
-    try:
-        tables, cohort = read_scores(given.results)
-        ranks = rank(tables)
-        scores = snapshot_scores(tables, cohort, given.published)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"python -m lumirlib.study.report.statistics: {error}", file=sys.stderr)
-        return 2
-    print(f"ranks by significance, cohort {cohort}")
-    print(ranks.to_string(float_format="%.3g"))
-    print(
-        "\nsnapshot score, 1 is best" + ("; rows marked published are other teams' figures" if given.published else "")
-    )
-    print(scores.to_string(float_format="%.4g"))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

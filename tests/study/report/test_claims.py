@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lumirlib import cli
 from lumirlib.methods.presets import get_preset
 from lumirlib.metrics import jacobian_determinant
 from lumirlib.provenance import project_root
@@ -189,8 +190,8 @@ def test_committed_runs_give_a_finding_for_every_claim_and_files_with_provenance
 
 
 def test_runs_that_are_not_there_are_named_with_the_command_that_makes_them(tmp_path, capsys):
-    assert claims.main(["--out", str(tmp_path), "--cohort", "embedded", "--preset", "demo"]) == 2
-    assert "python -m lumirlib.study.sweep --rows" in capsys.readouterr().err
+    assert cli.main(["report", "claims", "--out", str(tmp_path), "--cohort", "embedded", "--preset", "demo"]) == 2
+    assert "lumirlib sweep --rows" in capsys.readouterr().err
     with pytest.raises(ValueError, match="metric must be one of"):
         Check("LK", "backbone", "seconds")
     with pytest.raises(ValueError, match="expect must be one of"):
@@ -203,7 +204,7 @@ def test_readme_shows_the_verdicts_of_the_committed_runs():
     _, start, rest = readme.partition(claims.MARKERS[0])
     text, end, _ = rest.partition(claims.MARKERS[1])
     assert start and end
-    assert text.strip() == claims.summary(given, judge(given)), "python -m lumirlib.study.report.claims --write"
+    assert text.strip() == claims.summary(given, judge(given)), "lumirlib report claims --write"
 
 
 def test_the_jacobian_determinant_of_a_linear_map_is_its_determinant():

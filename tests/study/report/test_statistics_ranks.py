@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lumirlib import cli
 from lumirlib.evaluation import evaluate_method, zero_displacement
 from lumirlib.study import paper
 from lumirlib.study.report import difficulty, figures, statistics
@@ -108,7 +109,7 @@ def test_the_command_line_ranks_result_files_and_refuses_what_cannot_be_ranked(t
         table(dice).to_csv(paths[-1], index=False)
         paths[-1].with_suffix(".json").write_text(json.dumps({"run": name, "cohort": cohort}))
     better, worse, foreign = map(str, paths)
-    assert statistics.main([better, worse]) == 0
+    assert cli.main(["report", "ranks", better, worse]) == 0
     printed = capsys.readouterr().out
     assert "cohort embedded" in printed and printed.index("better") < printed.index("worse")
     for arguments, message in (
@@ -118,11 +119,12 @@ def test_the_command_line_ranks_result_files_and_refuses_what_cannot_be_ranked(t
         ([better, worse, "--published"], "ours are of the cohort 'embedded' and cannot be placed among them"),
         ([better], "two methods or more"),
     ):
-        assert statistics.main(arguments) == 2
+        assert cli.main(["report", "ranks", *arguments]) == 2
         assert message in capsys.readouterr().err
     paths[1].write_text("a,b\n1,2\n")
     assert (
-        statistics.main([better, worse]) == 2 and "lacks the column(s) metric, pair, value" in capsys.readouterr().err
+        cli.main(["report", "ranks", better, worse]) == 2
+        and "lacks the column(s) metric, pair, value" in capsys.readouterr().err
     )
 
 

@@ -13,12 +13,12 @@ import papermill
 import pytest
 import torch
 
-from lumirlib import build_model, parse_variant, plots
+from lumirlib import build_model, cli, parse_variant, plots
 from lumirlib.methods import presets
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.backbone import CASCADES, join_velocities
 from lumirlib.provenance import project_root
-from lumirlib.study import costs, folding, results
+from lumirlib.study import costs, results
 from lumirlib.study.folding import amplified_folding
 from lumirlib.study.report import figures, publish, tables
 from lumirlib.study.report.runs import load_runs
@@ -106,9 +106,7 @@ def test_runs_of_an_earlier_version_without_later_options_count(folder):
 
 
 def test_runs_that_cannot_stand_in_one_table_are_refused(folder, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no run of LK; make them with: python -m lumirlib.study.sweep --rows LK"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no run of LK; make them with: lumirlib sweep --rows LK"):
         load_runs(folder, ["LK"])
     write_run(folder, "LK", 0, 0.7, cohort_digest="e" * 16)
     with pytest.raises(ValueError, match="different states of the cohort 'embedded'"):
@@ -250,10 +248,10 @@ def test_folding_is_measured_from_the_checkpoints_of_a_sweep(small_cohort_json, 
     words = ["--rows", "LC-1", "--seeds", "0", "--preset", "smoke", "--cohort", str(small_cohort_json)]
     words += ["--out", str(tmp_path), "--factors", "1", "3"]
     monkeypatch.setitem(presets.PRESETS, "smoke", replace(get_preset("smoke"), resolution_mm=1, levels=2, epochs=1))
-    assert folding.main(words) == 2
+    assert cli.main(["measure", "folding", *words]) == 2
     assert "LC-1 with seed 0 is not trained yet" in capsys.readouterr().err
     Run.prepare("LC-1", "smoke", str(small_cohort_json), out=str(tmp_path)).train(progress=False)
-    assert folding.main(words) == 0
+    assert cli.main(["measure", "folding", *words]) == 0
     measured = results.read_measured(tmp_path, "folding", "small_smoke")
     assert set(measured.table["factor"]) == {1, 3} and set(measured.table["cascade"]) == set(CASCADES)
     assert str(tmp_path) not in json.dumps(measured.about) and measured.about["runs"][0].startswith("LC-1_small_smoke")
@@ -284,9 +282,8 @@ def test_multiply_adds_are_those_of_a_hand_count():
 def test_costs_are_measured_in_turn_written_and_read(tmp_path, monkeypatch):
     small = replace(get_preset("smoke"), resolution_mm=16)
     monkeypatch.setattr(costs, "get_preset", lambda name: small)
-    assert (
-        costs.main(["--rows", "backbone", "BF-post", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    )
+    words = ["--rows", "backbone", "BF-post", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main(["measure", "costs", *words]) == 0
     table = pd.read_csv(tmp_path / "costs" / "smoke_cpu.csv").set_index("variant")
     assert (table["seconds_per_pair"] > 0).all() and table.loc["backbone", "seconds_per_step"] > 0
     assert np.isnan(table.loc["BF-post", "seconds_per_step"])  # a filter behind trained weights is not trained
@@ -295,9 +292,7 @@ def test_costs_are_measured_in_turn_written_and_read(tmp_path, monkeypatch):
     text = publish.publish_costs(results.read_measured(tmp_path, "costs", "smoke_cpu"), tmp_path / "costs_table")
     assert "10x14x12 voxels" in text and "(1.00×)" in text
     missing = results.read_measured(tmp_path, "costs", "half_cuda")
-    assert "Not measured (costs/half_cuda.csv): `python -m lumirlib.costs --help`" in publish.publish_costs(
-        missing, "n"
-    )
+    assert "Not measured (costs/half_cuda.csv): `lumirlib measure costs --help`" in publish.publish_costs(missing, "n")
 
 
 def test_costs_that_are_cut_short_keep_the_rounds_that_are_whole(tmp_path, monkeypatch, capsys):
@@ -309,7 +304,8 @@ def test_costs_that_are_cut_short_keep_the_rounds_that_are_whole(tmp_path, monke
         return {"seconds_per_pair": float(call), "seconds_per_step": 1.0}
 
     monkeypatch.setattr(costs, "in_own_process", measured)
-    assert costs.main(["--rows", "backbone", "LK", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    words = ["--rows", "backbone", "LK", "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main(["measure", "costs", *words]) == 2
     assert "measuring LK" in capsys.readouterr().err
     table = pd.read_csv(tmp_path / "costs" / "smoke_cpu.csv")
     assert table[["variant", "round", "seconds_per_pair"]].values.tolist() == [["backbone", 0, 1], ["LK", 0, 2]]
@@ -324,9 +320,10 @@ def test_memory_of_a_worker_sees_what_was_allocated_and_freed():
 
 
 def test_mistakes_of_the_costs_are_named(capsys):
-    assert costs.main(["--rows", "LKK"]) == 2
-    assert costs.main(["--rounds", "0"]) == 2
-    assert "unknown variant 'LKK'" in (errors := capsys.readouterr().err) and "--rounds must be 1 or more" in errors
+    assert cli.main(["measure", "costs", "--rows", "LKK"]) == 2
+    assert cli.main(["measure", "costs", "--rounds", "0"]) == 2
+    assert "unknown variant 'LKK'" in (errors := capsys.readouterr().err)
+    assert "Invalid value for '--rounds': 0 is not in the range x>=1" in errors
 
 
 # the notebook --------------------------------------------------------------------------------------------------------
