@@ -152,6 +152,8 @@ def test_every_command_of_the_documentation_is_accepted(page, command, monkeypat
         importlib.import_module("venv")
     elif words[0] == "lumirlib" or (words[1:] and words[0] == "torchrun" and "lumirlib" in words):
         arguments = words[words.index("lumirlib") + 1 :]
+        if all(re.fullmatch("[a-z]+", word) for word in arguments):
+            arguments = [*arguments, "--help"]  # a command that is only named
         check_lumirlib(arguments, monkeypatch)
         if arguments[0] == "sweep" and not {"--help", "WIDE+CA"} & set(arguments):  # docs/extending.md makes that row
             assert cli.main([*arguments, "--dry-run", "--out", str(tmp_path)]) == 0, capsys.readouterr().err

@@ -25,7 +25,6 @@ from lumirlib.training.weights import (
     EVALUATION_FACTS,
     FACTS,
     FORMAT,
-    MAX_BYTES,
     Weights,
     check_facts,
     names,
@@ -93,8 +92,10 @@ def export(
     _check_name(name, weights.resolution_mm, devices)
     others = [path for path in packaged.FOLDER.glob("*.safetensors") if path.stem != name]
     size = sum(path.stat().st_size for path in others) + sum(one.nbytes for one in weights.tensors.values())
-    if size + HEADER_BYTES > MAX_BYTES:
-        raise ValueError(f"{packaged.FOLDER} would hold {size} bytes of weights with {name}, more than {MAX_BYTES}")
+    if size + HEADER_BYTES > packaged.MAX_BYTES:
+        raise ValueError(
+            f"{packaged.FOLDER} would hold {size} bytes of weights with {name}, more than {packaged.MAX_BYTES}"
+        )
 
     people = load_cohort(cohort, weights.resolution_mm, data_root or None)
     if people.name == about["cohort_name"]:
