@@ -156,8 +156,7 @@ def test_a_run_goes_through_its_notebook_and_says_where_it_is(small_cohort_json,
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.cells[0].metadata["tags"] = ["parameters"]
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    for name in jobs.NOTEBOOKS.values():
-        nbformat.write(notebook, tmp_path / "notebooks" / name)
+    nbformat.write(notebook, tmp_path / jobs.NOTEBOOK)
     words = ["run", "LK", "--cohort", str(small_cohort_json), "--preset", "smoke", "--out", str(tmp_path / "out")]
     words += ["--quiet", "--set", "resolution_mm=1", "levels=2"]
     assert cli.main(words) == 0
@@ -169,7 +168,7 @@ def test_a_run_goes_through_its_notebook_and_says_where_it_is(small_cohort_json,
     assert cli.main([*words[:-3], "--restart", *words[-3:]]) == 0
     assert nbformat.read(output, 4).cells[-1].outputs[0].text == "False\n"
     notebook.cells[1].source = "raise ValueError('no luck')"
-    nbformat.write(notebook, tmp_path / "notebooks" / jobs.NOTEBOOKS["variant"])
+    nbformat.write(notebook, tmp_path / jobs.NOTEBOOK)
     assert cli.main(words) == 1
     failed = output.with_suffix(".failed.ipynb")
     assert f"lumirlib run: ValueError: no luck; see {failed}" in capsys.readouterr().err and failed.is_file()
@@ -180,7 +179,7 @@ def test_a_run_without_the_projects_notebooks_says_how_it_goes_without(tmp_path,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", "LK"]) == 2
     said = capsys.readouterr().err
-    assert "no such notebook: " in said and "go without notebooks: --no-notebook" in said
+    assert "no such notebook: " in said and "go without the notebook: --no-notebook" in said
 
 
 def test_method_is_evaluated_on_a_cohort(small_cohort_json, tmp_path, capsys):
