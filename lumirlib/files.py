@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -63,8 +64,19 @@ def _remove_stale(folder: Path) -> None:
 
 def check_writable(folder: str | Path) -> None:
     """Make a folder where it is missing, and raise the OSError of :func:`write_atomically` unless it can be written."""
-    probe = Path(folder) / ".writable"
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "cannot write: expected a folder, got a file", str(folder))
+    probe = folder / ".writable"
     write_atomically(probe, lambda to: to.write_bytes(b"0")).unlink(missing_ok=True)
+
+
+def check_writable_file(path: str | Path) -> None:
+    """As :func:`check_writable`, for a file that is to be written later; one that is there may be replaced."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "cannot write: expected a file, got a folder", str(path))
+    check_writable(path.parent)
 
 
 def write_json(path: str | Path, content: Any) -> Path:

@@ -329,7 +329,9 @@ def read_label_volume(path: str | Path, check: GridCheck | None = None) -> tuple
     return labels, affine
 
 
-def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray, intent: str = "none") -> Path:
+def write_nifti(
+    path: str | Path, array: np.ndarray, affine: np.ndarray, intent: str = "none", description: str = ""
+) -> Path:
     """Write a NIfTI file atomically: a reader sees the whole file or none.
 
     Args:
@@ -337,6 +339,7 @@ def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray, intent:
         array: the voxels; the dtype is kept.
         affine: 4 x 4 voxel-to-world matrix in mm.
         intent: NIfTI's name for what the voxels are, "vector" for a displacement field of ITK.
+        description: Text for the header's `descrip`, 79 characters at most.
 
     Returns:
         `path`.
@@ -348,4 +351,5 @@ def write_nifti(path: str | Path, array: np.ndarray, affine: np.ndarray, intent:
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     image.header.set_intent(intent)
+    image.header["descrip"] = description
     return write_atomically(path, lambda to: nib.save(image, to))

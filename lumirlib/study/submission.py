@@ -8,10 +8,12 @@ them (:mod:`lumirlib.data.field_formats` has others).
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import re
 import shutil
 import struct
+import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -19,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -30,7 +33,8 @@ from lumirlib._checks import check_finite
 from lumirlib.data import Cohort, Pair, field_formats
 from lumirlib.data.nifti import parse_nifti, write_nifti
 from lumirlib.evaluation import Method, evaluate_method
-from lumirlib.files import write_atomically
+from lumirlib.files import check_writable, check_writable_file, write_atomically
+from lumirlib.study.method_digest import method_digest
 
 #: What a NIfTI file holds besides its voxels, at most, in bytes.
 HEADER_BYTES = 1 << 20
@@ -79,7 +83,8 @@ def write_submission(
     """Run a method on every pair and pack the displacements.
 
     The files are written beside the zip first, in `<zip's name>.parts`, and removed when the zip is whole, so that an
-    interrupted call goes on where it stopped. Remove that folder to begin anew, as with another method.
+    interrupted call goes on where it stopped. Each file's header (`descrip`) holds a digest of method and cohort: what
+    another method, or this one on other images, has left there is made anew.
 
     Args:
         method: ``method(fixed, moving) -> displacement``; a network is one.
@@ -95,16 +100,27 @@ def write_submission(
     Raises:
         ValueError: case numbers that cannot be told apart, a path that does not end in .zip, or a displacement that
             is not finite or of the wrong shape.
+        OSError: the zip cannot be written, said before the method runs.
     """
     path = Path(path)
     if path.suffix != ".zip":
         raise ValueError(f"path must end in .zip, got {path.name}")
     files = files_of(cohort.validation_pairs if pairs is None else pairs)
     parts = path.with_suffix(".parts")
+    check_writable_file(path)
+    check_writable(parts)
     if isinstance(method, torch.nn.Module):
         method.eval()
+    digest = _digest_of(method, cohort)
+    others = [name for name in files if (parts / name).is_file() and _digest_in(parts / name) != digest]
+    if others:
+        tqdm.write(
+            f"{parts}: {len(others)} of the displacements there, {others[0]} for one, are another method's or of other "
+            "images; they are made anew",
+            file=sys.stderr,
+        )
     for name, pair in tqdm(files.items(), desc="submission", unit="pair", disable=not progress):
-        if (parts / name).is_file():
+        if (parts / name).is_file() and name not in others:
             continue
         fixed, moving = (cohort.image(subject).to(device) for subject in (pair.fixed, pair.moving))
         with torch.no_grad():
@@ -114,9 +130,13 @@ def write_submission(
                 f"the method must give finite displacements of {(1, 3, *cohort.shape)}, got "
                 f"{tuple(displacement.shape)} for {pair.name}"
             )
-        write_nifti(parts / name, field_formats.voxel_to_channels_last(displacement), cohort.affine)
+        array = field_formats.voxel_to_channels_last(displacement)
+        write_nifti(parts / name, array, cohort.affine, description=digest)
 
     def pack(to: Path) -> None:
+        for name in files:
+            if _digest_in(parts / name) != digest:
+                raise ValueError(f"{parts / name}: another call writes there at the same time; wait until it ends")
         with zipfile.ZipFile(to, "w", zipfile.ZIP_STORED) as archive:  # the parts are compressed already
             for name in files:
                 archive.write(parts / name, name)
@@ -124,6 +144,20 @@ def write_submission(
     write_atomically(path, pack)
     shutil.rmtree(parts)  # what killed writers have left there too
     return path
+
+
+def _digest_of(method: Method, cohort: Cohort) -> str:
+    """What the files of a submission must agree in to stand in one zip."""
+    what = f"{method_digest(method)} {cohort.digest} {cohort.resolution_mm}"
+    return f"lumirlib {hashlib.sha256(what.encode()).hexdigest()[:16]}"
+
+
+def _digest_in(path: Path) -> str:
+    """The digest in a displacement's header; empty for a file of another origin."""
+    try:
+        return bytes(nib.load(path).header["descrip"].item()).decode("ascii", "replace")
+    except (nib.filebasedimages.ImageFileError, KeyError, *BROKEN_ZIP):
+        return ""
 
 
 def _open(path: str | Path) -> zipfile.ZipFile:

@@ -159,6 +159,69 @@ def test_an_interrupted_submission_goes_on_and_leaves_no_half_zip(embedded_cohor
     assert len(calls) == 3 and path.is_file()
 
 
+class Constant(torch.nn.Module):
+    """Displaces everything alike."""
+
+    def __init__(self, weight, scale=1.0):
+        super().__init__()
+        self.weight, self._scale = torch.nn.Parameter(torch.tensor(weight)), scale
+
+    def forward(self, fixed, moving):
+        return (self.weight * self._scale).expand(1, 3, *fixed.shape[2:])
+
+
+def interrupt_second_pair(method, cohort, path, pairs):
+    """Leave the part of one pair behind, as after Ctrl-C."""
+    calls = []
+
+    def stop(module, inputs):
+        calls.append(module)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    hook = method.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        submission.write_submission(method, cohort, path, pairs, progress=False)
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "taken_over"),
+    [
+        (Constant(1.0), Constant(1.0), 1),
+        (Constant(1.0), Constant(2.0), 0),
+        (Constant(1.0), Constant(1.0, scale=2.0), 0),
+        (Constant(1.0), lambda fixed, moving: torch.full((1, 3, *fixed.shape[2:]), 2.0), 0),
+    ],
+    ids=["the same", "other weights", "another option", "another kind"],
+)
+def test_a_submission_holds_the_fields_of_one_method(
+    embedded_cohort, pairs, tmp_path, capsys, first, second, taken_over
+):
+    path = tmp_path / "s.zip"
+    interrupt_second_pair(first, embedded_cohort, path, pairs)
+    calls = []
+    if isinstance(second, torch.nn.Module):
+        second.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    submission.write_submission(second, embedded_cohort, path, pairs, progress=False)
+    told = "1 of the displacements there, disp_0024_0025.nii.gz for one, are another method's"
+    assert (told in capsys.readouterr().err) == (not taken_over)
+    assert not calls or len(calls) == len(pairs) - taken_over
+    fields = [field for _, field in submission.read_submission(path, embedded_cohort, pairs)]
+    assert all((field == (1 if taken_over else 2)).all() for field in fields)
+
+
+def test_parts_of_other_images_or_of_another_program_are_made_anew(embedded_cohort, pairs, tmp_path, capsys):
+    path = tmp_path / "s.zip"
+    interrupt_second_pair(Constant(1.0), embedded_cohort, path, pairs)
+    submission.write_submission(Constant(1.0), replace(embedded_cohort, digest="0" * 16), path, pairs, progress=False)
+    assert "or of other images; they are made anew" in capsys.readouterr().err
+    path.with_suffix(".parts").mkdir()
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4)), path.with_suffix(".parts") / FIRST)
+    submission.write_submission(Constant(3.0), embedded_cohort, path, pairs, progress=False)
+    assert all((field == 3).all() for _, field in submission.read_submission(path, embedded_cohort, pairs))
+
+
 def test_a_method_that_fails_is_named(embedded_cohort, pairs, tmp_path):
     with pytest.raises(ValueError, match=r"got \(1, 3, 4, 4, 4\) for SIM_0024_SIM_0025"):
         submission.write_submission(
@@ -166,6 +229,17 @@ def test_a_method_that_fails_is_named(embedded_cohort, pairs, tmp_path):
         )
     with pytest.raises(ValueError, match=r"path must end in \.zip, got a\.tar"):
         submission.write_submission(zero_displacement, embedded_cohort, tmp_path / "a.tar", pairs)
+
+
+@pytest.mark.parametrize("obstacle", ["s.zip/", "s.parts", "folder"])
+def test_a_zip_that_cannot_be_written_is_told_before_the_work(embedded_cohort, pairs, tmp_path, obstacle):
+    path = tmp_path / ("folder/s.zip" if obstacle == "folder" else "s.zip")
+    if obstacle.endswith("/"):
+        path.mkdir()
+    else:
+        (tmp_path / obstacle).write_text("a file")
+    with pytest.raises(OSError, match=r"cannot write: expected a (file, got a folder|folder, got a file)"):
+        submission.write_submission(lambda fixed, moving: 1 / 0, embedded_cohort, path, pairs, progress=False)
 
 
 # validating ----------------------------------------------------------------------------------------------------------
