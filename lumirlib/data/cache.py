@@ -98,6 +98,7 @@ class Source:
         name: of the subject.
         read: reads it, ``(1, 1, D, H, W)``, float32 in [0, 1] or int16.
         content: checksum of the file, of :mod:`lumirlib.data.identity`.
+        white: what the image is divided by, where that is neither 1 nor 255.
     """
 
     kind: str
@@ -105,12 +106,13 @@ class Source:
     name: str
     read: Callable[[], torch.Tensor]
     content: str
+    white: float | None = None
 
     def fingerprint(self) -> dict[str, object]:
-        """What tells that the file has changed: its path, size, time of modification and checksum."""
+        """What tells that the volume is another: path, size, time of modification, checksum and white of the file."""
         found = self.file.stat()
         times = {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
-        return {"source": str(self.file.resolve()), **times, "content": self.content}
+        return {"source": str(self.file.resolve()), **times, "content": self.content, "white": self.white}
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +258,7 @@ class VolumeCache:
             fingerprint = source.fingerprint()
             if record["source"] != fingerprint["source"]:
                 raise ValueError(f"made from {record['source']}, not from {fingerprint['source']}")
-            known = {"content": source.content} | record  # the first caches had no checksum of the scan
+            known = {"content": source.content, "white": None} | record  # the first caches had neither
             if any(known[key] != value for key, value in fingerprint.items()):
                 return None  # the scan has changed since
             found, expected = (array.shape, array.dtype.name), ((1, 1, *self.shape), record["dtype"])

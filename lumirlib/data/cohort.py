@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lumirlib import spatial
-from lumirlib.data import embedded
+from lumirlib.data import embedded, scale
 from lumirlib.data.cache import Source, StoredVolume, VolumeCache
 from lumirlib.data.identity import checksums
 from lumirlib.data.landmark_files import MAX_LANDMARKS, landmark_centroids, read_landmarks
@@ -33,6 +33,7 @@ MIN_LABEL_VOXELS = 8
 MEMORY_BUDGET = 2 * 1024**3
 #: A loader's threads read too. Of the module, so that cohorts can be pickled.
 _MEMORY_LOCK = threading.Lock()
+_SCALE_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Cohort:
             names runs.
         content_digest: 16 hexadecimal digits of the content of the files alone, of simulated scans too.
         cache: the memory-mapped volumes that are read in place of the files, or None: see :meth:`with_cache`.
+        intensity_maximum: what images are divided by, where the JSON says so; None for :mod:`lumirlib.data.scale`.
         joined: the cohorts whose training scans it has, where they are of several; all else is that of the last.
     """
 
@@ -102,6 +104,7 @@ class Cohort:
     digest: str
     content_digest: str
     cache: VolumeCache | None = None
+    intensity_maximum: float | None = None
     joined: tuple[Cohort, ...] = ()
     _memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
@@ -124,8 +127,11 @@ class Cohort:
 
     @cached_property
     def _owners(self) -> dict[Path, Cohort]:
-        """The joined cohort that reads a training scan."""
+        """The joined cohort that reads a training scan; all else the last one reads."""
         return {subject.image: part for part in self.joined for subject in part.train}
+
+    def _owner(self, subject: Subject) -> Cohort | None:
+        return self._owners.get(subject.image, self.joined[-1]) if self.joined else None
 
     @property
     def has_labels(self) -> bool:
@@ -171,16 +177,16 @@ class Cohort:
 
         Raises:
             ValueError: a file that is corrupt, not 3-D, not finite, not on the cohort's grid, or whose intensities
-                are not in 0 ... 255, as LUMIR's are.
+                are not on the cohort's scale (:mod:`lumirlib.data.scale`).
         """
-        owner = self._owners.get(subject.image)
+        owner = self._owner(subject)
         if owner:
             return owner.image(subject)
         return self.stored_image(subject).decode() if self.cache else self._image(subject)
 
     def stored_image(self, subject: Subject) -> StoredVolume:
         """As :meth:`image`, but as the cache holds it: fewer bytes to copy to a device, to be decoded there."""
-        owner = self._owners.get(subject.image)
+        owner = self._owner(subject)
         if owner:
             return owner.stored_image(subject)
         stored = self.cache.get("images", subject.image) if self.cache else None
@@ -191,7 +197,7 @@ class Cohort:
 
     def label_volume(self, subject: Subject) -> torch.Tensor:
         """Labels of a subject, ``(1, 1, D, H, W)`` int16, the most frequent label of each block."""
-        owner = self._owners.get(subject.image)
+        owner = self._owner(subject)
         if owner:
             return owner.label_volume(subject)
         if subject.labels is None:
@@ -307,8 +313,7 @@ class Cohort:
     @property
     def fits_in_memory(self) -> bool:
         """Whether the images of all people can be kept within :data:`MEMORY_BUDGET`."""
-        people = {*self.train, *(subject for pair in self.validation_pairs for subject in (pair.fixed, pair.moving))}
-        return len(people) * 4 * math.prod(self.shape) <= MEMORY_BUDGET
+        return len(self._people) * 4 * math.prod(self.shape) <= MEMORY_BUDGET
 
     def with_cache(
         self,
@@ -335,12 +340,14 @@ class Cohort:
         if self.joined:
             parts = tuple(part.with_cache(folder, dtype, workers, progress, verify, repair) for part in self.joined)
             return replace(self, joined=parts, cache=parts[-1].cache, _memory=OrderedDict())
-        people = dict.fromkeys([*self.train, *(s for pair in self.validation_pairs for s in (pair.fixed, pair.moving))])
-        images = [("images", one.image, one.name, self._read_image) for one in people]
-        labels = [("labels", one.labels, one.name, self._read_labels_here) for one in people if one.labels]
+        images = [("images", one.image, one.name, self._read_image) for one in self._people]
+        labels = [("labels", one.labels, one.name, self._read_labels_here) for one in self._people if one.labels]
         contents = checksums((file for _, file, *_ in images + labels), str(self.path.resolve()))
+        white = self._float_white if self.intensity_maximum is None else self.intensity_maximum
+        own_scale = None if white in (1, scale.BYTE) else float(white)
         sources = [
-            Source(kind, file, name, partial(read, file), contents[file]) for kind, file, name, read in images + labels
+            Source(kind, file, name, partial(read, file), contents[file], own_scale if kind == "images" else None)
+            for kind, file, name, read in images + labels
         ]
         name = f"{self.short_name}_{self.resolution_mm:g}mm_{dtype}"
         root = Path(folder) if folder else embedded.cache_folder() / "volumes"
@@ -355,16 +362,52 @@ class Cohort:
     def _read_image(self, path: Path) -> torch.Tensor:
         array, _ = read_volume(path, partial(self._check_grid, path))
         low, high = float(array.min()), float(array.max())
-        if high > 255.5 or low < -0.5:  # resampling may overshoot a little
-            raise ValueError(f"{path}: expected intensities from 0 to 255 (or 0 to 1), got {low:g} to {high:g}")
         if high == low:
             raise ValueError(f"{path}: expected an image, got the constant {low:g}")
+        white = self._white(path, high, array.dtype.kind in "ui")
+        highest = scale.UNIT if white == 1 else white * scale.HIGHEST_BYTE / scale.BYTE
+        if high > highest or low < white - highest:  # resampling may overshoot a little
+            scales = "255 (or 0 to 1)" if white in (1, scale.BYTE) else f"{white:g}"
+            raise ValueError(
+                f"{path}: expected intensities from 0 to {scales}, got {low:g} to {high:g}; "
+                "'intensity_maximum' in the dataset JSON sets another maximum"
+            )
         image = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
-        top = 255 if high > 1.5 else 1
-        image = image.clamp(0, top)
+        image = image.clamp(0, white)
         if self.downsampling > 1:  # before dividing: averages of integers are exact, so that a cache can be
             image = F.avg_pool3d(image, self.downsampling)
-        return image / top
+        return image / white
+
+    def _white(self, path: Path, high: float, integers: bool) -> float:
+        """What an image is divided by, where its largest voxel is `high`; see :mod:`lumirlib.data.scale`."""
+        if self.intensity_maximum is not None:
+            return self.intensity_maximum
+        if integers:
+            if high > 1:
+                scale.tell_dark(path, high)
+            return scale.BYTE if high > 1 else 1
+        white = self._float_white
+        return 1 if white == scale.BYTE and high <= scale.UNIT else white
+
+    @property
+    def _people(self) -> tuple[Subject, ...]:
+        people = [*self.train, *(subject for pair in self.validation_pairs for subject in (pair.fixed, pair.moving))]
+        return tuple(dict.fromkeys(people))
+
+    @cached_property
+    def _float_white(self) -> float:
+        """The white of images that do not hold whole numbers; the images are read for it, once."""
+        with _SCALE_LOCK:
+            if "_float_white" in vars(self):  # another thread has found it meanwhile
+                return vars(self)["_float_white"]
+            maxima = scale.float_maxima(
+                [subject.image for subject in self._people],
+                lambda path: read_volume(path, partial(self._check_grid, path))[0],
+                str(self.path.resolve()),
+            )
+            white = scale.common_white(maxima, self.path) if maxima else scale.BYTE
+            vars(self)["_float_white"] = white
+        return white
 
     def _read_labels_here(self, path: Path) -> torch.Tensor:
         """At the cohort's resolution."""

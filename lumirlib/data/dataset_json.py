@@ -248,6 +248,11 @@ def load_cohort(
     for key, kind in (("name", str), ("simulated", bool)):
         if not isinstance(content.get(key, kind()), kind):
             raise ValueError(f"{path}: expected {kind.__name__} as {key!r}, got {content[key]!r}")
+    maximum = content.get("intensity_maximum")
+    if maximum is not None and (
+        isinstance(maximum, bool) or not isinstance(maximum, (int, float)) or not 0 < maximum < 1e6
+    ):
+        raise ValueError(f"{path}: expected a number above 0 as 'intensity_maximum', got {maximum!r}")
     name = content.get("name", path.stem)
     digest, content_digest = _identity(path, content, reader)
     return Cohort(
@@ -263,6 +268,7 @@ def load_cohort(
         downsampling=factor,
         affine=affine @ block,
         shape=tuple(side // factor for side in shape),
+        intensity_maximum=maximum,
     )
 
 

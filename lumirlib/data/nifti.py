@@ -119,15 +119,17 @@ def _affines(
     """The affine to take, the sform and the qform (None where not coded or not usable), all in mm, and notes."""
     notes: list[str] = []
     broken: list[str] = []
-    sform = header.get_sform(coded=True)[0]
-    if sform is not None and not (np.isfinite(sform).all() and abs(np.linalg.det(sform[:3, :3])) > 0):
-        broken.append(f"expected a finite affine of three directions as its sform, got {sform.tolist()}")
-        sform = None
     try:
         qform = _qform(header, notes)
     except (ValueError, HeaderDataError) as error:
         broken.append(f"its qform cannot be used: {error}")
         qform = None
+    sform = header.get_sform(coded=True)[0]
+    finite = sform is None or np.isfinite(sform).all()
+    # one of zeros stands for none; whoever needs three directions refuses it where there is no other
+    if not finite or (sform is not None and qform is not None and np.linalg.det(sform[:3, :3]) == 0):
+        broken.append(f"expected a finite affine of three directions as its sform, got {sform.tolist()}")
+        sform = None
     forms = {"sform": sform, "qform": qform}
     taken = next((name for name, form in forms.items() if form is not None), None)
     if taken is None and broken:

@@ -119,7 +119,7 @@ def by_nibabel(path: Path) -> np.ndarray:
 
 
 @amounts
-@pytest.mark.filterwarnings("ignore:.*(form is taken|what follows its voxels):UserWarning")
+@pytest.mark.filterwarnings("ignore:.*(form is taken|what follows its voxels|largest voxel):UserWarning")
 @pytest.mark.parametrize("kind", ["image", "labels"])
 def test_a_harmed_nifti_file_is_refused_by_name_or_read_as_another_reader_does(kept, inputs, kind):
     subject = kept.validation_pairs[0].fixed
