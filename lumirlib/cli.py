@@ -422,7 +422,8 @@ def _summarized(table: pd.DataFrame, cohort: Cohort) -> str:
     from lumirlib.evaluation import summarize
     from lumirlib.study.results import data_title
 
-    title = data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm)
+    scored_mm = cohort.at_own_resolution.resolution_mm
+    title = data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm, scored_mm)
     return f"{title}\n{summarize(table).to_string(float_format='%.4f')}"
 
 
@@ -445,7 +446,7 @@ def evaluate(cohort: str, data_root: str, out: str, quiet: bool, device: str, **
     from lumirlib import provenance
     from lumirlib.data import load_cohort
     from lumirlib.evaluation import evaluate_method
-    from lumirlib.study.results import cohort_facts, write_results
+    from lumirlib.study.results import scoring_facts, write_results
     from lumirlib.training.engine import pick_device
     from lumirlib.training.registrar import choose_registrar
 
@@ -454,7 +455,7 @@ def evaluate(cohort: str, data_root: str, out: str, quiet: bool, device: str, **
     people = load_cohort(cohort, registrar.resolution_mm, data_root or None)
     table = evaluate_method(registrar.method, people, people.validation_pairs, target, progress=not quiet)
     if out:
-        facts = {"method": registrar.name, **registrar.facts, **cohort_facts(people), "command": _called()}
+        facts = {"method": registrar.name, **registrar.facts, **scoring_facts(people), "command": _called()}
         facts |= {"commit": provenance.commit(), "device": provenance.describe_device(target)}
         write_results(table, out, facts)
     print(f"{registrar.name}: {_summarized(table, people)}")

@@ -1,4 +1,7 @@
-"""From displacements to a long CSV: one row per pair and metric, with its provenance beside it."""
+"""From displacements to a long CSV: one row per pair and metric, with its provenance beside it.
+
+A method works at the cohort's resolution; it is scored on the files' own voxels, 1 mm for LUMIR, with all labels.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lumirlib import metrics
+from lumirlib import metrics, spatial
 from lumirlib._checks import check_choice
 from lumirlib.data import Cohort, Pair
 from lumirlib.metrics.pair import NDV_MASKS, evaluate_pair
@@ -20,7 +23,8 @@ from lumirlib.metrics.pair import NDV_MASKS, evaluate_pair
 Method = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 #: Metrics of your own, by the name that they get in the CSV: each is ``metric(cohort, pair, displacement) -> float``,
-#: with the displacement (1, 3, D, H, W) in voxels on the CPU. Every evaluation computes them; see docs/extending.md.
+#: with the cohort on the files' own voxels and the displacement (1, 3, D, H, W) in these, on the CPU. Every evaluation
+#: computes them; see docs/extending.md.
 FURTHER_METRICS: dict[str, Callable[[Cohort, Pair, torch.Tensor], float]] = {}
 
 
@@ -32,12 +36,12 @@ def zero_displacement(fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor
 def score_displacement(
     cohort: Cohort, pair: Pair, displacement: torch.Tensor, ndv_mask: str = "moving"
 ) -> dict[str, float]:
-    """All that is known about one displacement on one pair of a cohort.
+    """All that is known about one displacement on one pair of a cohort, at the cohort's resolution.
 
     Args:
-        cohort: gives labels, landmarks and masks.
-        pair: of the cohort.
-        displacement: ``(1, 3, D, H, W)`` in voxels, on the CPU.
+        cohort: Gives labels, landmarks and masks; :attr:`lumirlib.data.Cohort.at_own_resolution` for final figures.
+        pair: Pair of the cohort.
+        displacement: ``(1, 3, D, H, W)`` in voxels of the cohort's grid, on the CPU.
         ndv_mask: "moving" (the 2024 task) or "fixed" (2025).
 
     Returns:
@@ -61,12 +65,12 @@ def score_displacement(
         labels=cohort.labels,
     )
     found["tre_points_mm"] = metrics.tre_points_mm(displacement, *points, spacing) if points else math.nan
-    brain = fixed_image > 0
-    found["displacement_mm"] = float(displacement.norm(dim=1, keepdim=True)[brain].mean()) * spacing
+    brain = fixed_image[0, 0] > 0
+    inside = displacement[0][:, brain]  # (3, voxels)
+    found["displacement_mm"] = float(inside.norm(dim=0).mean()) * spacing
     truth = cohort.true_displacement(pair)
     if truth is not None:
-        error = (displacement - truth).norm(dim=1, keepdim=True)[brain]
-        found["displacement_error_mm"] = float(error.mean()) * spacing
+        found["displacement_error_mm"] = float((inside - truth[0][:, brain]).norm(dim=0).mean()) * spacing
     return found | {name: float(metric(cohort, pair, displacement)) for name, metric in FURTHER_METRICS.items()}
 
 
@@ -82,10 +86,13 @@ def evaluate_method(
 ) -> pd.DataFrame:
     """Run a method on pairs and score it.
 
+    The method is given images at the cohort's resolution. Its displacement is carried to the files' own voxels by
+    :func:`lumirlib.spatial.to_finer_grid` and scored there.
+
     Args:
         method: ``method(fixed, moving) -> displacement``; a network is one.
-        cohort: where the pairs come from.
-        pairs: which to take.
+        cohort: Cohort at the resolution that the method works at.
+        pairs: Pairs of the cohort to take.
         device: where the method runs; the scoring is on the CPU.
         ndv_mask: "moving" or "fixed".
         progress: show a progress bar.
@@ -94,10 +101,16 @@ def evaluate_method(
             :func:`lumirlib.metrics.inverse_consistency_error`.
 
     Returns:
-        Columns pair, fixed, moving, metric, value; one row per pair and metric. The metric "seconds" is the time of
-        the method alone; one that has a `last_run` (instance optimization) adds its figures.
+        Columns pair, fixed, moving, metric, value; one row per pair and metric of :func:`score_displacement`. Where
+        the files' voxels are finer than the cohort's, "ndv_working_percent" is the NDV before the displacement was
+        carried to them, as interpolation hides folds. The metric "seconds" is the time of the method alone; one that
+        has a `last_run` (instance optimization) adds its figures.
+
+    Raises:
+        ValueError: The method gives another shape, or numbers that are not finite.
     """
     device = torch.device(device)
+    scoring = cohort.at_own_resolution
     if isinstance(method, nn.Module):
         method.eval()
     rows = []
@@ -109,7 +122,17 @@ def evaluate_method(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started
-        found = score_displacement(cohort, pair, displacement.float().cpu(), ndv_mask)
+        if displacement.shape != (1, 3, *cohort.shape):
+            raise ValueError(
+                f"the method must give displacements of {(1, 3, *cohort.shape)}, got {tuple(displacement.shape)} "
+                f"for {pair.name}"
+            )
+        at_work = displacement.float().cpu()
+        on_files = spatial.to_finer_grid(at_work, cohort.downsampling)
+        found = score_displacement(scoring, pair, on_files, ndv_mask)
+        if cohort.downsampling > 1:
+            mask = (moving if ndv_mask == "moving" else fixed).cpu() > 0
+            found["ndv_working_percent"] = metrics.ndv_percent(at_work, mask)
         names = {"pair": pair.name, "fixed": pair.fixed.name, "moving": pair.moving.name}
         found |= {"seconds": seconds, **getattr(method, "last_run", {})}
         if consistency:

@@ -385,6 +385,32 @@ def resize_displacement(
     return resize(displacement, shape) * _per_axis(tuple(factors), displacement.device, displacement.dtype)
 
 
+@torch.no_grad()
+def to_finer_grid(displacement: torch.Tensor, factor: int) -> torch.Tensor:
+    """A displacement found on block averages, on the voxels that were averaged.
+
+    The centre of coarse voxel i is that of its block, fine coordinate ``factor * i + (factor - 1) / 2``. Between these
+    centres the displacement is interpolated linearly; outside the outermost ones, by less than half a block, it is
+    that of the border. Corners are not aligned, unlike in :func:`resize_displacement`. No gradient is kept.
+
+    Args:
+        displacement: ``(B, 3, D, H, W)`` in coarse voxels.
+        factor: fine voxels along the edge of a coarse one, from 1.
+
+    Returns:
+        ``(B, 3, factor D, factor H, factor W)`` in fine voxels; with a factor of 1 the displacement itself.
+
+    Raises:
+        ValueError: another shape, or a factor that is not a whole number from 1.
+    """
+    check_displacement(displacement)
+    if factor < 1 or factor != int(factor):
+        raise ValueError(f"factor must be a whole number from 1, got {factor}")
+    if factor == 1:
+        return displacement
+    return F.interpolate(displacement, scale_factor=int(factor), mode="trilinear", align_corners=False).mul_(factor)
+
+
 def majority_label(labels: torch.Tensor, factor: int) -> torch.Tensor:
     """The most frequent label of each block of factor^3 voxels; ties go to the smallest number.
 

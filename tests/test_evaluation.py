@@ -80,6 +80,54 @@ def test_the_true_displacement_scores_near_perfect_on_the_embedded_cohort(embedd
     assert value["dice"] > 0.7 and value["tre_points_mm"] < 0.5
 
 
+# scoring on the files' own voxels ------------------------------------------------------------------------------------
+
+
+def test_a_method_that_works_on_coarse_voxels_is_scored_on_the_files_own(small_cohort_json):
+    coarse = lumirlib.load_cohort(small_cohort_json, resolution_mm=2)
+    fine, pair = lumirlib.load_cohort(small_cohort_json), coarse.validation_pairs[0]
+    seen = []
+
+    def one_coarse_voxel_along_i(fixed, moving):
+        seen.append(tuple(fixed.shape[2:]))
+        displacement = evaluation.zero_displacement(fixed, moving)
+        displacement[:, 0] = 1
+        return displacement
+
+    table = evaluation.evaluate_method(one_coarse_voxel_along_i, coarse, (pair,), progress=False)
+    found = table.set_index("metric")["value"].to_dict()
+    two_fine_voxels = torch.zeros(1, 3, *fine.shape)
+    two_fine_voxels[:, 0] = 2
+    expected = evaluation.score_displacement(fine, pair, two_fine_voxels)
+    assert seen == [coarse.shape]
+    assert {name: found[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+    assert found["displacement_mm"] == pytest.approx(2) and found["ndv_working_percent"] == 0
+    # the first landmark lies half a voxel farther along k in one person, the second at the same place in both
+    assert found["tre_points_mm"] == pytest.approx((math.hypot(2, 0.5) + 2) / 2)
+
+
+def test_folds_of_coarse_voxels_that_interpolation_hides_are_kept_beside(small_cohort_json):
+    coarse = lumirlib.load_cohort(small_cohort_json, resolution_mm=2)
+    pair, pushed = coarse.validation_pairs[0], torch.zeros(1, 3, *coarse.shape)
+    pushed[0, 0, 4, 5, 6] = 1.5
+    mask = coarse.image(pair.moving) > 0
+    table = evaluation.evaluate_method(lambda fixed, moving: pushed, coarse, (pair,), progress=False)
+    found = table.set_index("metric")["value"]
+    # one voxel pushed by 1.5 has a third of a voxel folded; no fine voxels lie on the line to its neighbour
+    assert found["ndv_working_percent"] == pytest.approx(100 / 3 / int(mask[..., 1:-1, 1:-1, 1:-1].sum()), rel=1e-5)
+    assert found["ndv_percent"] == 0
+    own = evaluation.evaluate_method(evaluation.zero_displacement, coarse.at_own_resolution, (pair,), progress=False)
+    assert "ndv_working_percent" not in set(own["metric"])  # it is ndv_percent
+
+
+def test_a_displacement_of_another_grid_than_the_images_is_refused(small_cohort_json):
+    coarse = lumirlib.load_cohort(small_cohort_json, resolution_mm=2)
+    with pytest.raises(ValueError, match=r"must give displacements of \(1, 3, 8, 10, 12\), got \(1, 3, 16, 20, 24\)"):
+        evaluation.evaluate_method(
+            lambda fixed, moving: torch.zeros(1, 3, 16, 20, 24), coarse, coarse.validation_pairs[:1], progress=False
+        )
+
+
 def test_summary_takes_the_population_std_and_counts_pairs_that_have_a_value():
     table = pd.DataFrame({"metric": ["dice"] * 3 + ["tre_mm"] * 3, "value": [0.5, 0.6, 0.7, 2.0, math.nan, 4.0]})
     summary = evaluation.summarize(table)

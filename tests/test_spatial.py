@@ -212,6 +212,56 @@ def test_resizing_with_given_factors_multiplies_by_them():
     assert resized[0, :, 3, 3, 3].tolist() == [2, 3, 4]
 
 
+# from block averages to the voxels that were averaged ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_an_affine_field_found_on_block_averages_is_the_same_field_on_the_finer_grid(factor):
+    matrix = torch.tensor([[0.1, -0.2, 0.3], [0.05, 0.4, -0.1], [-0.3, 0.2, 0.1]], dtype=torch.float64)
+    shift = torch.tensor([1.5, -2.0, 0.25], dtype=torch.float64).view(1, 3, 1, 1, 1)
+
+    def field(points):  # in fine voxels, at places in fine voxels
+        return torch.einsum("ab,nbijk->naijk", matrix, points) + shift
+
+    shape = (5, 6, 7)
+    centres = factor * spatial.identity_grid(shape, dtype=torch.float64) + (factor - 1) / 2
+    found = spatial.to_finer_grid(field(centres) / factor, factor)
+    expected = field(spatial.identity_grid([factor * side for side in shape], dtype=torch.float64))
+    assert found.shape == (1, 3, 5 * factor, 6 * factor, 7 * factor)
+    inner = (..., *[slice(factor // 2, factor * side - factor // 2) for side in shape])
+    assert torch.allclose(found[inner], expected[inner], atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_carrying_a_field_to_finer_voxels_is_linear_interpolation_between_block_centres(factor):
+    displacement = torch.randn(1, 3, 5, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    axes = [(np.arange(factor * side) - (factor - 1) / 2) / factor for side in (5, 6, 7)]
+    places = np.meshgrid(*axes, indexing="ij")
+    found = spatial.to_finer_grid(displacement, factor)
+    for channel in range(3):  # mode "nearest": outside the outermost centres the value of the border
+        expected = factor * map_coordinates(displacement[0, channel].numpy(), places, order=1, mode="nearest")
+        assert found[0, channel].numpy() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_quadratic_field_is_off_by_what_linear_interpolation_is_off():
+    i = torch.arange(5, dtype=torch.float64).view(5, 1, 1).expand(5, 6, 7)
+    displacement = torch.stack([i**2, 0 * i, 0 * i])[None]
+    found = spatial.to_finer_grid(displacement, 2)[0, 0, :, 3, 3] / 2
+    # coarse places 0 (border), 0.25, 0.75, 1.25 ...: the parabola, and above it t (1 - t) = 3/16 between centres
+    assert found.tolist() == [0, 0.25, 0.75, 1.75, 3.25, 5.25, 7.75, 10.75, 14.25, 16]
+
+
+def test_by_a_factor_of_1_a_field_stays_as_it_is():
+    displacement = torch.randn(1, 3, 5, 6, 7)
+    assert spatial.to_finer_grid(displacement, 1) is displacement
+
+
+@pytest.mark.parametrize("factor", [0, -2, 1.5])
+def test_a_factor_that_is_no_whole_number_of_voxels_is_refused(factor):
+    with pytest.raises(ValueError, match=f"factor must be a whole number from 1, got {factor}"):
+        spatial.to_finer_grid(torch.zeros(1, 3, 5, 6, 7), factor)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

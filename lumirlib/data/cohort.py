@@ -133,6 +133,27 @@ class Cohort:
     def _owner(self, subject: Subject) -> Cohort | None:
         return self._owners.get(subject.image, self.joined[-1]) if self.joined else None
 
+    @cached_property
+    def at_own_resolution(self) -> Cohort:
+        """The same people and validation pairs on the files' own voxels, where results are scored.
+
+        Itself where it is not downsampled; of joined cohorts that of the last one, whose pairs they have. It reads the
+        files and keeps what it has read, within a :data:`MEMORY_BUDGET` of its own.
+        """
+        if self.joined:
+            return self.joined[-1].at_own_resolution
+        if self.downsampling == 1:
+            return self
+        return replace(
+            self,
+            resolution_mm=self.resolution_mm / self.downsampling,
+            downsampling=1,
+            affine=self.affine @ np.linalg.inv(block_affine(self.downsampling)),
+            shape=tuple(side * self.downsampling for side in self.shape),
+            cache=None,
+            _memory=OrderedDict(),
+        )
+
     @property
     def has_labels(self) -> bool:
         """Whether some validation pairs carry labels on both sides."""
@@ -416,6 +437,17 @@ class Cohort:
     def _read_labels(self, path: Path) -> torch.Tensor:
         array, _ = read_label_volume(path, partial(self._check_grid, path))
         return torch.from_numpy(np.ascontiguousarray(array))[None, None]
+
+
+def block_affine(factor: int) -> np.ndarray:
+    """Matrix from voxels of block averages to the voxels that were averaged: centres at ``factor i + (factor - 1)/2``.
+
+    Args:
+        factor: voxels along the edge of a block.
+    """
+    matrix = np.diag([factor, factor, factor, 1.0])
+    matrix[:3, 3] = (factor - 1) / 2
+    return matrix
 
 
 def grid_orientation(affine: np.ndarray) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lumirlib.data import embedded, frame
-from lumirlib.data.cohort import LUMIR_JSON, Cohort, Pair, Subject, grid_orientation
+from lumirlib.data.cohort import LUMIR_JSON, Cohort, Pair, Subject, block_affine, grid_orientation
 from lumirlib.data.identity import checksums
 from lumirlib.data.nifti import read_grid
 from lumirlib.files import read_json
@@ -243,8 +243,6 @@ def load_cohort(
             f"resolution_mm must be a whole multiple of the files' {own:g} mm that divides their shape {shape}, "
             f"got {wanted:g}"
         )
-    block = np.diag([factor, factor, factor, 1.0])
-    block[:3, 3] = (factor - 1) / 2
     for key, kind in (("name", str), ("simulated", bool)):
         if not isinstance(content.get(key, kind()), kind):
             raise ValueError(f"{path}: expected {kind.__name__} as {key!r}, got {content[key]!r}")
@@ -266,7 +264,7 @@ def load_cohort(
         digest=digest,
         content_digest=content_digest,
         downsampling=factor,
-        affine=affine @ block,
+        affine=affine @ block_affine(factor),
         shape=tuple(side // factor for side in shape),
         intensity_maximum=maximum,
     )

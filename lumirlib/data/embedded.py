@@ -191,12 +191,10 @@ def person_transforms(velocity: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 def _to_spacing(field: torch.Tensor, spacing_mm: int) -> torch.Tensor:
     """A 2 mm field on the frame's grid of another spacing, block-aligned, in voxels of that grid."""
-    factor = FIELD_SPACING_MM / spacing_mm
-    if factor == 1:
-        return field
-    if factor < 1:
-        return F.avg_pool3d(field, int(1 / factor)) * factor
-    return F.interpolate(field, scale_factor=factor, mode="trilinear", align_corners=False) * factor
+    if spacing_mm > FIELD_SPACING_MM:
+        factor = spacing_mm // FIELD_SPACING_MM
+        return F.avg_pool3d(field, factor) / factor
+    return spatial.to_finer_grid(field, FIELD_SPACING_MM // spacing_mm)
 
 
 def true_displacement(

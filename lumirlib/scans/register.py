@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from lumirlib import losses, metrics, provenance, spatial
 from lumirlib.data import field_formats
-from lumirlib.data.frame import FRAME_SHAPE, frame_affine
+from lumirlib.data.frame import frame_affine
 from lumirlib.data.nifti import write_nifti
 from lumirlib.files import write_json
 from lumirlib.scans.prepare import PreparedScan, as_cohort, background_value, check_skip, prepare_scan
@@ -64,11 +64,7 @@ class ScanMap:
 
     def displacement_1mm(self) -> torch.Tensor:
         """The displacement on the frame's own grid, ``(1, 3, 160, 224, 192)`` in voxels of 1 mm."""
-        found = torch.empty(1, 3, *FRAME_SHAPE)
-        to_voxels = np.linalg.inv(frame_affine(self.resolution_mm))
-        for planes, points in world_slabs(FRAME_SHAPE, frame_affine(1)):
-            found[:, :, planes] = self.displacement_at(transform(to_voxels, points)) * self.resolution_mm
-        return found
+        return spatial.to_finer_grid(self.displacement, self.resolution_mm)
 
     def on_scan(self, fixed: Scan, moving: Scan) -> tuple[torch.Tensor, torch.Tensor]:
         """The moving scan on the fixed scan's grid, and the displacement that carries it there.

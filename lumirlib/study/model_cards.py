@@ -18,7 +18,7 @@ from lumirlib.evaluation import evaluate_method, summarize, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.methods.base import PAPER, Preset
 from lumirlib.study.paper import CHALLENGE, METRICS, Metric
-from lumirlib.study.results import cohort_facts, read_results, write_results
+from lumirlib.study.results import read_results, scoring_facts, write_results
 from lumirlib.training import weights as packaged
 from lumirlib.training.engine import pick_device
 from lumirlib.training.weights import (
@@ -119,7 +119,7 @@ def export(
         "commit": provenance.commit(),
         "device": provenance.describe_device(target),
     }
-    write_results(pd.concat(tables, ignore_index=True), measured, evaluation | cohort_facts(people))
+    write_results(pd.concat(tables, ignore_index=True), measured, evaluation | scoring_facts(people))
 
     facts = _facts(name, weights, about, pd.read_csv(log), *read_results(measured))
     check_facts(f"metrics/{run}.json", facts)

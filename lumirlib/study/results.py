@@ -90,20 +90,52 @@ def read_results(path: str | Path) -> tuple[pd.DataFrame, dict]:
     return read_table(path, about), about
 
 
-def data_title(cohort: str, name: str, simulated: bool, resolution_mm: float) -> str:
+def data_title(cohort: str, name: str, simulated: bool, resolution_mm: float, scored_mm: float | None = None) -> str:
     """What data a table or figure is of, for its title: says "simulated" where it is, and what is not LUMIR.
 
     Args:
         cohort: short name of the cohort; of joined ones the last is what is evaluated, and all are trained on.
         name: its own name.
         simulated: whether it is.
-        resolution_mm: edge of a voxel.
+        resolution_mm: Edge of a voxel of the images that are registered.
+        scored_mm: Edge of a voxel of the labels that are scored; None for that of the images. Where it is that of the
+            images, the title has one number for both.
     """
     evaluated = cohort.split("+")[-1]
     trained = "" if evaluated == cohort else f"; trained on {cohort.replace('+', ' and ')}"
+    size = f"{resolution_mm:g} mm"
+    if scored_mm not in (None, resolution_mm):
+        size = f"registered at {size}, scored at {scored_mm:g} mm"
     if simulated:
-        return f"simulated people, {resolution_mm:g} mm: not a LUMIR result{trained}"
-    return f"{name}, {resolution_mm:g} mm{'' if evaluated == 'lumir' else ': not LUMIR'}{trained}"
+        return f"simulated people, {size}: not a LUMIR result{trained}"
+    return f"{name}, {size}{'' if evaluated == 'lumir' else ': not LUMIR'}{trained}"
+
+
+def scored_mm(about: Mapping[str, object]) -> float:
+    """Edge of the voxels that something was scored on, in mm, by its provenance.
+
+    Provenance without "scored_mm" is of results that were scored at the resolution that was worked at.
+    """
+    return float(about.get("scored_mm", about["resolution_mm"]))
+
+
+def check_scored_alike(folder: Path, facts: Sequence[Mapping[str, object]], command: str) -> None:
+    """Raise ValueError unless all results of a table were scored on voxels of one size.
+
+    Args:
+        folder: Folder of the results, for the message.
+        facts: Provenance of each.
+        command: Command that makes such results.
+    """
+    runs: dict[float, list[str]] = {}
+    for about in facts:
+        runs.setdefault(scored_mm(about), []).append(str(about["run"]))
+    if len(runs) > 1:
+        kinds = " and ".join(f"on {size:g} mm {', '.join(names)}" for size, names in sorted(runs.items()))
+        raise ValueError(
+            f"{folder}: results of one table must be scored on voxels of one size, got {kinds}; remove the CSVs of one "
+            f"kind and make them anew with: {command}"
+        )
 
 
 def cohort_facts(cohort: Cohort) -> dict[str, object]:
@@ -119,6 +151,12 @@ def cohort_facts(cohort: Cohort) -> dict[str, object]:
         "credit": cohort.credit,
         "scored_labels": len(cohort.labels),
     }
+
+
+def scoring_facts(cohort: Cohort) -> dict[str, object]:
+    """:func:`cohort_facts` of what :func:`lumirlib.evaluation.evaluate_method` scored: on the files' own voxels."""
+    scoring = cohort.at_own_resolution
+    return cohort_facts(cohort) | {"scored_mm": scoring.resolution_mm, "scored_labels": len(scoring.labels)}
 
 
 def _same_row(options: Mapping[str, object], wanted: Row) -> bool:
@@ -188,8 +226,9 @@ def studies(folder: str | Path) -> pd.DataFrame:
         folder: results folder, with `metrics/`.
 
     Returns:
-        Columns cohort, preset, set_besides ("name=value, ..."; empty where nothing was), resolution_mm, simulated,
-        rows, seeds, runs (their numbers), methods (names, joined by ", "); real data first, then by voxel size.
+        Columns cohort, preset, set_besides ("name=value, ..."; empty where nothing was), resolution_mm, scored_mm,
+        simulated, rows, seeds, runs (their numbers), methods (names, joined by ", "); real data first, then by voxel
+        size.
     """
     found = [
         {
@@ -199,13 +238,15 @@ def studies(folder: str | Path) -> pd.DataFrame:
             "seed": about["seed"],
             "set_besides": ", ".join(f"{name}={value}" for name, value in sorted(about.get("set_besides", {}).items())),
             "resolution_mm": about["resolution_mm"],
+            "scored_mm": scored_mm(about),
             "simulated": about["simulated"],
         }
         for _, about in read_provenance(folder)
         if "preset" in about
     ]
-    keys = ["simulated", "resolution_mm", "cohort", "preset", "set_besides"]
-    columns = ["cohort", "preset", "set_besides", "resolution_mm", "simulated", "rows", "seeds", "runs", "methods"]
+    keys = ["simulated", "resolution_mm", "scored_mm", "cohort", "preset", "set_besides"]
+    columns = ["cohort", "preset", "set_besides", "resolution_mm", "scored_mm", "simulated"]
+    columns += ["rows", "seeds", "runs", "methods"]
     if not found:
         return pd.DataFrame(columns=columns)
     grouped = pd.DataFrame(found).groupby(keys)

@@ -31,7 +31,7 @@ from lumirlib.evaluation import Method, evaluate_method
 from lumirlib.files import check_writable, read_json, write_json
 from lumirlib.methods import parse_row
 from lumirlib.study.paper import CHALLENGE
-from lumirlib.study.results import cohort_facts, read_table, write_results
+from lumirlib.study.results import read_table, scored_mm, scoring_facts, write_results
 from lumirlib.study.run import Run
 from lumirlib.training.pairs import evenly_spaced
 
@@ -178,6 +178,7 @@ def _identity(run: Run) -> dict[str, object]:
         "run": run.config.run,
         "weights_sha256": hashlib.sha256(run.checkpoint.read_bytes()).hexdigest() if trained else None,
         "cohort_digest": run.cohort.digest,
+        "scored_mm": run.cohort.at_own_resolution.resolution_mm,
         "alterations": list(ALTERATIONS),
     }
 
@@ -210,7 +211,7 @@ def measure(run: Run, command: str, pairs: int | None = None, progress: bool = T
     sources = []
     if path.is_file() and path.with_suffix(".json").is_file():
         about = read_json(path.with_suffix(".json"))
-        if all(about.get(name) == value for name, value in identity.items()):
+        if all({**about, "scored_mm": scored_mm(about)}.get(name) == value for name, value in identity.items()):
             sources.append((read_table(path, about, COLUMNS), about["measured_by"]))
     if unfinished.is_file():
         left = read_json(unfinished)
@@ -245,7 +246,7 @@ def measure(run: Run, command: str, pairs: int | None = None, progress: bool = T
         "device": run.engine.describe(),
         "measured_by": measured_by,
         "evaluated_pairs": len(known),
-        **cohort_facts(run.cohort),
+        **scoring_facts(run.cohort),
     }
     write_results(table, path, about)
     unfinished.unlink(missing_ok=True)

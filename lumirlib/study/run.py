@@ -27,7 +27,7 @@ from lumirlib.methods.variants import Variant
 from lumirlib.metrics import inverse_consistency_error
 from lumirlib.metrics.labels import LUMIR_LABELS
 from lumirlib.provenance import redact_path
-from lumirlib.study.results import cohort_facts, data_title, read_results, write_results
+from lumirlib.study.results import data_title, read_results, scoring_facts, write_results
 from lumirlib.training.config import RunConfig, make_config
 from lumirlib.training.engine import Engine
 from lumirlib.training.launch import TrainingResult, train, train_in_processes
@@ -165,8 +165,8 @@ class Run:
     @property
     def title(self) -> str:
         """What a table or figure of this run is headed with; says "simulated" where it is."""
-        cohort = self.cohort
-        data = data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm)
+        cohort, scored_mm = self.cohort, self.cohort.at_own_resolution.resolution_mm
+        data = data_title(cohort.short_name, cohort.name, cohort.simulated, cohort.resolution_mm, scored_mm)
         set_besides = "".join(f", {name}={value}" for name, value in self.options.items() if name != "start_channels")
         row = self.config.row
         if isinstance(row, Variant):
@@ -195,10 +195,11 @@ class Run:
         if differences and row.trains_on != "nothing":
             whose = "the method's own" if isinstance(row, Baseline) else "the paper's"
             lines.append(f"- **not {whose} training**: {'; '.join(differences)}")
-        if self.cohort.has_labels and len(self.cohort.labels) < len(LUMIR_LABELS):
+        scoring = self.cohort.at_own_resolution
+        if self.cohort.has_labels and len(scoring.labels) < len(LUMIR_LABELS):
             lines.append(
-                f"- {len(self.cohort.labels)} of the {len(LUMIR_LABELS)} labels are scored; the others have fewer "
-                f"than {MIN_LABEL_VOXELS} voxels of {self.cohort.resolution_mm:g} mm in one of the people"
+                f"- {len(scoring.labels)} of the {len(LUMIR_LABELS)} labels are scored; the others have fewer "
+                f"than {MIN_LABEL_VOXELS} voxels of {scoring.resolution_mm:g} mm in one of the people"
             )
         if not self.cohort.has_labels:
             lines.append("- no labels for the validation pairs: the best epoch is chosen by similarity, not Dice")
@@ -341,7 +342,7 @@ class Run:
             "evaluated_pairs": len(self.pairs),
         }
         table.insert(0, "run", self.config.run)
-        write_results(table, self.metrics_path, {**about, **cohort_facts(self.cohort)})
+        write_results(table, self.metrics_path, {**about, **scoring_facts(self.cohort)})
         return table
 
     def _trained_on(self) -> str:
@@ -365,16 +366,24 @@ class Run:
         return figure
 
     def before_registration(self, progress: bool = True) -> pd.DataFrame:
-        """Metrics of zero displacement on the same pairs, kept while commit and the cohort's files stay."""
-        facts = cohort_facts(self.cohort)
+        """Metrics of zero displacement on the same pairs, kept while commit and the cohort's files stay.
+
+        They are those of the files' own voxels, whatever resolution the run works at.
+        """
+        facts = scoring_facts(self.cohort)
+        facts["resolution_mm"] = facts["scored_mm"]
         run = (
-            f"ZeroDisplacement_{self.config.cohort}_{self.cohort.resolution_mm:g}mm_{len(self.pairs)}pairs_"
+            f"ZeroDisplacement_{self.config.cohort}_{facts['scored_mm']:g}mm_{len(self.pairs)}pairs_"
             f"{facts['cohort_digest'][:8]}"
         ).replace("+", "-")
         path = self.out / "metrics" / f"{run}.csv"
         if _written_for(path) != (self.commit, facts["content_digest"]):
             table = evaluate_method(
-                zero_displacement, self.cohort, self.pairs, progress=progress, description="before registration"
+                zero_displacement,
+                self.cohort.at_own_resolution,
+                self.pairs,
+                progress=progress,
+                description="before registration",
             )
             table.insert(0, "run", run)
             about = {

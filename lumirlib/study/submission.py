@@ -88,7 +88,8 @@ def write_submission(
 
     Args:
         method: ``method(fixed, moving) -> displacement``; a network is one.
-        cohort: at the resolution of the submission, 1 mm for the challenge's.
+        cohort: Cohort at the resolution that the method works at. The displacements are written on the files' own
+            voxels, 1 mm for LUMIR, carried there by :func:`lumirlib.spatial.to_finer_grid`.
         path: of the zip.
         pairs: which; all validation pairs if None.
         device: where the method runs.
@@ -106,7 +107,7 @@ def write_submission(
     if path.suffix != ".zip":
         raise ValueError(f"path must end in .zip, got {path.name}")
     files = files_of(cohort.validation_pairs if pairs is None else pairs)
-    parts = path.with_suffix(".parts")
+    parts, affine = path.with_suffix(".parts"), cohort.at_own_resolution.affine
     check_writable_file(path)
     check_writable(parts)
     if isinstance(method, torch.nn.Module):
@@ -130,8 +131,8 @@ def write_submission(
                 f"the method must give finite displacements of {(1, 3, *cohort.shape)}, got "
                 f"{tuple(displacement.shape)} for {pair.name}"
             )
-        array = field_formats.voxel_to_channels_last(displacement)
-        write_nifti(parts / name, array, cohort.affine, description=digest)
+        array = field_formats.voxel_to_channels_last(spatial.to_finer_grid(displacement, cohort.downsampling))
+        write_nifti(parts / name, array, affine, description=digest)
 
     def pack(to: Path) -> None:
         for name in files:

@@ -228,6 +228,29 @@ def test_coarser_resolution_averages_images_takes_majority_labels_and_moves_land
     assert np.allclose(world[:3], [6.5, 8.5, 10.5])
 
 
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_downsampled_cohort_knows_the_voxels_of_its_files(small_cohort_json, factor):
+    coarse, files = load_cohort(small_cohort_json, resolution_mm=factor), load_cohort(small_cohort_json)
+    own = coarse.at_own_resolution
+    assert (own.resolution_mm, own.downsampling, own.shape) == (1, 1, SMALL_SHAPE)
+    assert np.allclose(own.affine, files.affine, atol=1e-12) and own.labels == LUMIR_LABELS
+    assert own.validation_pairs == coarse.validation_pairs and own.digest == coarse.digest
+    subject = own.validation_pairs[0].moving
+    assert torch.equal(own.image(subject), files.image(subject))
+    assert torch.equal(own.label_volume(subject), files.label_volume(subject))
+    assert own.landmark_points(subject) == files.landmark_points(subject)
+    assert coarse.image(subject).shape == (1, 1, *coarse.shape)  # the coarse one is left as it was
+    assert coarse.at_own_resolution is own and files.at_own_resolution is files
+
+
+def test_joined_cohorts_are_scored_on_the_files_of_the_last(tmp_path):
+    first, last = write_small_cohort(tmp_path / "first"), write_small_cohort(tmp_path / "last")
+    joined = load_cohort(f"{first}+{last}", resolution_mm=2)
+    own = joined.at_own_resolution
+    assert own.resolution_mm == 1 and own.path == last and own.validation_pairs == joined.validation_pairs
+    assert own.image(own.validation_pairs[0].fixed).shape == (1, 1, *SMALL_SHAPE)
+
+
 def test_labels_too_small_for_a_coarse_grid_are_not_scored(small_cohort_json):
     assert load_cohort(small_cohort_json).labels == LUMIR_LABELS
     coarse = load_cohort(small_cohort_json, resolution_mm=4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lumirlib import spatial
-from lumirlib.data import field_formats
+from lumirlib.data import field_formats, load_cohort
 from lumirlib.evaluation import evaluate_method, zero_displacement
 from lumirlib.study import submission
 
@@ -140,6 +140,27 @@ def test_a_written_submission_validates_and_scores_as_in_memory(embedded_cohort,
         )
     )
     assert scored.to_numpy() == pytest.approx(direct.to_numpy(), abs=1e-4)
+
+
+def test_a_method_that_works_on_coarse_voxels_submits_on_the_files_own(small_cohort_json, tmp_path):
+    coarse, fine = load_cohort(small_cohort_json, resolution_mm=2), load_cohort(small_cohort_json)
+    field = random_displacement(coarse.shape)
+    path = submission.write_submission(lambda fixed, moving: field, coarse, tmp_path / "s.zip", progress=False)
+    read = dict(submission.read_submission(path, fine))
+    assert len(read) == 6
+    for displacement in read.values():
+        assert torch.equal(displacement, spatial.to_finer_grid(field, 2))
+    with zipfile.ZipFile(path) as archive:
+        file = nib.Nifti1Image.from_bytes(gzip.decompress(archive.read("disp_0100_0101.nii.gz")))
+    assert np.array_equal(file.affine, fine.affine)
+    scored, direct = (
+        table[~table["metric"].isin(["seconds", "ndv_working_percent"])].set_index(["pair", "metric"])["value"]
+        for table in (
+            submission.score_submission(path, fine, progress=False),
+            evaluate_method(lambda fixed, moving: field, coarse, coarse.validation_pairs, progress=False),
+        )
+    )
+    assert scored.equals(direct)
 
 
 def test_an_interrupted_submission_goes_on_and_leaves_no_half_zip(embedded_cohort, pairs, true_method, tmp_path):

@@ -385,6 +385,22 @@ def test_a_run_writes_one_row_per_pair_and_metric_with_provenance(small_cohort_j
     assert str(tmp_path) not in run.metrics_path.with_suffix(".json").read_text()  # no path of this machine
 
 
+def test_a_run_on_coarse_voxels_is_scored_on_the_files_own_and_says_so(small_cohort_json, tmp_path):
+    run = small_run(small_cohort_json, tmp_path, resolution_mm=2, levels=2)
+    assert "registered at 2 mm, scored at 1 mm" in run.title and "labels are scored" not in run.describe()
+    table = run.evaluate(run.train(progress=False), progress=False)
+    before = run.before_registration(progress=False)
+    facts, before_facts = (
+        json.loads(path.read_text())
+        for path in (run.metrics_path.with_suffix(".json"), next((tmp_path / "metrics").glob("ZeroDisp*_1mm_*.json")))
+    )
+    assert (facts["resolution_mm"], facts["scored_mm"], facts["scored_labels"]) == (2, 1, 133)
+    assert (before_facts["resolution_mm"], before_facts["scored_mm"]) == (1, 1)
+    assert set(table["metric"]) - set(before["metric"]) == {"ndv_working_percent"}
+    fine = small_run(small_cohort_json, tmp_path)
+    assert set(fine.before_registration(progress=False)["run"]) == set(before["run"])  # one for all resolutions
+
+
 def test_zero_displacement_is_evaluated_once_on_the_same_pairs(small_cohort_json, tmp_path, monkeypatch):
     run = small_run(small_cohort_json, tmp_path)
     run = replace(run, commit="a" * 40)

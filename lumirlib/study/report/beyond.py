@@ -18,7 +18,7 @@ from lumirlib.study.paper import BEFORE, METRICS, uses_other_weights
 from lumirlib.study.report.publish import as_text, not_converged_note, publish
 from lumirlib.study.report.runs import Runs, deterministic_rows, late_rises
 from lumirlib.study.report.statistics import compare_rows
-from lumirlib.study.results import Measured, find_runs, read_table
+from lumirlib.study.results import Measured, check_scored_alike, find_runs, read_table
 from lumirlib.training.pairs import evenly_spaced
 
 #: The authors' best row, and their own compositional cascade at the backbone's width: what ours is held against.
@@ -407,7 +407,7 @@ def load_robustness(
         which runs, and which rows are "missing".
 
     Raises:
-        ValueError: a damaged table, or tables of different states of the cohort.
+        ValueError: a damaged table, or tables of different states of the cohort or scored on different voxels.
     """
     parts, facts = [], []
     for name in rows:
@@ -426,6 +426,11 @@ def load_robustness(
         return Measured(None, {"missing": missing}, how)
     if len({about["cohort_digest"] for about in facts}) > 1:
         raise ValueError(f"{Path(folder, 'robustness')}: the runs are on different states of the cohort {cohort!r}")
+    check_scored_alike(
+        Path(folder, "robustness"),
+        facts,
+        f"python -m lumirlib.study.robustness --rows {' '.join(rows)} --preset {preset} --cohort {cohort}",
+    )
     about = {
         "preset": preset,
         "cohort": cohort,

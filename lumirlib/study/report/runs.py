@@ -13,7 +13,7 @@ from lumirlib.methods import parse_row
 from lumirlib.methods.base import Preset
 from lumirlib.methods.presets import split_options
 from lumirlib.study.paper import BEFORE
-from lumirlib.study.results import data_title, find_runs, read_provenance, table_of
+from lumirlib.study.results import check_scored_alike, data_title, find_runs, read_provenance, scored_mm, table_of
 
 
 def load_study_runs(
@@ -57,7 +57,7 @@ class Runs:
         options: what was set besides in all runs.
         values: columns variant, seed, pair, fixed, moving, metric, value; the variant "Before Reg", seed 0, is zero
             displacement.
-        facts: one row per run: variant, seed, run, val_dice, val_dice_before and the rest of its provenance.
+        facts: one row per run: variant, seed, run, val_dice, val_dice_before, scored_mm and the rest of its provenance.
         history: one row per run and epoch: variant, seed and the columns of its log; a row that only filters another's
             result has the history of that one, a row that is not trained has none.
         missing: variants without a run.
@@ -77,7 +77,9 @@ class Runs:
     def title(self) -> str:
         """What a table or figure of these runs is headed with; says "simulated" where it is."""
         first = self.facts.iloc[0]
-        data = data_title(first["cohort"], first["cohort_name"], first["simulated"], first["resolution_mm"])
+        data = data_title(
+            first["cohort"], first["cohort_name"], first["simulated"], first["resolution_mm"], first["scored_mm"]
+        )
         set_besides = "".join(f", {name}={value}" for name, value in self.options.items())
         return f"{data}; preset {self.preset.name}{set_besides}"
 
@@ -136,7 +138,8 @@ def load_runs(
 
     Raises:
         FileNotFoundError: no run of any of the variants.
-        ValueError: two runs for one variant and seed, runs on different cohorts, or no zero displacement.
+        ValueError: two runs for one variant and seed, runs on different cohorts or scored on different voxels, or no
+            zero displacement.
     """
     folder, given = Path(folder), dict(options or {})
     rows = {row.name: row for row in map(parse_row, variants)}
@@ -147,7 +150,7 @@ def load_runs(
     tables, facts = [], []
     for name in names:
         for path, about in find_runs(folder, rows[name], preset, cohort, given):
-            facts.append({"variant": name, **about})
+            facts.append({"variant": name, **about, "scored_mm": scored_mm(about)})
             tables.append(table_of(path, about).assign(variant=name, seed=about["seed"]))
     if not facts:
         raise FileNotFoundError(f"{folder / 'metrics'} has no run of {', '.join(names)}; make them with: {command}")
@@ -157,13 +160,14 @@ def load_runs(
         raise ValueError(f"{folder / 'metrics'} has several runs of one variant and seed: {', '.join(twice['run'])}")
     if len(set(about["cohort_digest"])) > 1:
         raise ValueError(f"{folder / 'metrics'}: the runs are on different states of the cohort {cohort!r}")
+    check_scored_alike(folder / "metrics", facts, command)
     first = about.iloc[0]
     before = [
         (path, other)
         for path, other in read_provenance(folder, cohort)
         if other["method"] == "Zero Displacement"
         and other["cohort_digest"] == first["cohort_digest"]
-        and other["resolution_mm"] == first["resolution_mm"]
+        and scored_mm(other) == first["scored_mm"]
         and other["evaluated_pairs"] == first["evaluated_pairs"]
     ]
     if not before:

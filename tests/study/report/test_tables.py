@@ -97,6 +97,19 @@ def test_runs_are_found_by_variant_preset_and_cohort_and_what_lacks_is_said(fold
     assert wide.facts["run"].tolist() == ["LK_wide"] and "start_channels=20" in wide.title
 
 
+def test_a_table_names_the_voxels_that_were_registered_and_those_that_were_scored(folder):
+    assert load_runs(folder, ["backbone"]).title.startswith("simulated people, 4 mm: not a LUMIR result")
+    before = {"run": "Zero_1mm", "method": "Zero Displacement", "resolution_mm": 1.0, "scored_mm": 1.0}
+    write_run(folder, "backbone", 0, [0.45, 0.35, 0.55], **before)
+    write_run(folder, "CA", 0, [0.6, 0.5, 0.7], scored_mm=1.0)
+    runs = load_runs(folder, ["CA"])
+    assert runs.title.startswith("simulated people, registered at 4 mm, scored at 1 mm: not a LUMIR result")
+    zero = runs.values[(runs.values["variant"] == "Before Reg") & (runs.values["metric"] == "dice")]
+    assert zero["value"].tolist() == [0.45, 0.35, 0.55]
+    listed = results.studies(folder)[["methods", "resolution_mm", "scored_mm"]].to_numpy().tolist()
+    assert ["CA", 4.0, 1.0] in listed and ["LC-2, backbone", 4.0, 4.0] in listed
+
+
 def test_runs_of_an_earlier_version_without_later_options_count(folder):
     options = asdict(get_preset("demo").apply(parse_variant("CA")))
     for name in ("bilateral_mode", "bilateral_sigma", "bilateral_sigma_range"):
@@ -113,6 +126,13 @@ def test_runs_that_cannot_stand_in_one_table_are_refused(folder, tmp_path):
         load_runs(folder, ["LK", "backbone"])
     with pytest.raises(ValueError, match="no zero displacement on the pairs of LK_seed0"):
         load_runs(folder, ["LK"])
+    write_run(folder, "CA", 0, 0.7, scored_mm=1.0)
+    with pytest.raises(
+        ValueError, match="on voxels of one size, got on 1 mm CA_seed0 and on 4 mm backbone_seed0, backbone_seed1;"
+    ):
+        load_runs(folder, ["backbone", "CA"])
+    with pytest.raises(ValueError, match="no zero displacement on the pairs of CA_seed0"):
+        load_runs(folder, ["CA"])  # there is one, at 4 mm
     write_run(folder, "backbone", 0, 0.7, run="again")
     with pytest.raises(ValueError, match="several runs of one variant and seed: again, backbone_seed0"):
         load_runs(folder, ["backbone"])
