@@ -63,6 +63,11 @@ class PersonTest(NamedTuple):
             return float(self.difference >= bound)
         return float(stats.t.cdf((self.difference - bound) / self.error, self.freedom))
 
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of Student's t."""
+        half = stats.t.ppf(1 - ALPHA / 2, self.freedom) * self.error
+        return self.difference - half, self.difference + half
+
     def detectable(self, comparisons: int = 1, power: float = 0.8) -> float:
         """The true difference that a two-sided test at 5 % finds with this power, after Bonferroni."""
         level, found = stats.t.ppf([1 - ALPHA / (2 * comparisons), power], self.freedom)
