@@ -4,12 +4,13 @@ The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `nd
 """
 
 from lumirlib.losses.consistency import group_consistency_loss, inverse_consistency_loss
-from lumirlib.losses.multilevel import SIMILARITIES, gaussian_pyramid, gaussian_smooth, registration_loss
+from lumirlib.losses.multilevel import PYRAMID_BLURS, SIMILARITIES, gaussian_pyramid, gaussian_smooth, registration_loss
 from lumirlib.losses.ndv import ndv_loss
 from lumirlib.losses.similarity import mse_loss, ncc_loss
 from lumirlib.losses.smoothness import diffusion_loss
 
 __all__ = [
+    "PYRAMID_BLURS",
     "SIMILARITIES",
     "diffusion_loss",
     "gaussian_pyramid",

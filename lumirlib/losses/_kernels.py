@@ -262,18 +262,18 @@ def _add_weighted(total, row, weight):  # pragma: no cover (compiled)
 
 
 @compiled(**_OPTIONS)
-def convolve_planes(image, kernel, smooth, first, last):  # pragma: no cover (compiled)
-    """Convolution with one symmetric kernel along each axis, zeros outside.
+def convolve_planes(image, kernels, smooth, first, last):  # pragma: no cover (compiled)
+    """Convolution with a symmetric kernel along each axis, zeros outside.
 
     Args:
         image: ``(D, H, W)`` floats.
-        kernel: ``(n,)`` of the same dtype, n odd.
+        kernels: ``(3, n)`` of the same dtype, n odd: those along i, j and k.
         smooth: like `image`, filled.
         first: plane to begin with.
         last: plane to end before.
     """
     depth, height, width = image.shape
-    size, radius = kernel.size, kernel.size // 2
+    size, radius = kernels.shape[1], kernels.shape[1] // 2
     ring = np.zeros((size, width), image.dtype)
     row = np.zeros(width + 2 * radius, image.dtype)
     for i in range(first, last):
@@ -282,16 +282,16 @@ def convolve_planes(image, kernel, smooth, first, last):  # pragma: no cover (co
             fresh[:] = 0
             if 0 <= y < height:
                 for near in range(max(i - radius, 0), min(i + radius + 1, depth)):
-                    _add_weighted(fresh, image[near, y], kernel[near - i + radius])
+                    _add_weighted(fresh, image[near, y], kernels[0, near - i + radius])
             j = y - radius
             if j < 0:
                 continue
             row[radius : radius + width] = 0
             for tap in range(size):
-                _add_weighted(row[radius : radius + width], ring[(j + tap - radius) % size], kernel[tap])
+                _add_weighted(row[radius : radius + width], ring[(j + tap - radius) % size], kernels[1, tap])
             smooth[i, j] = 0
             for tap in range(size):
-                _add_weighted(smooth[i, j], row[tap : tap + width], kernel[tap])
+                _add_weighted(smooth[i, j], row[tap : tap + width], kernels[2, tap])
 
 
 @compiled(**_OPTIONS)

@@ -287,6 +287,23 @@ def test_gaussian_smoothing_keeps_a_constant_inside_and_the_sum_of_an_impulse():
     assert torch.allclose(losses.gaussian_smooth(torch.ones(1, 2, *SHAPE))[..., 3:-3, 3:-3, 3:-3], torch.ones(1))
 
 
+def test_the_authors_blur_is_a_box_along_j_and_too_narrow_along_k():
+    i, _, k = torch.meshgrid(*[torch.arange(5.0) - 2] * 3, indexing="ij")
+    kernel = torch.exp(-(i**2 + 2 * k**2) / 2)  # k twice, j not at all
+    assert torch.equal(kernel[:, 0], kernel[:, 4]) and not torch.equal(kernel[0], kernel[4].T)
+    image = torch.rand(1, 1, 6, 7, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    blurred = F.conv3d(image, (kernel / kernel.sum())[None, None], padding=2)
+    shapes = [(6, 7, 8), (3, 4, 4)]
+    for blur, equal in (("authors", True), ("isotropic", False)):
+        found = losses.gaussian_pyramid(image, shapes, blur)[1]
+        expected = spatial.resize(blurred, shapes[1])
+        slopes = [torch.autograd.grad(one.square().sum(), image, retain_graph=True)[0] for one in (found, expected)]
+        assert torch.allclose(found, expected, atol=1e-6) is equal
+        assert torch.allclose(*slopes, atol=1e-5) is equal
+    with pytest.raises(ValueError, match="blur must be one of isotropic, authors; got 'box'"):
+        losses.gaussian_pyramid(image, shapes, "box")
+
+
 def test_registration_loss_adds_the_levels_with_halving_weights():
     moving, fixed = random_pair(4, (8, 12, 16))
     shapes = [(8, 12, 16), (4, 6, 8)]
