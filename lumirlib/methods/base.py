@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
 from lumirlib._checks import check_choice, check_option_types
-from lumirlib.losses import SIMILARITIES
+from lumirlib.losses import PYRAMID_BLURS, SIMILARITIES
 
 AnyRow = TypeVar("AnyRow", bound="Row")
 #: From this voxel size on, presets are so short that published learning rates would not leave the start.
 COARSE_MM = 4.0
 #: Metadata of an option that came after the first runs: at its default it does not change a run's name.
 ADDED_LATER = {"unnamed_at_default": True}
+
+UNITS = ("voxels", "mm")
 
 
 class Row:
@@ -51,6 +54,13 @@ class Row:
     def training_preset(self, preset: Preset) -> Preset:
         """The preset with this method's own learning rate and weights of losses; the number of steps stays."""
         return preset
+
+    def on_finer_voxels(self: AnyRow, halvings: int) -> AnyRow:
+        """The row on voxels whose edge is halved so many times, doubled where the number is negative.
+
+        Its network stays, unless it has levels of a fixed size in mm.
+        """
+        return self
 
     def build(self) -> nn.Module:
         """The network with fresh weights (seed with ``torch.manual_seed``): ``model(fixed, moving) -> displacement``.
@@ -102,7 +112,7 @@ class Baseline(Row):
     Attributes:
         smoothness_weight: beside a similarity of weight 1.
         learning_rate_factor: times the preset's learning rate, which is that of the paper's own network.
-        coarse_learning_rate_factor: the same for presets at :data:`COARSE_MM` or more, a few hundred steps long.
+        coarse_learning_rate_factor: the same for presets that train at :data:`COARSE_MM` or more, a few hundred steps.
     """
 
     smoothness_weight: float
@@ -119,13 +129,13 @@ class Baseline(Row):
 
     def training_preset(self, preset: Preset) -> Preset:
         """The preset with this row's weights of the loss and its learning rate; the number of steps stays."""
-        coarse = preset.resolution_mm >= COARSE_MM
-        factor = self.coarse_learning_rate_factor if coarse else self.learning_rate_factor
+        factor = self.coarse_learning_rate_factor if preset.is_coarse else self.learning_rate_factor
+        scaled = preset.with_learning_rate_times(factor)
         return replace(
-            preset,
+            scaled,
             similarity_weight=1.0,
             smoothness_weight=self.smoothness_weight,
-            learning_rate=preset.learning_rate * factor,
+            stages=tuple(replace(stage, smoothness_weight=None) for stage in scaled.stages),
         )
 
 
@@ -134,10 +144,18 @@ class Tool(Row):
 
     Attributes:
         resolution_mm: edge of the voxels that it is given.
+        natural_resolution_mm: that of presets with stages, whose resolutions are those of a training.
     """
 
     trains_on: ClassVar[str] = "nothing"
+    natural_resolution_mm: ClassVar[float] = 1.0
     resolution_mm: float
+
+    def training_preset(self, preset: Preset) -> Preset:
+        """The preset; one with stages at the row's natural resolution, without them."""
+        if not preset.stages:
+            return preset
+        return replace(preset, stages=(), epochs=1, resolution_mm=self.natural_resolution_mm)
 
     def at_preset(self: AnyRow, preset: Preset) -> AnyRow:
         """The row for voxels of a preset's size."""
@@ -170,22 +188,83 @@ def file_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One stage of a training from coarse to fine; an option that is None is the preset's.
+
+    Attributes:
+        resolution_mm: Voxel size.
+        epochs: Passes over the training scans.
+        steps_per_epoch: Most pairs of each pass.
+        learning_rate: Initial one; it falls over this stage's epochs.
+        smoothness_weight: lambda1.
+        window: NCC window, in the preset's unit.
+    """
+
+    resolution_mm: float
+    epochs: int
+    steps_per_epoch: int | None = None
+    learning_rate: float | None = None
+    smoothness_weight: float | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            whole = name in ("epochs", "steps_per_epoch", "window")
+            if value is None and name not in ("resolution_mm", "epochs"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"{name} of a stage must be {kind}, got {value!r}")
+            object.__setattr__(self, name, value if whole else float(value))
+
+    def options(self) -> dict[str, float]:
+        """What it sets, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def describe(self) -> str:
+        """What it sets, in words."""
+        own = {name.replace("_", " "): value for name, value in self.options().items()}
+        words = f"{own.pop('epochs')} epochs at {own.pop('resolution mm'):g} mm"
+        return ", ".join([words, *(f"{name} {value:g}" for name, value in own.items())])
+
+
+STAGE_OPTIONS = tuple(option.name for option in fields(Stage))
+
+
+def as_stage(given: object) -> Stage:
+    """A stage from a mapping of its options, as files and command lines have it.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(given, Stage):
+        return given
+    required = {"resolution_mm", "epochs"}
+    if not isinstance(given, Mapping) or not required <= given.keys() <= set(STAGE_OPTIONS):
+        raise ValueError(
+            f"a stage must have resolution_mm and epochs, and may have {', '.join(STAGE_OPTIONS[2:])}; got {given!r}"
+        )
+    return Stage(**given)
+
+
+@dataclass(frozen=True)
 class Preset:
     """How a variant is trained and evaluated.
 
     Attributes:
         name: of the preset.
-        resolution_mm: voxel size that is worked at.
-        epochs: passes in which each training scan is the moving image once, a random other one the fixed image.
+        resolution_mm: voxel size that is worked at; with stages that of the last.
+        epochs: passes in which each training scan is the moving image once, a random other one the fixed image; with
+            stages those of all.
         steps_per_epoch: stop each pass after so many pairs; None takes all scans.
         channel_divisor: the variant's start channels are divided by this (32, 36, 64 become 8, 9, 16 for 4).
-        levels: pyramid levels.
+        levels: pyramid levels; with stages those of the last, a coarser one has one less per doubling of the voxel.
         learning_rate: initial one of Adam; falls as ``(1 - epoch / epochs) ** decay_power``.
         decay_power: of that fall.
         amsgrad: of Adam.
         similarity_weight: lambda0.
         smoothness_weight: lambda1, on velocities in voxels of the working resolution.
-        window: NCC window in voxels, odd.
+        window: side of the NCC window, in `unit`; odd if that is voxels.
         similarity: "ncc" or "mse".
         validation_pairs: how many pairs, spread evenly over the list, measure each epoch's Dice; None takes all.
         evaluation_pairs: how many pairs the final evaluation takes, likewise; None takes all.
@@ -193,6 +272,12 @@ class Preset:
         batch_size: pairs per optimizer step, over all processes. An epoch's last batch is filled up with further pairs.
         init: weights that training starts from, see :func:`lumirlib.training.weights.starting_weights`; empty for
             random ones.
+        divide_heads: `channel_divisor` divides the variant's head channels too (27 and 108 become 7 and 27 for 4).
+        pyramid_blur: of the images between two levels of the loss, one of :data:`lumirlib.losses.PYRAMID_BLURS`.
+        unit: "voxels" of the working resolution, or "mm": of the NCC window, of the variant's bilateral filter, and of
+            the lengths that its consistency losses weigh (see :attr:`lumirlib.Variant.voxel_mm`).
+        stages: a training from coarse to fine; empty for one at `resolution_mm`. Weights pass from one to the next, see
+            :func:`lumirlib.training.weights.to_finer_levels`.
     """
 
     name: str
@@ -213,8 +298,18 @@ class Preset:
     about: str = ""
     batch_size: int = field(default=1, metadata=ADDED_LATER)
     init: str = field(default="", metadata=ADDED_LATER)
+    divide_heads: bool = field(default=False, metadata=ADDED_LATER)
+    pyramid_blur: str = field(default="isotropic", metadata=ADDED_LATER)
+    unit: str = field(default="voxels", metadata=ADDED_LATER)
+    stages: tuple[Stage, ...] = field(default=(), metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stages, (list, tuple)):
+            raise ValueError(f"stages of preset {self.name!r} must be a list, got {self.stages!r}")
+        object.__setattr__(self, "stages", tuple(map(as_stage, self.stages)))
+        if self.stages:
+            object.__setattr__(self, "epochs", sum(stage.epochs for stage in self.stages))
+            object.__setattr__(self, "resolution_mm", float(self.stages[-1].resolution_mm))
         for option in (
             "epochs",
             "steps_per_epoch",
@@ -233,9 +328,61 @@ class Preset:
         for option in ("similarity_weight", "smoothness_weight", "decay_power"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise ValueError(f"{option} of preset {self.name!r} must be 0 or more, got {getattr(self, option)}")
-        if self.window < 1 or self.window % 2 == 0:
+        if self.window < 1 or (self.unit == "voxels" and self.window % 2 == 0):
             raise ValueError(f"window of preset {self.name!r} must be odd and positive, got {self.window}")
         check_choice(self.similarity, SIMILARITIES, f"similarity of preset {self.name!r}")
+        check_choice(self.pyramid_blur, tuple(PYRAMID_BLURS), f"pyramid_blur of preset {self.name!r}")
+        check_choice(self.unit, UNITS, f"unit of preset {self.name!r}")
+        for before, after in pairwise(self.stages):
+            if halvings(before.resolution_mm, after.resolution_mm) < 0:
+                raise ValueError(
+                    f"stages of preset {self.name!r} must go from coarse to fine, got {before.resolution_mm:g} mm "
+                    f"before {after.resolution_mm:g} mm"
+                )
+        for stage in range(len(self.stages)):
+            self.at_stage(stage)  # values that no preset can have
+
+    def at_stage(self, stage: int) -> Preset:
+        """The training of one stage, as a preset without stages; the preset itself where it has none.
+
+        Args:
+            stage: from 0; -1 is the last, which the finished network is used at.
+        """
+        if not self.stages:
+            return self
+        chosen = self.stages[stage]
+        levels = self.levels - halvings(chosen.resolution_mm, self.resolution_mm)
+        return replace(self, stages=(), levels=levels, **chosen.options())
+
+    @property
+    def each_stage(self) -> tuple[Preset, ...]:
+        """The training of every stage, as :meth:`at_stage` gives it."""
+        return tuple(map(self.at_stage, range(max(1, len(self.stages)))))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Epochs, counted through all stages, after which each one is complete."""
+        return tuple(accumulate(stage.epochs for stage in self.each_stage))
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether some of it is at :data:`COARSE_MM` or more."""
+        return max(stage.resolution_mm for stage in self.each_stage) >= COARSE_MM
+
+    @property
+    def window_voxels(self) -> int:
+        """Side of the NCC window in voxels: of one in mm the nearest odd number, at least 3."""
+        if self.unit == "voxels":
+            return self.window
+        return max(3, nearest_odd(self.window / self.resolution_mm))
+
+    def with_learning_rate_times(self, factor: float) -> Preset:
+        """The preset with the learning rate of every stage times a factor."""
+        stages = tuple(
+            stage if stage.learning_rate is None else replace(stage, learning_rate=stage.learning_rate * factor)
+            for stage in self.stages
+        )
+        return replace(self, learning_rate=self.learning_rate * factor, stages=stages)
 
     def apply(self, row: AnyRow) -> AnyRow:
         """The row at this preset's width, depth and resolution."""
@@ -252,6 +399,7 @@ class Preset:
             "batch_size": "batches of {0} pairs instead of {1}",
             "init": "started from the weights {0}",
             "channel_divisor": "widths divided by {0}",
+            "divide_heads": "head channels divided too",
             "levels": "{0} pyramid levels instead of {1}",
             "learning_rate": "learning rate {0:g} instead of {1:g}",
             "decay_power": "learning rate falls with the power {0:g} instead of {1:g}",
@@ -259,16 +407,35 @@ class Preset:
             "similarity": "{0} instead of {1} as similarity",
             "similarity_weight": "lambda0 = {0:g} instead of {1:g}",
             "smoothness_weight": "lambda1 = {0:g} instead of {1:g}",
-            "window": "NCC window {0} instead of {1} voxels",
+            "window": "NCC window {0} instead of {1} " + self.unit,
+            "pyramid_blur": "images of the loss blurred as by the authors' code",
             "validation_pairs": "{0} pairs for each epoch's Dice",
             "evaluation_pairs": "{0} pairs in the final evaluation",
         }
-        return [
+        found = [
             text.format(getattr(self, option), getattr(paper, option))
             for option, text in words.items()
             if getattr(self, option) != getattr(paper, option)
             and (option != "levels" or row is None or "levels" in own)
         ]
+        return found + [f"stage {number}: {stage.describe()}" for number, stage in enumerate(self.stages, 1)]
+
+
+def nearest_odd(length: float) -> int:
+    """The odd number that is nearest, the larger one of two."""
+    return 2 * math.floor(length / 2) + 1
+
+
+def halvings(coarse_mm: float, fine_mm: float) -> int:
+    """How often a voxel's edge is halved from one resolution to a finer one; negative to a coarser one.
+
+    Raises:
+        ValueError: resolutions whose ratio is no power of two.
+    """
+    found = math.log2(coarse_mm / fine_mm)
+    if abs(found - round(found)) > 1e-3:
+        raise ValueError(f"resolutions must differ by powers of two, got {coarse_mm:g} mm and {fine_mm:g} mm")
+    return round(found)
 
 
 #: The paper: 200 epochs, Adam 4e-4, lambda 1 and 6, batch 1, at 1 mm (amsgrad, decay and window: see DEVIATIONS.md).

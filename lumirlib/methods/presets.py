@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from lumirlib._checks import check_choice, check_option_types
-from lumirlib.methods.base import PAPER, Preset, Row, check_options, option_names
+from lumirlib.methods.base import PAPER, Preset, Row, Stage, check_options, option_names
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
@@ -55,6 +55,19 @@ PRESETS: dict[str, Preset] = {
         ),
         replace(
             PAPER,
+            name="real-2mm",
+            stages=(Stage(resolution_mm=4, epochs=12, window=20), Stage(resolution_mm=2, epochs=4, window=10)),
+            channel_divisor=4,
+            divide_heads=True,
+            levels=5,
+            learning_rate=1e-3,
+            smoothness_weight=1.0,
+            unit="mm",
+            validation_pairs=10,
+            about="real brains from 4 mm to 2 mm on a CPU; about an hour",
+        ),
+        replace(
+            PAPER,
             name="half",
             resolution_mm=2,
             epochs=100,
@@ -76,7 +89,25 @@ def get_preset(name: str, **overrides: object) -> Preset:
     for option in overrides:
         if option not in PRESET_OPTIONS:
             raise ValueError(f"unknown option of preset {name!r}: {option}; choose from {', '.join(PRESET_OPTIONS)}")
-    return replace(PRESETS[name], **check_option_types(PAPER, overrides))
+    return with_options(PRESETS[name], overrides)
+
+
+def with_options(preset: Preset, overrides: Mapping[str, object]) -> Preset:
+    """The preset with options replaced.
+
+    Raises:
+        ValueError: a value of another type, or that no preset can have; an option that a stage sets, unless the stages
+            are replaced too.
+    """
+    plain = {name: value for name, value in overrides.items() if name != "stages"}
+    checked = check_option_types(PAPER, plain)
+    if "stages" in overrides:
+        checked["stages"] = overrides["stages"]
+    else:
+        for name in checked:
+            if any(name in stage.options() for stage in preset.stages):
+                raise ValueError(f"{name} of preset {preset.name!r} is set by its stages: set stages, got {name}")
+    return replace(preset, **checked)
 
 
 def split_options(preset: str, row: Row, options: Mapping[str, object]) -> tuple[Preset, dict[str, object]]:
@@ -93,10 +124,8 @@ def split_options(preset: str, row: Row, options: Mapping[str, object]) -> tuple
     for_row = check_options(row, {name: value for name, value in options.items() if name in own})
     overrides = {name: value for name, value in options.items() if name in PRESET_OPTIONS}
     adapted = replace(row, **for_row).training_preset(get_preset(preset))
-    checked = check_option_types(PAPER, overrides)
-    if "init" in checked:
-        checked["init"] = init_name(checked["init"])
-    return replace(adapted, **checked), for_row
+    chosen = with_options(adapted, overrides)
+    return replace(chosen, init=init_name(chosen.init)), for_row
 
 
 def init_name(init: str) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 
 from lumirlib import losses, spatial
 from lumirlib._checks import check_displacement, check_labels, check_same_grid
-from lumirlib.methods.base import ADDED_LATER, COARSE_MM, Baseline, Preset
+from lumirlib.methods.base import ADDED_LATER, Baseline, Preset
 from lumirlib.methods.synthesis import SynthesisOptions, deform_labels, draw_contrast, synthesize
 from lumirlib.methods.unet import (
     FLOW_STD,
@@ -247,7 +247,7 @@ class SynthMorph(Baseline):
     def at_preset(self, preset: Preset) -> SynthMorph:
         """The row at a preset's width; on coarse voxels made to learn in a few hundred steps, see DEVIATIONS.md."""
         row = super().at_preset(preset)
-        if preset.resolution_mm < COARSE_MM:
+        if not preset.is_coarse:
             return row
         return replace(
             row,

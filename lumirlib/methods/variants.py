@@ -16,7 +16,7 @@ from lumirlib.data.intensity import randomize_intensity
 from lumirlib.losses import consistency
 from lumirlib.losses.ndv import ndv_loss
 from lumirlib.methods import instance_optimization
-from lumirlib.methods.base import ADDED_LATER, Row, check_options
+from lumirlib.methods.base import ADDED_LATER, Row, check_options, nearest_odd
 from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
 from lumirlib.models.local_correlation import MODES as CORRELATION_MODES
 
@@ -28,6 +28,9 @@ BILATERAL_MODES = ("joint", "post")
 OPTIMIZERS = ("adam", "muon")
 #: Metadata of a later option of how a network is trained or used, not of what it computes.
 NOT_OF_NETWORK = {**ADDED_LATER, "of_network": False}
+#: Unit of the lengths that the consistency losses weigh where a preset is in mm: the voxels that their weights were
+#: chosen at.
+CONSISTENCY_MM = 4.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Variant(Row):
         instance_learning_rate: of its Adam, in voxels of each level, shared among the passes of one.
         instance_tolerance: it ends when the loss falls by less than this share of itself ...
         instance_patience: ... within so many steps.
+        voxel_mm: edge of the network's voxels where `bilateral_window` and `bilateral_sigma` are in mm, and the weights
+            of inverse and group consistency are of squared lengths of :data:`CONSISTENCY_MM`; 0 where all these count
+            voxels. A preset in mm sets it.
     """
 
     name: str = "backbone"
@@ -97,13 +103,14 @@ class Variant(Row):
     instance_learning_rate: float = field(default=0.03, metadata=NOT_OF_NETWORK)
     instance_tolerance: float = field(default=1e-3, metadata=NOT_OF_NETWORK)
     instance_patience: int = field(default=5, metadata=NOT_OF_NETWORK)
+    voxel_mm: float = field(default=0.0, metadata=NOT_OF_NETWORK)
 
     def __post_init__(self) -> None:
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
         check_choice(self.correlation_mode, CORRELATION_MODES, "correlation_mode")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
-        for option in ("inverse_consistency_weight", "group_weight", "ndv_weight"):
+        for option in ("inverse_consistency_weight", "group_weight", "ndv_weight", "voxel_mm"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
         if not 0 <= self.intensity_probability <= 1:
@@ -116,13 +123,32 @@ class Variant(Row):
             instance_optimization.check_options(*self._instance_options)
 
     def at_preset(self, preset: Preset) -> Variant:
-        """The variant at a preset's width and depth."""
-        channels = max(1, round(self.start_channels / preset.channel_divisor))
-        return replace(self, start_channels=channels, levels=preset.levels)
+        """The variant at a preset's width and depth, and in its unit."""
+        divisor = preset.channel_divisor
+        return replace(
+            self,
+            start_channels=max(1, round(self.start_channels / divisor)),
+            head_channels=max(1, round(self.head_channels / divisor)) if preset.divide_heads else self.head_channels,
+            levels=preset.levels,
+            voxel_mm=preset.resolution_mm if preset.unit == "mm" else 0.0,
+        )
 
     def training_preset(self, preset: Preset) -> Preset:
         """The preset with the variant's own learning rate."""
-        return replace(preset, learning_rate=preset.learning_rate * self.learning_rate_factor)
+        return preset.with_learning_rate_times(self.learning_rate_factor)
+
+    def on_finer_voxels(self, halvings: int) -> Variant:
+        """The variant with a level more for each halving, so that those it has keep their millimetres.
+
+        Raises:
+            ValueError: no level is left on voxels so large.
+        """
+        levels = self.levels + halvings
+        if levels < 1:
+            raise ValueError(
+                f"levels of {self.name} must be above {-halvings}, one for each doubling of a voxel; got {self.levels}"
+            )
+        return replace(self, levels=levels, voxel_mm=self.voxel_mm / 2**halvings)
 
     def build(self) -> RegistrationNetwork:
         """The network, with fresh weights."""
@@ -131,6 +157,9 @@ class Variant(Row):
             for option in fields(self)
             if option.name != "name" and option.metadata.get("of_network", True)
         }
+        if self.voxel_mm and self.bilateral_window:
+            options["bilateral_window"] = max(5, nearest_odd(self.bilateral_window / self.voxel_mm))
+            options["bilateral_sigma"] = self.bilateral_sigma / self.voxel_mm
         return RegistrationNetwork(**options)
 
     def loss_terms(
@@ -156,11 +185,18 @@ class Variant(Row):
         result = predicted.displacements[0]
         if self.inverse_consistency_weight:
             found = consistency.inverse_consistency_loss(*result.chunk(2))
-            terms |= {"inverse_consistency": found, "total": terms["total"] + self.inverse_consistency_weight * found}
+            weight = self.inverse_consistency_weight * self._squared_voxel
+            terms |= {"inverse_consistency": found, "total": terms["total"] + weight * found}
         if self.trains_on_triplets:
             found = consistency.group_consistency_loss(*result[:3].split(1))
-            terms |= {"group_consistency": found, "total": terms["total"] + self.group_weight * found}
+            weight = self.group_weight * self._squared_voxel
+            terms |= {"group_consistency": found, "total": terms["total"] + weight * found}
         return terms
+
+    @property
+    def _squared_voxel(self) -> float:
+        """A squared voxel in the unit of the squared lengths that consistency weighs."""
+        return (self.voxel_mm / CONSISTENCY_MM) ** 2 if self.voxel_mm else 1.0
 
     @property
     def trains_on_triplets(self) -> bool:
@@ -194,9 +230,10 @@ class Variant(Row):
             predicted.velocities,
             preset.similarity_weight,
             preset.smoothness_weight,
-            preset.window,
+            preset.window_voxels,
             preset.similarity,
             self.passes,
+            preset.pyramid_blur,
         )
         if self.ndv_weight:
             found = ndv_loss(predicted.displacements[0])
@@ -225,7 +262,8 @@ class Variant(Row):
         words += [f"co-attention at {self.co_attention_levels} level(s)"] if self.co_attention_levels else []
         if self.bilateral_window:
             how = "trained with the network" if self.bilateral_mode == "joint" else "put behind trained weights"
-            words.append(f"bilateral filter of window {self.bilateral_window}, {how}")
+            unit = " mm" if self.voxel_mm else ""
+            words.append(f"bilateral filter of window {self.bilateral_window}{unit}, {how}")
         if self.correlation_window:
             words.append(f"local correlation of window {self.correlation_window} as {self.correlation_mode}")
         words += [f"{self.passes} passes of each level"] if self.passes > 1 else []

@@ -35,7 +35,7 @@ def pair_loss(
         [displacement],
         preset.similarity_weight,
         preset.smoothness_weight,
-        preset.window,
+        preset.window_voxels,
         preset.similarity,
     )
 

@@ -248,8 +248,9 @@ def measure_all(
         progress: show a progress bar.
 
     Yields:
-        One row per method and round: variant, start_channels, round, what :func:`measure` gives, parameters and
-        multiply_adds, and paper_parameters and paper_multiply_adds at the paper's width and 160x224x192 voxels.
+        One row per method and round: variant, start_channels, round, resolution_mm, what :func:`measure` gives,
+        parameters and multiply_adds, and paper_parameters and paper_multiply_adds at the paper's width and 160x224x192
+        voxels.
 
     Raises:
         MemoryError: a measuring process was killed, most often for memory.
@@ -261,8 +262,8 @@ def measure_all(
         for number in range(rounds):
             for name in rows:
                 full = parse_row(name)
-                row = preset.apply(full)
-                own = row.training_preset(preset)
+                adapted = full.training_preset(preset)
+                row, own = adapted.apply(full), adapted.at_stage(-1)
                 what = f"{name} at preset {preset.name!r}"
                 cost = in_own_process(what, measure, row, own, chosen, repeats, training)
                 found.append(
@@ -270,9 +271,10 @@ def measure_all(
                         "variant": name,
                         "start_channels": getattr(row, "start_channels", None),
                         "round": number,
+                        "resolution_mm": own.resolution_mm,
                         **cost,
                         "parameters": count_parameters(row),
-                        "multiply_adds": multiply_adds(row, image_shape(preset.resolution_mm)),
+                        "multiply_adds": multiply_adds(row, image_shape(own.resolution_mm)),
                         "paper_parameters": count_parameters(full),
                         "paper_multiply_adds": multiply_adds(full, paper_shape),
                     }

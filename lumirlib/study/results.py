@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -167,8 +167,11 @@ def _same_row(options: Mapping[str, object], wanted: Row) -> bool:
 
 def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
     """Whether a preset in a results file, where options that came later may be lacking, is a preset."""
-    later = {option.name: option.default for option in fields(wanted) if option.metadata.get("unnamed_at_default")}
-    return {**later, **given, "about": ""} == {**asdict(wanted), "about": ""}
+    try:
+        found = Preset(**given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # options or values that no preset has today
+        return False
+    return replace(found, about="") == replace(wanted, about="")
 
 
 #: What the provenance of everything measured says, and that of a run besides.

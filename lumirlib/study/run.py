@@ -21,7 +21,7 @@ from lumirlib.data.cohort import MIN_LABEL_VOXELS
 from lumirlib.evaluation import Method, evaluate_method, zero_displacement
 from lumirlib.files import check_writable, read_json, write_atomically
 from lumirlib.methods import parse_row
-from lumirlib.methods.base import Baseline
+from lumirlib.methods.base import Baseline, halvings
 from lumirlib.methods.presets import split_options
 from lumirlib.methods.variants import Variant
 from lumirlib.metrics import inverse_consistency_error
@@ -59,6 +59,7 @@ class Run:
         commit: of the code when the run was prepared; that it was trained by stands in the checkpoint.
         arguments: the same run for `lumirlib run`.
         start: what its training starts from; None for random weights.
+        coarser: the cohort at the other resolutions of the preset's stages.
     """
 
     config: RunConfig
@@ -70,6 +71,7 @@ class Run:
     commit: str
     arguments: tuple[str, ...] = ()
     start: Weights | None = None
+    coarser: tuple[Cohort, ...] = ()
 
     @classmethod
     def prepare(
@@ -111,14 +113,19 @@ class Run:
             del given["init"]
         chosen_preset, for_row = split_options(preset, row, given)
         engine = engine if isinstance(engine, Engine) else Engine(engine)
+        stages = chosen_preset.each_stage
         with engine.first_alone():  # the embedded cohort and a cache are made by one process
-            loaded = load_cohort(cohort, chosen_preset.resolution_mm, data_root or None)
-            if engine.cache == "on" or (engine.cache == "auto" and not loaded.fits_in_memory):
-                loaded = loaded.with_cache()
+            cohorts = {}
+            for resolution in dict.fromkeys(stage.resolution_mm for stage in reversed(stages)):
+                cohorts[resolution] = load_cohort(cohort, resolution, data_root or None)
+                if engine.cache == "on" or (engine.cache == "auto" and not cohorts[resolution].fits_in_memory):
+                    cohorts[resolution] = cohorts[resolution].with_cache()
+        loaded, *coarser = cohorts.values()
         for pair in loaded.validation_pairs:
             loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
         config = make_config(row, chosen_preset, loaded, seed, **for_row)
-        start = starting_weights(str(given.get("init", "")), config.row, chosen_preset.resolution_mm)
+        first = config.row.on_finer_voxels(-halvings(stages[0].resolution_mm, chosen_preset.resolution_mm))
+        start = starting_weights(str(given.get("init", "")), first, stages[0].resolution_mm)
         config = replace(config, init_digest=start.digest if start else "")
         named = given | ({"init": chosen_preset.init} if start else {})  # no path of this machine
         shown = {
@@ -150,6 +157,7 @@ class Run:
                 *(["--set", *(f"{name}={json.dumps(value)}" for name, value in given.items())] if given else []),
             ),
             start=start,
+            coarser=tuple(coarser),
         )
 
     @property
@@ -287,10 +295,10 @@ class Run:
         if self.engine.is_first:
             check_writable(self.out)
         if self.engine.processes == 1 or self.config.row.trains_on == "nothing":
-            return train(self.config, self.cohort, self.out, self.engine, resume, progress, self._start)
+            return train(self.config, self.cohort, self.out, self.engine, resume, progress, self._start, self.coarser)
         train_in_processes(self.config, self.out, self.engine.processes, self.arguments, resume, progress)
         alone = replace(self.engine, processes=1)
-        return train(self.config, self.cohort, self.out, alone, True, progress, self._start)
+        return train(self.config, self.cohort, self.out, alone, True, progress, self._start, self.coarser)
 
     @property
     def _start(self) -> dict[str, torch.Tensor] | None:
@@ -341,9 +349,28 @@ class Run:
             "seconds_per_step": float(result.history["seconds"].mean()) if "seconds" in result.history else None,
             "evaluated_pairs": len(self.pairs),
         }
+        about |= {"stages": self._stages(result.history)} if "stage" in result.history else {}
         table.insert(0, "run", self.config.run)
         write_results(table, self.metrics_path, {**about, **scoring_facts(self.cohort)})
         return table
+
+    def _stages(self, history: pd.DataFrame) -> list[dict[str, object]]:
+        """What each stage of the training was, for provenance."""
+        digests = {one.resolution_mm: one.digest for one in (self.cohort, *self.coarser)}
+        found = []
+        for number, stage in history.loc[1:].groupby("stage"):
+            resolution = float(stage["resolution_mm"].iloc[0])
+            found.append(
+                {
+                    "stage": int(number),
+                    "resolution_mm": resolution,
+                    "epochs": len(stage),
+                    "steps": int(stage["steps"].sum()),
+                    "seconds_per_step": float(stage["seconds"].mean()),
+                    "cohort_digest": digests[resolution],
+                }
+            )
+        return found
 
     def _trained_on(self) -> str:
         row = self.config.row

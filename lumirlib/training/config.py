@@ -39,6 +39,8 @@ class RunConfig:
             for option in fields(described):
                 if option.metadata.get("unnamed_at_default") and content[part][option.name] == option.default:
                     del content[part][option.name]
+        if self.preset.stages:
+            content["preset"]["stages"] = [stage.options() for stage in self.preset.stages]
         if not self.init_digest:
             del content["init_digest"]
         return content

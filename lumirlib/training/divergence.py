@@ -37,7 +37,7 @@ def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: to
         return ""
     predicted = model.fields(fixed, moving)
     shapes = [tuple(field.shape[2:]) for field in predicted.displacements[:: row.passes]]
-    images = [losses.gaussian_pyramid(image, shapes) for image in (moving, fixed)]
+    images = [losses.gaussian_pyramid(image, shapes, preset.pyramid_blur) for image in (moving, fixed)]
     for entry in reversed(range(len(predicted.velocities))):
         level = entry // row.passes
         velocity, displacement = predicted.velocities[entry], predicted.displacements[entry]
@@ -48,7 +48,7 @@ def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: to
             *(pyramid[level] for pyramid in images),
             [displacement],
             [velocity],
-            window=preset.window,
+            window=preset.window_voxels,
             similarity=preset.similarity,
         )
         for name in ("similarity", "smoothness"):

@@ -55,11 +55,10 @@ class TrainingResult:
 
 def _run_as_it_is(config: RunConfig, cohort: Cohort, device: torch.device) -> TrainingResult:
     """The result of a method that is not trained: its figures on the validation pairs, beside zero displacement's."""
-    preset = config.preset
-    pairs = validation_pairs(cohort, preset)
+    pairs = validation_pairs(cohort, config.preset)
     method = config.row.build()
     history = [
-        {"epoch": epoch, "steps": 0} | validate(one, cohort, pairs, device, preset.window)
+        {"epoch": epoch, "steps": 0} | validate(one, cohort, pairs, device, config.preset.at_stage(-1).window_voxels)
         for epoch, one in enumerate((zero_displacement, method))
     ]
     return TrainingResult(method, pd.DataFrame(history), 1, float(history[1]["val_dice"]), [], None, None)
@@ -67,10 +66,9 @@ def _run_as_it_is(config: RunConfig, cohort: Cohort, device: torch.device) -> Tr
 
 def _from_trained(config: RunConfig, trained: TrainingResult, cohort: Cohort, device: torch.device) -> TrainingResult:
     """The result of a run with what is put behind its weights: a bilateral filter, instance optimization."""
-    preset = config.preset
     method = method_of_weights(config, trained.checkpoint, device)
-    pairs = validation_pairs(cohort, preset)
-    found = validate(method, cohort, pairs, device, preset.window)
+    pairs = validation_pairs(cohort, config.preset)
+    found = validate(method, cohort, pairs, device, config.preset.at_stage(-1).window_voxels)
     return replace(trained, model=method, val_dice=found["val_dice"])
 
 
@@ -82,6 +80,7 @@ def train(
     resume: bool = True,
     progress: bool = True,
     start: Mapping[str, torch.Tensor] | None = None,
+    coarser: Sequence[Cohort] = (),
 ) -> TrainingResult:
     """Train a run to its end, from its last checkpoint where there is one.
 
@@ -97,6 +96,7 @@ def train(
         resume: False starts anew and overwrites the run's checkpoints.
         progress: show progress bars.
         start: as for :class:`Trainer`.
+        coarser: likewise.
 
     Returns:
         The network of the best epoch and the log.
@@ -110,11 +110,11 @@ def train(
         return _run_as_it_is(config, cohort, engine.target)
     base = config.row.base_row()
     if base != config.row:
-        trained = train(replace(config, row=base), cohort, out, engine, resume, progress, start)
+        trained = train(replace(config, row=base), cohort, out, engine, resume, progress, start, coarser)
         return _from_trained(config, trained, cohort, engine.target)
     if not cohort.validation_pairs:
         raise ValueError(f"{cohort.path}: names no validation pairs, which training needs to choose its best epoch")
-    trainer = Trainer(config, cohort, Path(out), engine, progress, start)
+    trainer = Trainer(config, cohort, Path(out), engine, progress, start, coarser)
     if resume:
         trainer.resume()
     else:

@@ -67,7 +67,8 @@ def choose_registrar(
         run: name of a run in the results folder.
         method: a row of :data:`lumirlib.methods.BASELINES` that is not trained, or "affine".
         results: folder; empty for :func:`lumirlib.provenance.results_folder`.
-        resolution_mm: voxels that `method` works on, 1, 2 or 4; a network has its own.
+        resolution_mm: voxels to work on, 1, 2 or 4; None takes 2 for `method`, and those that a network was trained
+            at, which can be made finer: see :func:`lumirlib.training.weights.to_finer_levels`.
         device: of a network.
         pretrained: name of weights that the package carries, see :func:`lumirlib.pretrained`.
 
@@ -84,8 +85,6 @@ def choose_registrar(
         raise ValueError(f"give one of weights, run, method and pretrained; {train_first}")
     if method:
         return _untrained(method, DEFAULT_RESOLUTION_MM if resolution_mm is None else resolution_mm, train_first)
-    if resolution_mm is not None:
-        raise ValueError("resolution_mm goes with method: a network works at the resolution that it was trained at")
     if run:
         folder = provenance.results_folder(results) / "checkpoints"
         weights = folder / run / "best.pt"
@@ -95,6 +94,8 @@ def choose_registrar(
                 f"no trained run {run!r} in {folder}, which has {', '.join(known) or 'none'}; {train_first}"
             )
     found = read_packaged(pretrained) if pretrained else read_checkpoint(weights)
+    if resolution_mm is not None:
+        found = found.at_resolution(resolution_mm)
     if found.resolution_mm not in RESOLUTIONS_MM:
         raise ValueError(f"{found.name}: works at {found.resolution_mm:g} mm, expected one of {RESOLUTIONS_MM}")
     facts = {

@@ -7,6 +7,10 @@ A run is named by its configuration; its files are
     <out>/logs/<run>.csv              one row per epoch
 
 each written atomically. Killed at any moment, the same call goes on from the last checkpoint.
+
+A preset with stages trains from coarse to fine. Each stage has voxels, a network and an optimizer of its own, and
+begins with the last weights of the one before, see :func:`lumirlib.training.weights.to_finer_levels`. Epochs are
+counted through. Each is validated on its stage's voxels, and the best one is chosen among those of the last stage.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +31,7 @@ from lumirlib.data import Cohort, Pair
 from lumirlib.data.loader import Batch, PairLoader
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.files import write_atomically
-from lumirlib.methods.base import Preset
+from lumirlib.methods.base import Preset, halvings
 from lumirlib.provenance import commit
 from lumirlib.training.checkpoints import (
     TrainingState,
@@ -42,9 +46,10 @@ from lumirlib.training.divergence import NonFiniteLossError, what_is_not_finite
 from lumirlib.training.engine import Engine
 from lumirlib.training.interrupts import StopRequest
 from lumirlib.training.muon import Muon
-from lumirlib.training.pairs import epoch_batches, pair_generator, training_source
+from lumirlib.training.pairs import epoch_batches, pair_generator
+from lumirlib.training.stages import StageTraining
 from lumirlib.training.validation import validate, validation_pairs
-from lumirlib.training.weights import to_device
+from lumirlib.training.weights import to_device, to_finer_levels
 
 #: Besides at the end of each epoch and on interruption, a checkpoint is written when the last one is this old.
 CHECKPOINT_SECONDS = 600.0
@@ -61,15 +66,16 @@ class Trainer:
 
     Args:
         config: what to train.
-        cohort: loaded at the preset's resolution.
+        cohort: loaded at the preset's resolution, which is that of its last stage.
         out: the results folder.
         engine: how to compute it; of several processes each has a trainer, the first one writes.
         progress: show progress bars.
         start: weights to start from, those that the configuration names; None for random ones.
+        coarser: the same cohort at the other resolutions of the preset's stages.
 
     Raises:
         ValueError: a row that is not trained; a batch that cannot be shared among the processes; weights to start from
-            that the configuration lacks, or that are lacking.
+            that the configuration lacks, or that are lacking; a stage whose resolution no cohort has.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Trainer:
         engine: Engine,
         progress: bool = True,
         start: Mapping[str, torch.Tensor] | None = None,
+        coarser: Sequence[Cohort] = (),
     ) -> None:
         self.config, self.engine, self.progress = config, engine, progress and engine.is_first
         self.folder = out / "checkpoints" / config.run
@@ -94,23 +101,31 @@ class Trainer:
                 f"batch_size must be a multiple of the {engine.world_size} processes that share it, got "
                 f"{preset.batch_size}: set batch_size={engine.world_size}"
             )
-        self.cohort = cohort
-        self.source = training_source(row, cohort)
-        #: Of an epoch, each with one batch.
-        self.steps = math.ceil(min(len(cohort.train), preset.steps_per_epoch or len(cohort.train)) / preset.batch_size)
-        torch.manual_seed(config.seed)
-        self.model = to_device(row.build(), engine.target)
+        self.stages = [StageTraining.of(config, stage, (cohort, *coarser)) for stage in range(len(preset.each_stage))]
+        self.state = TrainingState()
+        self._enter(0)
         if (start is None) == bool(config.init_digest):
             named = config.preset.init if config.init_digest else "random weights"
             raise ValueError(f"{config.run} starts from {named}, got {'others' if start else 'none'}")
         if start is not None:
             check_weights(config.preset.init, start, self.model.state_dict())
             self.model.load_state_dict(start)
-        self.optimizer = make_optimizer(self.model, preset, row.optimizer)
-        self._called_model, self._called_optimizer = engine.prepare(self.model, self.optimizer)
-        self.state = TrainingState()
-        self.validation = validation_pairs(cohort, preset)
         self.saved_at = time.monotonic()
+
+    def _enter(self, number: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Begin a stage, with a new optimizer, and with given weights or random ones."""
+        self.number, self.stage = number, self.stages[number]
+        torch.manual_seed(self.config.seed)
+        self.model = to_device(self.stage.row.build(), self.engine.target)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        self.optimizer = make_optimizer(self.model, self.stage.preset, self.stage.row.optimizer)
+        self._called_model, self._called_optimizer = self.engine.prepare(self.model, self.optimizer)
+
+    def _enter_next(self) -> None:
+        before, after = self.stage.preset, self.stages[self.number + 1].preset
+        finer = halvings(before.resolution_mm, after.resolution_mm)
+        self._enter(self.number + 1, to_finer_levels(self.model.state_dict(), self.stage.row, finer))
 
     @property
     def best_path(self) -> Path:
@@ -136,6 +151,7 @@ class Trainer:
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "state": asdict(self.state),
+                    "stage": self.number,
                 },
             )
         self.saved_at = time.monotonic()
@@ -147,12 +163,18 @@ class Trainer:
         content = load_checkpoint(self.last_path)
         if content["config"] != self.config.as_dict():
             raise ValueError(f"{self.last_path} belongs to another configuration: {content['config']}")
-        self.state = training_state(self.last_path, content)
-        if self.state.epoch > self.config.preset.epochs or self.state.step > self.steps:
+        self.state = state = training_state(self.last_path, content)
+        number = content.get("stage", 0)  # which the first checkpoints do not name
+        if type(number) is not int or not 0 <= number < len(self.stages):
+            raise ValueError(f"{self.last_path}: expected a stage from 0 to {len(self.stages) - 1}, got {number!r}")
+        stage = self.stages[number]
+        if not stage.first <= state.epoch <= stage.last or state.step > stage.steps:
             raise ValueError(
-                f"{self.last_path}: expected at most {self.config.preset.epochs} epochs of {self.steps} steps, "
-                f"got epoch {self.state.epoch}, step {self.state.step}"
+                f"{self.last_path}: expected epochs {stage.first} to {stage.last} of {stage.steps} steps in stage "
+                f"{number + 1}, got epoch {state.epoch}, step {state.step}"
             )
+        if number != self.number:
+            self._enter(number)
         check_weights(self.last_path, content["model"], self.model.state_dict())
         self.model.load_state_dict(content["model"])
         load_optimizer(self.last_path, content, self.optimizer)
@@ -167,51 +189,59 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, or go on to it."""
-        preset, state = self.config.preset, self.state
-        done = state.epoch * self.steps + state.step
+        preset, state, last = self.config.preset, self.state, self.stages[-1]
         if not state.history:
-            before = self._validate(zero_displacement)
-            if self.cohort.has_labels and math.isnan(before["val_dice"]):
-                raise ValueError(f"{self.cohort.path}: no validation pair has a scored label on both sides")
-            state.history.append({"epoch": 0, "steps": 0} | before)
-        session = f"{commit()}, {self.engine.describe()}"
-        if state.epoch < preset.epochs and session not in state.trained_by:
-            state.trained_by.append(session)
+            before = self._validate(zero_displacement, last)
+            if last.cohort.has_labels and math.isnan(before["val_dice"]):
+                raise ValueError(f"{last.cohort.path}: no validation pair has a scored label on both sides")
+            state.history.append({"epoch": 0, "steps": 0, **self._where(last), **before})
         with (
             StopRequest() as stop,
             self.engine.reproducibly(),
             tqdm(
-                total=preset.epochs * self.steps,
-                initial=done,
+                total=sum(stage.steps * stage.preset.epochs for stage in self.stages),
+                initial=state.step + sum(row["steps"] for row in state.history),
                 desc=f"train {self.config.row.name}",
                 unit="pair" if preset.batch_size == 1 else "step",
                 disable=not self.progress,
             ) as bar,
         ):
             while state.epoch < preset.epochs:
+                if state.epoch == self.stage.last:
+                    self._enter_next()
+                session = f"{commit()}, {self.engine.describe()}"
+                if len(self.stages) > 1:
+                    session += f", stage {self.number + 1} at {self.stage.preset.resolution_mm:g} mm"
+                if session not in state.trained_by:
+                    state.trained_by.append(session)
                 self._epoch(bar, stop)
 
-    def _validate(self, method: nn.Module | Method) -> dict[str, float]:
-        return validate(
-            method, self.cohort, self.validation, self.engine.target, self.config.preset.window, self.engine
-        )
+    def _validate(self, method: nn.Module | Method, stage: StageTraining) -> dict[str, float]:
+        pairs, window = validation_pairs(stage.cohort, stage.preset), stage.preset.window_voxels
+        return validate(method, stage.cohort, pairs, self.engine.target, window, self.engine)
+
+    def _where(self, stage: StageTraining) -> dict[str, float]:
+        """Columns of the log that tell the stages of a run; none where there is one."""
+        if len(self.stages) == 1:
+            return {}
+        return {"stage": self.stages.index(stage) + 1, "resolution_mm": stage.preset.resolution_mm}
 
     def _batches(self) -> Iterator[tuple[Pair, ...]]:
         """This process's share of each batch that is left of the epoch under way; of triplets both pairs in turn."""
-        config, engine, state = self.config, self.engine, self.state
+        engine, stage, state = self.engine, self.stage, self.state
         batches = epoch_batches(
-            config.row, self.source.train, config.seed, state.epoch, self.steps, config.preset.batch_size
+            stage.row, stage.source.train, self.config.seed, state.epoch, stage.steps, stage.preset.batch_size
         )
         for batch in itertools.islice(batches, state.step, None):
             yield tuple(itertools.chain.from_iterable(batch[engine.rank :: engine.world_size]))
 
     def _epoch(self, bar: tqdm, stop: StopRequest) -> None:
-        preset, state = self.config.preset, self.state
-        rate = preset.learning_rate * (1 - state.epoch / preset.epochs) ** preset.decay_power
+        state, stage = self.state, self.stage
+        rate = stage.learning_rate(state.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        read = self.source.stored_image if self.config.row.trains_on == "images" else self.source.label_volume
+        read = stage.source.stored_image if stage.row.trains_on == "images" else stage.source.label_volume
         with PairLoader(read, list(self._batches()), self.engine.target, workers=self.engine.readers) as loader:
             waited = 0.0
             for batch in loader:
@@ -223,18 +253,23 @@ class Trainer:
                     state.sums[name] = state.sums.get(name, 0.0) + value
                 state.step += 1
                 bar.update()
-                bar.set_postfix(epoch=f"{state.epoch + 1}/{preset.epochs}", loss=f"{terms['loss']:.4f}", refresh=False)
+                epoch = f"{state.epoch + 1}/{self.config.preset.epochs}"
+                bar.set_postfix(
+                    {"epoch": epoch, "loss": f"{terms['loss']:.4f}"}
+                    | ({"mm": f"{stage.preset.resolution_mm:g}"} if len(self.stages) > 1 else {}),
+                    refresh=False,
+                )
                 if stopping or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                     self.save()
                 if stopping:
                     self.engine.barrier()
                     stop.obey()
-        found = self._validate(self.model)
-        row = {"epoch": state.epoch + 1, "steps": state.step}
+        found = self._validate(self.model, stage)
+        row = {"epoch": state.epoch + 1, "steps": state.step, **self._where(stage)}
         row |= {name: total / state.step for name, total in state.sums.items()}
         row |= {**found, "learning_rate": rate}
-        figure = found["val_dice"] if self.cohort.has_labels else found["val_similarity"]
-        if figure > state.best:
+        figure = found["val_dice"] if stage.cohort.has_labels else found["val_similarity"]
+        if figure > state.best and self.number == len(self.stages) - 1:
             state.best, state.best_epoch = figure, row["epoch"]
             if self.engine.is_first:
                 save_checkpoint(
@@ -256,10 +291,10 @@ class Trainer:
 
         Weights and optimizer are left as they were if a loss or a gradient is not finite.
         """
-        preset, state, fabric = self.config.preset, self.state, self.engine.fabric
+        row, preset, state, fabric = self.stage.row, self.stage.preset, self.state, self.engine.fabric
         self._called_optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
-        together = 2 if self.config.row.trains_on_triplets else 1
+        together = 2 if row.trains_on_triplets else 1
         count = len(batch.pairs) // together
         parts = zip(batch.fixed.split(together), batch.moving.split(together), strict=True)
         for index, (fixed, moving) in enumerate(parts):
@@ -267,7 +302,7 @@ class Trainer:
             generator = pair_generator(self.config.seed, state.epoch, place)
             with fabric.no_backward_sync(self._called_model, enabled=index + 1 < count):
                 with fabric.autocast():
-                    terms = self.config.row.loss_terms(self._called_model, fixed, moving, preset, generator)
+                    terms = row.loss_terms(self._called_model, fixed, moving, preset, generator)
                 fabric.backward(terms["total"] / count)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach())
@@ -298,6 +333,6 @@ class Trainer:
             },
         )
         what = what_is_not_finite(
-            self.config.row, self.model, batch.fixed, batch.moving, self.config.preset, sums["total"]
+            self.stage.row, self.model, batch.fixed, batch.moving, self.stage.preset, sums["total"]
         )
         return NonFiniteLossError(f"{what} in {place}, {pairs}; weights are those before it; batch saved in {path}")

@@ -11,6 +11,8 @@ that the card says; the card, `<name>.md`, is made of that. Every number comes f
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 
 from lumirlib.files import parse_json
-from lumirlib.methods.base import Row
+from lumirlib.methods.base import Row, halvings
 from lumirlib.methods.variants import Variant
 from lumirlib.models.layers import place
 from lumirlib.training.checkpoints import check_schema, check_weights, described_row, load_checkpoint, shapes_of
@@ -116,11 +118,73 @@ class Weights:
         """Name and digest, for provenance."""
         return f"{self.name}, {self.digest}"
 
+    def at_resolution(self, resolution_mm: float) -> Weights:
+        """The same weights for finer voxels, passed on by :func:`to_finer_levels`.
+
+        Raises:
+            ValueError: coarser voxels, or a resolution that halving voxels does not lead to.
+        """
+        finer = halvings(self.resolution_mm, resolution_mm)
+        if finer < 0:
+            raise ValueError(
+                f"resolution_mm must be at most the {self.resolution_mm:g} mm that {self.name} was trained at, got "
+                f"{resolution_mm:g}"
+            )
+        if not finer:
+            return self
+        return replace(
+            self,
+            name=f"{self.name} at {resolution_mm:g} mm",
+            row=self.row.on_finer_voxels(finer),
+            resolution_mm=float(resolution_mm),
+            tensors=to_finer_levels(self.tensors, self.row, finer),
+        )
+
     def network(self, device: str | torch.device = "auto") -> nn.Module:
         """The network with these weights, in evaluation mode, ready for ``model(fixed, moving)``."""
         model = to_device(self.row.build(), pick_device(str(device)))
         model.load_state_dict(self.tensors)
         return model.eval()
+
+
+#: Parts of the paper's network that every level has one of, all of one shape, and those that coarse levels have.
+LEVEL_PARTS = ("estimators", "correlation")
+COARSE_LEVEL_PARTS = ("co_attention",)
+
+
+def to_finer_levels(tensors: Mapping[str, torch.Tensor], row: Row, halvings: int = 1) -> dict[str, torch.Tensor]:
+    """Weights of a network for ``row.on_finer_voxels(halvings)``: a level keeps its millimetres.
+
+    In the paper's network level l becomes level ``l + halvings``, and the finer levels are copies of level 0. All
+    levels have one width, so that shapes agree; the encoder, which all levels share, and which has no level of its own,
+    stays. A bilateral filter's spatial widths, in voxels, double with each halving. The networks of other teams stay as
+    they are.
+
+    Args:
+        tensors: by name.
+        row: whose network they are of.
+        halvings: of the voxel's edge, 0 or more.
+
+    Returns:
+        By name; what is unchanged is not copied.
+    """
+    if halvings < 0:
+        raise ValueError(f"halvings must be 0 or more, got {halvings}")
+    if not isinstance(row, Variant):
+        return dict(tensors)
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        level, _, place = rest.partition(".")
+        if part in LEVEL_PARTS + COARSE_LEVEL_PARTS:
+            found[f"{part}.{int(level) + halvings}.{place}"] = tensor
+            if part in LEVEL_PARTS and level == "0":
+                found |= {f"{part}.{new}.{place}": tensor.clone() for new in range(halvings)}
+        elif name == "bilateral_filter.log_sigma":
+            found[name] = tensor + tensor.new_tensor([halvings * math.log(2)] * 3 + [0.0])
+        else:
+            found[name] = tensor
+    return found
 
 
 # reading --------------------------------------------------------------------------------------------------------------
@@ -245,7 +309,7 @@ def _network_options(row: Row) -> dict[str, object]:
 
 
 def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | None:
-    """The weights that a run starts from.
+    """The weights that a run starts from; coarser ones are passed on by :func:`to_finer_levels`.
 
     Args:
         init: empty or "random" for random ones; a name of :func:`names`; "pretrained" for the packaged ones of this
@@ -271,7 +335,7 @@ def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | Non
     if init not in names() and not init.endswith(".pt"):
         choices = ", ".join(("random", "pretrained", *names()))
         raise ValueError(f"init must be one of {choices}, or the path of a best.pt; got {init!r}")
-    found = read_checkpoint(init) if init.endswith(".pt") else read_packaged(init)
+    found = (read_checkpoint(init) if init.endswith(".pt") else read_packaged(init)).at_resolution(resolution_mm)
     check_weights(f"{init} for {base.name} ({base.describe()})", found.tensors, shapes_of(init, base))
     return found
 
@@ -337,4 +401,4 @@ def method_of_weights(config: RunConfig, checkpoint: str | Path, device: torch.d
     row, widths = config.row, {}
     if isinstance(row, Variant) and row.bilateral_window and row.bilateral_mode == "post":
         widths = {name: getattr(row, name) for name in ("bilateral_window", "bilateral_sigma", "bilateral_sigma_range")}
-    return row.as_method(load_model(checkpoint, str(device), **widths), config.preset).eval()
+    return row.as_method(load_model(checkpoint, str(device), **widths), config.preset.at_stage(-1)).eval()

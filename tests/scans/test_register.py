@@ -151,7 +151,6 @@ def test_jacobian_determinant_of_known_maps():
         ({"method": "backbone"}, "backbone is a network, which needs weights.*Not trained are: affine, deedsBCV"),
         ({"method": "nothing"}, "unknown variant 'nothing'.*nor a method"),
         ({"method": "affine", "resolution_mm": 3}, r"resolution_mm must be one of \(1, 2, 4\), got 3"),
-        ({"weights": "x.pt", "resolution_mm": 4}, "resolution_mm goes with method"),
     ],
 )
 def test_choice_of_what_registers_is_explained(arguments, message):
