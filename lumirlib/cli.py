@@ -242,7 +242,10 @@ _METHOD = _together(
     _text("--method", help="One that needs no training: deedsBCV, affine (zero displacement) ..."),
     _RESULTS,
     click.option(
-        "--resolution", "resolution_mm", type=int, help="Voxels of --method in mm: 1, 2 or 4; 2 if not given."
+        "--resolution",
+        "resolution_mm",
+        type=int,
+        help="Voxels in mm: 1, 2 or 4; without it a network's own, 2 for --method.",
     ),
     _DEVICE,
 )
