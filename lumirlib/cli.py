@@ -30,10 +30,11 @@ def _is_expected(error: Exception) -> bool:
     """Whether an error says what the user can do about it, so that no traceback is needed."""
     if isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryError)):
         return True
+    from lumirlib.methods.external import MethodUnavailableError
     from lumirlib.study.slurm import ClusterError
     from lumirlib.training.divergence import NonFiniteLossError
 
-    return isinstance(error, (ClusterError, NonFiniteLossError))
+    return isinstance(error, (ClusterError, MethodUnavailableError, NonFiniteLossError))
 
 
 def _examples(calls: str) -> str:
@@ -147,7 +148,7 @@ def parse_setting(text: str, argument: str = "--set") -> tuple[str, object]:
 
 
 def _called() -> str:
-    """The call of this sub-command with all its options, for provenance; paths of this machine keep their last part."""
+    """The call of this sub-command as it was given, for provenance; paths of this machine keep their last part."""
     import shlex
 
     from lumirlib.provenance import redact_path
@@ -155,13 +156,13 @@ def _called() -> str:
     context = click.get_current_context()
     words = context.command_path.split()
     for one in context.command.params:
-        value = context.params[one.name or ""]
-        given = [str(part) for part in (value if isinstance(value, tuple) else (value,))]
-        if one.name == "quiet" or value in ("", None, False, ()):
+        name = one.name or ""
+        if name == "quiet" or context.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
             continue
-        if isinstance(one, click.Option):
-            words.append(one.opts[0])
-        words += [] if value is True else map(redact_path, given)
+        value = context.params[name]
+        words += [one.opts[0]] if isinstance(one, click.Option) else []
+        if value is not True:
+            words += [redact_path(part) for part in (value if isinstance(value, tuple) else (value,))]
     return shlex.join(words)
 
 
@@ -303,6 +304,7 @@ def run_row(
     The executed notebook, with tables and pictures, is written to runs/ of the results folder.
     """
     from lumirlib.evaluation import summarize
+    from lumirlib.study.results import read_results
     from lumirlib.study.run import Run
     from lumirlib.training.engine import Engine, launched
 
@@ -324,7 +326,7 @@ def run_row(
         out,
         Engine(**engine),
         options=options,
-        command="lumirlib run --no-notebook, as papermill notebooks/run_ablation.ipynb <output>.ipynb",
+        command=_called(),
     )
     if run.engine.is_first:
         print(run.describe(), flush=True)
@@ -335,13 +337,14 @@ def run_row(
         if broken:
             click.echo(f"lumirlib run: {broken.splitlines()[-1]}; see {job.failed}", err=True)
             return 1
-        print(f"\n{run.metrics_path}\n{job.output}")
-        return 0
-    result = run.train(resume=not restart, progress=not quiet)
-    if train_only or not run.engine.is_first:
-        return 0
-    table = run.evaluate(result, not quiet, consistency or None)
-    print(f"\nbest epoch {result.best_epoch}; {run.metrics_path}")
+        table, about = read_results(run.metrics_path)
+        print(f"\nbest epoch {about['best_epoch']}; {job.output}; {run.metrics_path}")
+    else:
+        result = run.train(resume=not restart, progress=not quiet)
+        if train_only or not run.engine.is_first:
+            return 0
+        table = run.evaluate(result, not quiet, consistency or None)
+        print(f"\nbest epoch {result.best_epoch}; {run.metrics_path}")
     print(summarize(table).to_string(float_format="%.4f"))
     return 0
 

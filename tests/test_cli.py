@@ -16,6 +16,7 @@ from lumirlib.data.cache import DTYPES
 from lumirlib.data.dataset_json import NAMED_COHORTS
 from lumirlib.data.frame import frame_affine, template_in_frame
 from lumirlib.data.nifti import write_nifti
+from lumirlib.methods.external import MethodUnavailableError
 from lumirlib.methods.presets import PRESETS
 from lumirlib.methods.variants import variant_choices
 from lumirlib.scans import prepare
@@ -129,6 +130,7 @@ def test_mistakes_end_with_status_2_and_a_sentence(arguments, message, capsys, s
         (MemoryError("killed: memory?"), 2, "lumirlib report claims: killed: memory?\n"),
         (NonFiniteLossError("a loss"), 2, "lumirlib report claims: a loss\n"),
         (ClusterError("no Slurm"), 2, "lumirlib report claims: no Slurm\n"),
+        (MethodUnavailableError("no ANTs"), 2, "lumirlib report claims: no ANTs\n"),
         (KeyboardInterrupt(), 130, "lumirlib report claims: interrupted\n"),
         (KeyboardInterrupt("saved"), 130, "lumirlib report claims: saved\n"),
         (SystemExit(143), 143, ""),
@@ -151,27 +153,30 @@ def test_an_error_of_the_program_itself_keeps_its_traceback(monkeypatch):
 
 def test_a_run_goes_through_its_notebook_and_says_where_it_is(small_cohort_json, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jobs.provenance, "project_root", lambda: tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    cells = ["variant = cohort = preset = data_root = out = ''; seed = 0; resume = True; options = {}", "print(resume)"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    parameters = "variant = cohort = preset = data_root = out = ''; seed = 0; resume = True; options = {}"
+    work = (
+        "from lumirlib.study.run import Run\n"
+        "run = Run.prepare(variant, preset, cohort, seed, data_root, out, options=options)\n"
+        "run.evaluate(run.train(resume, False), False)"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in (parameters, work)])
     notebook.cells[0].metadata["tags"] = ["parameters"]
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / jobs.NOTEBOOK)
+    options = ["resolution_mm=1", "levels=2", "epochs=1", "steps_per_epoch=1", "channel_divisor=16"]
     words = ["run", "LK", "--cohort", str(small_cohort_json), "--preset", "smoke", "--out", str(tmp_path / "out")]
-    words += ["--quiet", "--set", "resolution_mm=1", "levels=2"]
-    assert cli.main(words) == 0
-    output = (
-        tmp_path / "out" / "runs" / f"LK_{small_cohort_json.parent.name}_smoke_resolution_mm-1_levels-2_seed0.ipynb"
-    )
-    assert str(output) in capsys.readouterr().out
-    assert nbformat.read(output, 4).cells[-1].outputs[0].text == "True\n"
-    assert cli.main([*words[:-3], "--restart", *words[-3:]]) == 0
-    assert nbformat.read(output, 4).cells[-1].outputs[0].text == "False\n"
+    assert cli.main([*words, "--quiet", "--set", *options]) == 0
+    printed = capsys.readouterr().out
+    (output,) = (tmp_path / "out" / "runs").iterdir()
+    assert re.fullmatch(r"LK_small_smoke_.*_seed0\.ipynb", output.name)
+    assert f"best epoch 1; {output}; {tmp_path / 'out' / 'metrics'}" in printed and "hd95_mm" in printed
     notebook.cells[1].source = "raise ValueError('no luck')"
     nbformat.write(notebook, tmp_path / jobs.NOTEBOOK)
-    assert cli.main(words) == 1
+    assert cli.main([*words, "--restart", "--quiet", "--set", *options]) == 1
     failed = output.with_suffix(".failed.ipynb")
-    assert f"lumirlib run: ValueError: no luck; see {failed}" in capsys.readouterr().err and failed.is_file()
+    assert f"lumirlib run: ValueError: no luck; see {failed}" in capsys.readouterr().err
+    assert nbformat.read(failed, 4).metadata["papermill"]["parameters"]["resume"] is False
 
 
 def test_a_run_without_the_projects_notebooks_says_how_it_goes_without(tmp_path, monkeypatch, capsys):

@@ -84,7 +84,7 @@ class Run:
         out: str = "",
         engine: Engine | str = "auto",
         options: Mapping[str, object] | None = None,
-        command: str = "papermill notebooks/run_ablation.ipynb <output>.ipynb",
+        command: str = "",
     ) -> Run:
         """Check all parameters and open the cohort; nothing is trained yet.
 
@@ -99,7 +99,7 @@ class Run:
             options: of :class:`lumirlib.methods.base.Preset` and of the row to set besides, such as
                 ``{"start_channels": 16, "smoothness_weight": 0.5}``; None as a value leaves the option as it is. A
                 `start_channels` counts as it is, the preset's divisor is not applied to it.
-            command: what was called; the parameters are added to it.
+            command: What was called; the notebook with these parameters if empty.
 
         Raises:
             ValueError: an unknown variant, preset or option, with the choices listed; a seed below 0; a cohort that
@@ -144,7 +144,7 @@ class Run:
             out=provenance.results_folder(out),
             engine=engine,
             options=named,
-            command=" ".join([command, *words]),
+            command=command or " ".join(["papermill notebooks/run_ablation.ipynb <output>.ipynb", *words]),
             commit=provenance.commit(),
             arguments=(
                 variant,
@@ -289,7 +289,7 @@ class Run:
         An engine of several processes has torchrun start them; they end when all epochs are trained.
 
         Raises:
-            RuntimeError: one of several processes broke.
+            ChildProcessError: One of several processes broke.
             OSError: the results folder cannot be written, said before anything is trained.
         """
         if self.engine.is_first:

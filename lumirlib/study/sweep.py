@@ -80,7 +80,7 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
 def execute_run(job: SweepRun, run: Run, progress: bool = True) -> str:
     """Execute the notebook of one run, with a bar over the epochs of its training.
 
-    SIGTERM has the training save and end, and then ends this process.
+    SIGTERM or Ctrl-C has the training save and end, and then ends this process.
 
     Args:
         job: The run as a sweep has it.
@@ -91,15 +91,14 @@ def execute_run(job: SweepRun, run: Run, progress: bool = True) -> str:
         The empty string, or what went wrong.
     """
     log = run.out / "logs" / f"{run.config.run}.csv"
-    epochs = 0 if run.config.row.base_row() != run.config.row else run.config.preset.epochs
+    row = run.config.row
+    epochs = run.config.preset.epochs if row.trains_on != "nothing" and row.base_row() == row else 0
     began = time.time()
     under_way: list[subprocess.Popen] = []
     with (
         ending_on_sigterm(),
         ThreadPoolExecutor(max_workers=1) as pool,
-        tqdm(
-            total=epochs, desc=f"train {run.config.row.name}", unit="epoch", disable=not progress or not epochs
-        ) as bar,
+        tqdm(total=epochs, desc=f"train {row.name}", unit="epoch", disable=not progress or not epochs) as bar,
     ):
         future = pool.submit(job.execute, max(1, (os.cpu_count() or 1) // job.processes), under_way.append)
         try:
@@ -107,7 +106,7 @@ def execute_run(job: SweepRun, run: Run, progress: bool = True) -> str:
                 wait([future], timeout=0.5)
                 if log.is_file() and (job.resume or log.stat().st_mtime >= began):
                     bar.update(max(0, len(pd.read_csv(log)) - 1 - bar.n))
-        except SystemExit:
+        except BaseException:
             for process in under_way:
                 job.stop(process)
             raise

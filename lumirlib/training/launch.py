@@ -154,7 +154,7 @@ def train_in_processes(
         progress: show a progress bar.
 
     Raises:
-        RuntimeError: one of them broke; the message ends with what it said.
+        ChildProcessError: One of them broke; the message ends with what it said.
     """
     log = out / "logs" / f"{config.run}.csv"
     command = [
@@ -199,4 +199,4 @@ def train_in_processes(
         if child.returncode:
             said.seek(0)
             tail = said.read()[-4000:]
-            raise RuntimeError(f"training in {processes} processes ended with status {child.returncode}:\n{tail}")
+            raise ChildProcessError(f"training in {processes} processes ended with status {child.returncode}:\n{tail}")

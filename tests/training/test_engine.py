@@ -90,7 +90,9 @@ def test_a_batch_that_processes_cannot_share_is_refused(small_cohort_json, tmp_p
 
 def test_what_breaks_in_one_of_several_processes_is_told(small_cohort_json, tmp_path):
     run = prepare(small_cohort_json, tmp_path, engine=Engine("cpu", processes=2), batch_size=3)
-    with pytest.raises(RuntimeError, match=r"(?s)2 processes ended with status .*batch_size must be a multiple of"):
+    with pytest.raises(
+        ChildProcessError, match=r"(?s)2 processes ended with status .*batch_size must be a multiple of"
+    ):
         run.train(progress=False)
 
 
