@@ -23,7 +23,7 @@ from lumirlib.data.cache import Source, StoredVolume, VolumeCache
 from lumirlib.data.identity import checksums
 from lumirlib.data.landmark_files import MAX_LANDMARKS, landmark_centroids, read_landmarks
 from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume
-from lumirlib.metrics.labels import LUMIR_LABELS
+from lumirlib.metrics.labels import LUMIR_LABELS, other_protocol
 from lumirlib.metrics.landmarks import Points, landmark_volume
 
 LUMIR_JSON = "LUMIR_dataset.json"
@@ -88,6 +88,7 @@ class Cohort:
         content_digest: 16 hexadecimal digits of the content of the files alone, of simulated scans too.
         cache: the memory-mapped volumes that are read in place of the files, or None: see :meth:`with_cache`.
         intensity_maximum: what images are divided by, where the JSON says so; None for :mod:`lumirlib.data.scale`.
+        given_labels: the label numbers that the JSON gives to be scored, background first; None for LUMIR's.
         joined: the cohorts whose training scans it has, where they are of several; all else is that of the last.
     """
 
@@ -105,6 +106,7 @@ class Cohort:
     content_digest: str
     cache: VolumeCache | None = None
     intensity_maximum: float | None = None
+    given_labels: tuple[int, ...] | None = None
     joined: tuple[Cohort, ...] = ()
     _memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
@@ -164,34 +166,54 @@ class Cohort:
         """The validation pairs with labels on both sides."""
         return tuple(pair for pair in self.validation_pairs if pair.fixed.labels and pair.moving.labels)
 
+    @property
+    def protocol(self) -> tuple[int, ...]:
+        """The label numbers that the JSON gives to be scored, or LUMIR's 133; background included."""
+        return self.given_labels or LUMIR_LABELS
+
+    @cached_property
+    def label_sizes(self) -> dict[Path, dict[int, int]]:
+        """Voxels of each label number of each validation person with labels, background included."""
+        people = {subject.labels: subject for pair in self.labelled_pairs for subject in (pair.fixed, pair.moving)}
+        counts = {path: np.bincount(self.label_volume(one).numpy().ravel()) for path, one in people.items()}
+        return {path: {int(n): int(found[n]) for n in np.flatnonzero(found)} for path, found in counts.items()}
+
     @cached_property
     def labels(self) -> tuple[int, ...]:
-        """The label numbers that are scored: LUMIR's 133, background included.
+        """The label numbers that are scored: those of :attr:`protocol`.
 
         On voxels coarser than 1 mm those are left out that have fewer than :data:`MIN_LABEL_VOXELS` voxels in any
         validation person that has them: a warped label of one or two voxels vanishes by the grid's doing, and its
         HD95 is infinite.
 
         Raises:
-            ValueError: the labels are numbered otherwise, so that only the background would be scored.
+            ValueError: the JSON gives no labels, and some people are labelled by another protocol than LUMIR's; or
+                it gives some that nobody has.
         """
         if not self.has_labels:
-            return LUMIR_LABELS
-        people = {subject.image: subject for pair in self.labelled_pairs for subject in (pair.fixed, pair.moving)}
-        first = next(iter(people.values()))
-        numbers = set(self.label_volume(first).unique().tolist())
-        if not numbers & set(LUMIR_LABELS[1:]):
+            return self.protocol
+        if self.given_labels is None:
+            others = other_protocol({str(path): sizes for path, sizes in self.label_sizes.items()})
+            if others:
+                raise ValueError(
+                    f"{self.path}: expected label numbers of LUMIR (BrainCOLOR: 4, 11, 23 ... 207). Give the numbers "
+                    f'that are to be scored as \'labels\' in the JSON: [2, 3, 4] or {{"2": "a name"}}.\n{others}'
+                )
+        elif not any(sizes.keys() & set(self.given_labels[1:]) for sizes in self.label_sizes.values()):
+            found = sorted(set().union(*self.label_sizes.values()) - {0})
             raise ValueError(
-                f"{first.labels}: expected label numbers of LUMIR (BrainCOLOR: 4, 11, 23 ... 207), "
-                f"got {sorted(numbers)[:20]}"
+                f"{self.path}: none of its 'labels', {list(self.given_labels[1:])[:40]}, is in anybody's label "
+                f"volume, where there are {found[:40]}"
             )
         if self.resolution_mm <= 1:
-            return LUMIR_LABELS
-        too_small: set[int] = set()
-        for subject in people.values():
-            numbers, voxels = self.label_volume(subject).unique(return_counts=True)
-            too_small.update(numbers[voxels < MIN_LABEL_VOXELS].tolist())
-        return tuple(label for label in LUMIR_LABELS if label not in too_small)
+            return self.protocol
+        too_small = {
+            number
+            for sizes in self.label_sizes.values()
+            for number, voxels in sizes.items()
+            if voxels < MIN_LABEL_VOXELS
+        }
+        return tuple(label for label in self.protocol if label not in too_small)
 
     def image(self, subject: Subject) -> torch.Tensor:
         """Image of a subject, ``(1, 1, D, H, W)`` float32 in [0, 1], block-averaged to the cohort's resolution.

@@ -37,6 +37,7 @@ CREDITS = {
 #: Cohorts of which runs were committed when digests were of names and sizes: they keep the digest of then, under which
 #: those runs are found. Digest of today -> digest of then, of the real brains.
 EARLIER_DIGESTS = {"4120c9548869fa52": "4bfc82e735ad6024"}
+MAX_LABEL = 32767
 #: Labelled scans of which all ordered pairs are evaluated where the JSON names none; LUMIR has ten.
 MAX_HELD_OUT = 100
 
@@ -267,7 +268,27 @@ def load_cohort(
         affine=affine @ block_affine(factor),
         shape=tuple(side // factor for side in shape),
         intensity_maximum=maximum,
+        given_labels=_given_labels(path, content),
     )
+
+
+def _given_labels(path: Path, content: dict) -> tuple[int, ...] | None:
+    """The numbers under "labels", background first: a list, or names by number, or numbers by name (nnU-Net)."""
+    given = content.get("labels")
+    if isinstance(given, dict) and given and all(isinstance(part, dict) for part in given.values()):
+        given = {key: name for part in given.values() for key, name in part.items()}  # by modality (Learn2Reg)
+    numbers = given
+    if isinstance(given, dict):
+        by_number = all(str(key).isdecimal() for key in given)
+        numbers = [int(key) for key in given] if by_number else list(given.values())
+        numbers = [one for part in numbers for one in (part if isinstance(part, list) else [part])]  # regions
+    numbers = [] if numbers in (None, "") else numbers
+    if not isinstance(numbers, list) or not all(type(one) is int and 0 <= one <= MAX_LABEL for one in numbers):
+        raise ValueError(
+            f'{path}: expected label numbers from 0 to {MAX_LABEL} as \'labels\', [2, 3, 4] or {{"2": "a name"}}, '
+            f"got {str(given)[:200]}"
+        )
+    return (0, *sorted(set(numbers) - {0})) if set(numbers) - {0} else None
 
 
 def joined_names(name: str) -> list[str]:

@@ -1,6 +1,12 @@
-"""The label numbers that the LUMIR evaluation scores."""
+"""The label numbers that the LUMIR evaluation scores, and whether a person's labels are of that protocol."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+#: Share of a person's label numbers that are LUMIR's where they follow its protocol. Manual BrainCOLOR labels have
+#: 0.95; others that count from 1 reach 0.64 by chance, and FreeSurfer's have 0.34 (docs/reliability.md).
+LEAST_SHARE = 0.8
 
 
 def _ranges(*spans: int | tuple[int, int]) -> tuple[int, ...]:
@@ -33,3 +39,24 @@ LUMIR_LABELS: tuple[int, ...] = _ranges(
     (160, 187),
     (190, 207),
 )
+
+
+def other_protocol(people: Mapping[str, Collection[int]]) -> str:
+    """Who of a cohort has label numbers of another protocol than LUMIR's, and which; empty where nobody has.
+
+    Args:
+        people: name of each label volume -> its numbers; 0 does not count.
+
+    Returns:
+        A line for each such volume.
+    """
+    lines = []
+    for name, found in people.items():
+        numbers = sorted(set(found) - {0})
+        others = [number for number in numbers if number not in LUMIR_LABELS]
+        if len(numbers) - len(others) < LEAST_SHARE * len(numbers) or not numbers:
+            shown = ", ".join(map(str, others[:40])) + (" ..." if len(others) > 40 else "")
+            lines.append(
+                f"{name}: {len(others)} of {len(numbers)} label numbers are not LUMIR's{f': {shown}' * bool(shown)}"
+            )
+    return "\n".join(lines)

@@ -25,7 +25,6 @@ from lumirlib.methods.base import Baseline, halvings
 from lumirlib.methods.presets import split_options
 from lumirlib.methods.variants import Variant
 from lumirlib.metrics import inverse_consistency_error
-from lumirlib.metrics.labels import LUMIR_LABELS
 from lumirlib.provenance import redact_path
 from lumirlib.study.results import data_title, read_results, scoring_facts, write_results
 from lumirlib.training.config import RunConfig, make_config
@@ -123,6 +122,7 @@ class Run:
         loaded, *coarser = cohorts.values()
         for pair in loaded.validation_pairs:
             loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
+        _ = loaded.labels  # nor labels of another protocol
         config = make_config(row, chosen_preset, loaded, seed, **for_row)
         first = config.row.on_finer_voxels(-halvings(stages[0].resolution_mm, chosen_preset.resolution_mm))
         start = starting_weights(str(given.get("init", "")), first, stages[0].resolution_mm)
@@ -203,10 +203,15 @@ class Run:
         if differences and row.trains_on != "nothing":
             whose = "the method's own" if isinstance(row, Baseline) else "the paper's"
             lines.append(f"- **not {whose} training**: {'; '.join(differences)}")
-        scoring = self.cohort.at_own_resolution
-        if self.cohort.has_labels and len(scoring.labels) < len(LUMIR_LABELS):
+        scoring, protocol = self.cohort.at_own_resolution, set(self.cohort.protocol[1:])
+        if scoring.has_labels:
+            known = set().union(*scoring.label_sizes.values()) & protocol
+            if len(known) < len(protocol) / 2 or scoring.given_labels:
+                whose = "the JSON's" if scoring.given_labels else "LUMIR's"
+                lines.append(f"- {len(known)} of {whose} {len(protocol)} labels are in the label volumes")
+        if scoring.has_labels and len(scoring.labels) < len(scoring.protocol):
             lines.append(
-                f"- {len(scoring.labels)} of the {len(LUMIR_LABELS)} labels are scored; the others have fewer "
+                f"- {len(scoring.labels)} of the {len(scoring.protocol)} labels are scored; the others have fewer "
                 f"than {MIN_LABEL_VOXELS} voxels of {scoring.resolution_mm:g} mm in one of the people"
             )
         if not self.cohort.has_labels:
