@@ -861,13 +861,15 @@ def measure_robustness(**given: Any) -> None:
 
 
 # reporting ------------------------------------------------------------------------------------------------------------
-_WRITE = click.option("--write", is_flag=True, help="Put it into README.md of the checkout, between its markers.")
+def _write_option(page: str) -> Any:
+    """The option `--write`, for a page of the checkout."""
+    return click.option("--write", is_flag=True, help=f"Put it into {page} of the checkout, between its markers.")
 
 
-def _readme() -> Path:
+def _page(name: str) -> Path:
     from lumirlib.provenance import project_root
 
-    return (project_root() or Path.cwd()) / "README.md"
+    return (project_root() or Path.cwd()) / name
 
 
 @lumirlib.group("report")
@@ -885,7 +887,7 @@ def report() -> None:
 @click.option("--cohort", default="brains", help="Short name of the cohort of the runs.")
 @click.option("--preset", default="real-cpu", help="Preset of the runs.")
 @_OUT
-@_WRITE
+@_write_option("README.md")
 def report_claims(cohort: str, preset: str, out: str, write: bool) -> None:
     """The paper's claims, judged from finished runs by stated rules."""
     from lumirlib.files import write_between
@@ -895,7 +897,7 @@ def report_claims(cohort: str, preset: str, out: str, write: bool) -> None:
     study = claims.load_study(results_folder(out), cohort, preset)
     verdicts = claims.judge(study)
     if write:
-        print(write_between(_readme(), claims.MARKERS, claims.summary(study, verdicts)))
+        print(write_between(_page("README.md"), claims.MARKERS, claims.summary(study, verdicts)))
     else:
         print(publish.to_markdown(claims.readable(verdicts)))
 
@@ -908,7 +910,7 @@ def report_claims(cohort: str, preset: str, out: str, write: bool) -> None:
     """,
 )
 @_OUT
-@_WRITE
+@_write_option("docs/speed.md")
 def report_budget(out: str, write: bool) -> None:
     """What the full reproduction costs: GPU-hours, disk and memory, from what `lumirlib measure costs` wrote."""
     from lumirlib.files import write_between
@@ -916,7 +918,7 @@ def report_budget(out: str, write: bool) -> None:
     from lumirlib.study import costs
 
     text = costs.readable_budget(costs.load_budget(results_folder(out)))
-    print(write_between(_readme(), costs.MARKERS, text) if write else text)
+    print(write_between(_page("docs/speed.md"), costs.MARKERS, text) if write else text)
 
 
 @report.command("ranks", examples="lumirlib report ranks results/metrics/LC-2_*.csv results/metrics/TransMorph_*.csv")

@@ -223,14 +223,14 @@ def test_names_of_the_package_are_imported_when_they_are_used():
         lumirlib.nothing  # noqa: B018
 
 
-def readme_commands():
-    """Commands of README's section "Your own scans"."""
-    section = (ROOT / "README.md").read_text().split("## Your own scans\n")[1].split("\n## ")[0]
+def commands_on_own_scans():
+    """Commands of docs/own_scans.md."""
+    section = (ROOT / "docs" / "own_scans.md").read_text()
     block = re.search(r"```bash\n(.*?)```", section, re.S)[1]
     return [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("lumirlib ")]
 
 
-def test_commands_of_the_readme_on_own_scans_work_as_they_stand(tmp_path, monkeypatch):
+def test_commands_of_the_page_on_own_scans_work_as_they_stand(tmp_path, monkeypatch):
     """On brains of 4 mm, so the skull stripper, which another test tries, is told where they are."""
     pytest.importorskip("SimpleITK")
     monkeypatch.chdir(tmp_path)
@@ -241,7 +241,7 @@ def test_commands_of_the_readme_on_own_scans_work_as_they_stand(tmp_path, monkey
             template_in_frame(4) * 800, frame_affine(4), (4 * number, 0, 5), orientation="LIA", spacing_mm=(4, 5, 4)
         )
         write_nifti(tmp_path / "scans" / f"person{number}.nii.gz", array, affine)
-    commands = readme_commands()
+    commands = commands_on_own_scans()
     assert [command[1] for command in commands] == ["prepare", "register"]
     for command in commands:
         assert cli.main(command[1:]) == 0, command

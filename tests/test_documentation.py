@@ -186,10 +186,10 @@ def test_every_program_of_the_documentation_is_run_by_a_test():
         assert f"cli.main([{words}" in tests, f"no test runs lumirlib {name}"
 
 
-def test_budget_is_printed_as_the_readme_has_it(capsys):
+def test_budget_is_printed_as_the_page_on_speed_has_it(capsys):
     assert cli.main(["report", "budget", "--out", str(ROOT / "results")]) == 0
     printed = capsys.readouterr().out.strip()
-    assert printed and printed in text_of(ROOT / "README.md")
+    assert printed and printed in text_of(ROOT / "docs" / "speed.md")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/extending.md"])

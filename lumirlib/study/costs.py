@@ -5,10 +5,10 @@
 Every row is measured in a process of its own, all of them in turn, several rounds over, on random images of the
 preset's size. The machine should have nothing else to do.
 
-What the full reproduction costs: GPU-hours, disk and memory, as a table for README.
+What the full reproduction costs: GPU-hours, disk and memory, as a table for docs/speed.md.
 
     lumirlib report budget            # prints it
-    lumirlib report budget --write    # puts it into README.md, between its markers
+    lumirlib report budget --write    # puts it into docs/speed.md, between its markers
 
 The budget is computed from `results/costs/*.csv`, which `lumirlib measure costs` writes, and from the sizes below.
 GPU-hours appear as soon as the costs of the preset `paper` have been measured on a GPU.
@@ -439,7 +439,7 @@ def readable_budget(budget: Budget) -> str:
 
     def number(value: float, form: str, ratio_to: float = math.nan) -> str:
         if math.isnan(value):
-            return "not measured yet"
+            return ""
         return f"{value:{form}}" + ("" if math.isnan(ratio_to) else f" ({value / ratio_to:.2f}×)")
 
     shown = [
@@ -455,6 +455,8 @@ def readable_budget(budget: Budget) -> str:
         }
         for _, row in budget.rows.iterrows()
     ]
+    table = pd.DataFrame(shown)
+    table = table.loc[:, (table != "").any()]  # a column that no row has is a sentence below
     voxels = math.prod(FRAME_SHAPE)
     disk = sum(checkpoint_bytes(parameters) for parameters in budget.rows["parameters"])
     notes = [
@@ -467,8 +469,8 @@ def readable_budget(budget: Budget) -> str:
         notes.append(f"All rows: {hours.sum():,.0f} GPU-hours a seed, {SEEDS * hours.sum():,.0f} with {SEEDS} seeds.")
     else:
         notes.append(
-            f"**GPU-hours not measured yet** are made by {' and '.join(budget.missing)}. Multiply-adds alone do not "
-            "give them: warping, integration and the loss are not among them."
+            f"Seconds, memory and hours on a GPU have not been measured yet: {' and '.join(budget.missing)} measure them. "
+            "They do not follow from multiply-adds, which leave out warping, integration and the loss."
         )
     if budget.measured:
         notes.append(f"{'; '.join(budget.measured)}.")
@@ -478,4 +480,4 @@ def readable_budget(budget: Budget) -> str:
         f"Adam's three, best weights), {disk / 1e9:.2f} GB a seed for all rows. Memory: where it holds the unpacked "
         "images beside the program, the disk is read in the first epoch only; less works too, as they are mapped."
     )
-    return f"{to_markdown(pd.DataFrame(shown))}\n\n" + "\n".join(f"- {note}" for note in notes)
+    return f"{to_markdown(table)}\n\n" + "\n".join(f"- {note}" for note in notes)
