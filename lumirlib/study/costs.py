@@ -469,8 +469,8 @@ def readable_budget(budget: Budget) -> str:
         notes.append(f"All rows: {hours.sum():,.0f} GPU-hours a seed, {SEEDS * hours.sum():,.0f} with {SEEDS} seeds.")
     else:
         notes.append(
-            f"Seconds, memory and hours on a GPU have not been measured yet: {' and '.join(budget.missing)} measure them. "
-            "They do not follow from multiply-adds, which leave out warping, integration and the loss."
+            f"Seconds, memory and hours on a GPU have not been measured yet: {' and '.join(budget.missing)} measure "
+            "them. They do not follow from multiply-adds, which leave out warping, integration and the loss."
         )
     if budget.measured:
         notes.append(f"{'; '.join(budget.measured)}.")
