@@ -100,7 +100,7 @@ def seconds_per_pair(cohort: Cohort, pairs: Iterable[Pair], device: torch.device
     pairs = list(pairs)
     started = time.perf_counter()
     for pair in pairs:
-        cohort._memory.clear()
+        cohort.memory.clear()
         for subject in (pair.fixed, pair.moving):
             cohort.image(subject).to(device)
     return (time.perf_counter() - started) / len(pairs)
@@ -162,7 +162,7 @@ def measure(cohort: Cohort, given: argparse.Namespace, device: torch.device) -> 
         uncached = {"read": "nii.gz", "step": "sleeps"}
 
         def forgetful(subject):
-            cohort._memory.clear()
+            cohort.memory.clear()
             return cohort.image(subject)
 
         for workers in (1, 2):

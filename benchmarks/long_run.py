@@ -39,8 +39,8 @@ class Sampled(Trainer):
 
     every = 10
 
-    def _step(self, *arguments):
-        found = super()._step(*arguments)
+    def step(self, *arguments):
+        found = super().step(*arguments)
         self.taken = getattr(self, "taken", 0) + 1
         if self.taken % self.every == 0:
             own = psutil.Process()

@@ -191,7 +191,7 @@ def warp(image: torch.Tensor, displacement: torch.Tensor, mode: str = "bilinear"
         if _is_for_numba(image):
             warped = _warp_kernels.warp(image.to(working), displacement.to(working))
         else:
-            warped = _WarpByGridSample.apply(image, displacement.to(working))
+            warped = warp_by_grid_sample(image, displacement.to(working))
         return warped.to(dtype=image.dtype, memory_format=_memory_format(image))
 
 
@@ -210,8 +210,13 @@ def _warp_nearest(image: torch.Tensor, displacement: torch.Tensor) -> torch.Tens
     return warped
 
 
+def warp_by_grid_sample(image: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:
+    """What :func:`warp` computes on GPUs, in the displacement's dtype; arguments and result are as there."""
+    return _WarpByGridSample.apply(image, displacement)
+
+
 class _WarpByGridSample(torch.autograd.Function):
-    """:func:`warp` by ``grid_sample``; keeps the image in its own dtype and the displacement for the backward pass."""
+    """Keeps the image in its own dtype and the displacement for the backward pass."""
 
     @staticmethod
     def _grid(displacement):
@@ -325,8 +330,13 @@ def integrate(velocity: torch.Tensor, steps: int = 7) -> torch.Tensor:
     with without_autocast(velocity.device):
         if _is_for_numba(velocity):
             return _warp_kernels.integrate(velocity, steps).to(memory_format=_memory_format(velocity))
-        scale = _normalized_per_voxel(velocity)
-        return _IntegrateNormalized.apply(velocity.flip(1) * scale, steps).div(scale).flip(1)
+        return integrate_by_grid_sample(velocity, steps)
+
+
+def integrate_by_grid_sample(velocity: torch.Tensor, steps: int) -> torch.Tensor:
+    """What :func:`integrate` computes on GPUs; arguments and result are as there."""
+    scale = _normalized_per_voxel(velocity)
+    return _IntegrateNormalized.apply(velocity.flip(1) * scale, steps).div(scale).flip(1)
 
 
 def invert(displacement: torch.Tensor, initial: torch.Tensor | None = None, iterations: int = 10) -> torch.Tensor:

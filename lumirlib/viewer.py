@@ -129,7 +129,7 @@ class PairViewer:
         figure.savefig(png, format="png", dpi=75)
         plt.close(figure)
         self.png = png.getvalue()
-        self._box = self._waiting() if self.interactive else None
+        self.box = self._waiting() if self.interactive else None
 
     def _waiting(self) -> ipywidgets.VBox:
         """The figure, with an invisible widget that says when a front end shows it: only then NiiVue is sent there.
@@ -181,14 +181,14 @@ class PairViewer:
             ipywidgets.VBox([name, panel], layout=ipywidgets.Layout(width="25%"))
             for name, panel in zip(names, self.panels, strict=True)
         ]
-        self._box.children = (ipywidgets.HTML(self.title), plane, ipywidgets.HBox(columns))
+        self.box.children = (ipywidgets.HTML(self.title), plane, ipywidgets.HBox(columns))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """The widget for front ends that have widgets, the figure for all others."""
         shown = {"text/plain": self.title or "a pair of images", "image/png": base64.b64encode(self.png).decode()}
-        if self._box is None:
+        if self.box is None:
             return {**shown, "text/plain": f"{shown['text/plain']}\n{MISSING}"}
-        return {**self._box._repr_mimebundle_(), **shown}
+        return {**self.box._repr_mimebundle_(), **shown}
 
 
 def view_pair(

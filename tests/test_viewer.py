@@ -68,7 +68,7 @@ def test_viewer_sends_slices_only_where_a_front_end_shows_them():
     viewer = PairViewer(fixed, moving, displacement, 3, "simulated")
     bundle = viewer._repr_mimebundle_()
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} < set(bundle) and not viewer.panels
-    front_end = viewer._box.children[-1]
+    front_end = viewer.box.children[-1]
     front_end._handle_custom_msg("shown", [])
     opened = viewer.panels
     assert [panel.volumes[0].name for panel in opened] == [
@@ -92,8 +92,8 @@ def test_viewer_sends_slices_only_where_a_front_end_shows_them():
 def test_buttons_turn_all_panels_and_draw_the_grid_of_the_plane():
     ipyniivue = pytest.importorskip("ipyniivue", reason="needs ipyniivue, of requirements.txt")
     viewer = PairViewer(*pair(), 1)
-    viewer._box.children[-1]._handle_custom_msg("shown", [])
-    viewer._box.children[1].value = "sagittal"
+    viewer.box.children[-1]._handle_custom_msg("shown", [])
+    viewer.box.children[1].value = "sagittal"
     assert {panel.opts.slice_type for panel in viewer.panels} == {ipyniivue.SliceType.SAGITTAL}
     shown = nib.Nifti1Image.from_bytes(gzip.decompress(viewer.panels[3].volumes[0].data)).get_fdata()
     expected = warped_grid(viewer.displacement, "sagittal", every=12)[0, 0].numpy()

@@ -90,6 +90,7 @@ class Cohort:
         intensity_maximum: what images are divided by, where the JSON says so; None for :mod:`lumirlib.data.scale`.
         given_labels: the label numbers that the JSON gives to be scored, background first; None for LUMIR's.
         joined: the cohorts whose training scans it has, where they are of several; all else is that of the last.
+        memory: Volumes read so far, the last used at the end; see :data:`MEMORY_BUDGET`.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Cohort:
     intensity_maximum: float | None = None
     given_labels: tuple[int, ...] | None = None
     joined: tuple[Cohort, ...] = ()
-    _memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
+    memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def short_name(self) -> str:
@@ -153,7 +154,7 @@ class Cohort:
             affine=self.affine @ np.linalg.inv(block_affine(self.downsampling)),
             shape=tuple(side * self.downsampling for side in self.shape),
             cache=None,
-            _memory=OrderedDict(),
+            memory=OrderedDict(),
         )
 
     @property
@@ -323,15 +324,15 @@ class Cohort:
 
     def _remember(self, path: Path, read) -> torch.Tensor:
         with _MEMORY_LOCK:
-            if path in self._memory:
-                self._memory.move_to_end(path)
-                return self._memory[path]
+            if path in self.memory:
+                self.memory.move_to_end(path)
+                return self.memory[path]
         volume = read()
         with _MEMORY_LOCK:
-            self._memory[path] = volume
-            used = sum(kept.nbytes for kept in self._memory.values())
-            while used > MEMORY_BUDGET and len(self._memory) > 1:
-                used -= self._memory.popitem(last=False)[1].nbytes
+            self.memory[path] = volume
+            used = sum(kept.nbytes for kept in self.memory.values())
+            while used > MEMORY_BUDGET and len(self.memory) > 1:
+                used -= self.memory.popitem(last=False)[1].nbytes
         return volume
 
     def _check_grid(self, path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None:
@@ -382,7 +383,7 @@ class Cohort:
         """
         if self.joined:
             parts = tuple(part.with_cache(folder, dtype, workers, progress, verify, repair) for part in self.joined)
-            return replace(self, joined=parts, cache=parts[-1].cache, _memory=OrderedDict())
+            return replace(self, joined=parts, cache=parts[-1].cache, memory=OrderedDict())
         images = [("images", one.image, one.name, self._read_image) for one in self._people]
         labels = [("labels", one.labels, one.name, self._read_labels_here) for one in self._people if one.labels]
         contents = checksums((file for _, file, *_ in images + labels), str(self.path.resolve()))
@@ -396,7 +397,7 @@ class Cohort:
         root = Path(folder) if folder else embedded.cache_folder() / "volumes"
         cache = VolumeCache(root / name, sources, self.shape, self.downsampling**3, dtype)
         cache.build(workers, progress, verify, repair)
-        return replace(self, cache=cache, _memory=OrderedDict())
+        return replace(self, cache=cache, memory=OrderedDict())
 
     def describe_cache(self) -> str | None:
         """What :meth:`with_cache` has made, in words; None without a cache."""

@@ -333,7 +333,7 @@ def _join(parts: list[Cohort]) -> Cohort:
         credit="; ".join(dict.fromkeys(part.credit for part in parts if part.credit)),
         digest=_short_hash(" ".join(part.digest for part in parts).encode()),
         content_digest=_short_hash(" ".join(part.content_digest for part in parts).encode()),
-        _memory=OrderedDict(),
+        memory=OrderedDict(),
     )
 
 

@@ -74,7 +74,7 @@ def _volume_of_all(displacement: torch.Tensor) -> torch.Tensor:
     return _folded_volume(_inner(displacement))
 
 
-def _folded_voxels(displacement: torch.Tensor) -> torch.Tensor:
+def folded_voxels(displacement: torch.Tensor) -> torch.Tensor:
     """Which inner voxels ``(B, d - 2, H - 2, W - 2)`` have a determinant that is negative, or not a number."""
     with torch.no_grad():
         unfolded = None
@@ -87,7 +87,7 @@ def _volume_of_slab(slab: torch.Tensor) -> torch.Tensor:
     """Its volume, and a gradient that costs what the folded voxels do."""
     if not (torch.is_grad_enabled() and slab.requires_grad):
         return _volume_of_all(slab)
-    voxels = _folded_voxels(slab)
+    voxels = folded_voxels(slab)
     listed = voxels.nonzero()
     if len(listed) > DENSE * voxels.numel():
         return checkpoint(_volume_of_all, slab, use_reentrant=False, preserve_rng_state=False)

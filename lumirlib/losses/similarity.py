@@ -16,7 +16,7 @@ from lumirlib._numba import in_threads, slabs
 from lumirlib.losses import _kernels
 
 #: Planes that the window sums of NCC take at a time, but on the CPU; more cost memory, fewer cost time.
-_PLANES = 32
+PLANES = 32
 
 
 def by_planes(work: Callable[[int, int, int], None], volumes: int, depth: int) -> None:
@@ -74,7 +74,7 @@ def _window_sum(padded: torch.Tensor, window: int) -> torch.Tensor:
     return padded
 
 
-def _ncc_in_parts(
+def ncc_in_parts(
     warped: torch.Tensor, fixed: torch.Tensor, window: int, wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same in PyTorch, for every device, some planes at a time."""
@@ -85,8 +85,8 @@ def _ncc_in_parts(
     reach = radius if wanted else 0
     gradient = torch.empty_like(warped) if wanted else None
     total = torch.zeros((), dtype=working, device=warped.device)
-    for first in range(0, depth, _PLANES):
-        last = min(first + _PLANES, depth)
+    for first in range(0, depth, PLANES):
+        last = min(first + PLANES, depth)
         low, high = max(first - reach, 0), min(last + reach, depth)  # windows with their centers there
 
         def cut(image: torch.Tensor, low: int = low, high: int = high) -> torch.Tensor:
@@ -124,7 +124,7 @@ class _LocalCorrelation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, warped: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
-        compute = _ncc_compiled if warped.device.type == "cpu" else _ncc_in_parts
+        compute = _ncc_compiled if warped.device.type == "cpu" else ncc_in_parts
         of_warped, of_fixed, _ = ctx.needs_input_grad
         loss, by_warped = compute(warped, fixed, window, of_warped)
         by_fixed = compute(fixed, warped, window, True)[1] if of_fixed else None  # the loss is symmetric

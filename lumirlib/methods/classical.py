@@ -61,8 +61,8 @@ class Greedy(ExternalTool):
         threads = f"-threads {self.threads} " if self.threads else ""
         program.execute(
             f"-V 0 {threads}-i fixed moving -m {self.metric} -n {self.iterations} -s {self.smoothing} -o warp",
-            fixed=_sitk_image(toolkit, fixed, affine),
-            moving=_sitk_image(toolkit, moving, affine),
+            fixed=sitk_image(toolkit, fixed, affine),
+            moving=sitk_image(toolkit, moving, affine),
             warp=None,
         )
         field = toolkit.GetArrayFromImage(program["warp"])  # (W, H, D, 3), LPS mm
@@ -105,7 +105,10 @@ class AntsSyN(ExternalTool):
         ants = importlib.import_module("ants")
         affine = grid_affine(fixed.shape[2:], self.resolution_mm)
         fixed_image, moving_image = _ants_image(ants, fixed, affine), _ants_image(ants, moving, affine)
-        with tempfile.TemporaryDirectory(prefix="lumirlib-ants-") as folder, _environment(ANTS_RANDOM_SEED=self.seed):
+        with (
+            tempfile.TemporaryDirectory(prefix="lumirlib-ants-") as folder,
+            environment_variables(ANTS_RANDOM_SEED=self.seed),
+        ):
             found = ants.registration(
                 fixed_image,
                 moving_image,
@@ -167,7 +170,7 @@ class ConvexAdam(ExternalTool):
 
 
 @contextlib.contextmanager
-def _environment(**variables: object) -> Iterator[None]:
+def environment_variables(**variables: object) -> Iterator[None]:
     """Environment variables set for a while, and as before afterwards."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update({name: str(value) for name, value in variables.items()})
@@ -181,7 +184,7 @@ def _environment(**variables: object) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _lps_geometry(affine: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...], np.ndarray]:
+def lps_geometry(affine: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...], np.ndarray]:
     """Spacing, origin and direction (3 x 3) that ITK gives a NIfTI file with this voxel-to-RAS matrix."""
     to_world = RAS_TO_LPS @ affine[:3]
     spacing = np.linalg.norm(to_world[:, :3], axis=0)
@@ -192,8 +195,9 @@ def _array(image: torch.Tensor) -> np.ndarray:
     return image[0, 0].detach().cpu().float().numpy()
 
 
-def _sitk_image(toolkit: ModuleType, image: torch.Tensor, affine: np.ndarray) -> object:
-    spacing, origin, direction = _lps_geometry(affine)
+def sitk_image(toolkit: ModuleType, image: torch.Tensor, affine: np.ndarray) -> object:
+    """An image ``(1, 1, D, H, W)`` as SimpleITK's, at its place in the world."""
+    spacing, origin, direction = lps_geometry(affine)
     made = toolkit.GetImageFromArray(np.ascontiguousarray(_array(image).T))  # ITK's first index is the last here
     made.SetSpacing(spacing)
     made.SetOrigin(origin)
@@ -202,7 +206,7 @@ def _sitk_image(toolkit: ModuleType, image: torch.Tensor, affine: np.ndarray) ->
 
 
 def _ants_image(ants: ModuleType, image: torch.Tensor, affine: np.ndarray) -> object:
-    spacing, origin, direction = _lps_geometry(affine)
+    spacing, origin, direction = lps_geometry(affine)
     return ants.from_numpy(_array(image), origin=origin, spacing=spacing, direction=direction)
 
 

@@ -232,7 +232,7 @@ class ReleasedUniGradICON(ExternalTool):
     def register(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """See :meth:`ExternalTool.register`."""
         path = Path(self._weights_path()).resolve()
-        network = _unigradicon_network(str(path), path.stat().st_mtime_ns)
+        network = unigradicon_network(str(path), path.stat().st_mtime_ns)
         identity = network.identity_map
         fixed_input, moving_input = (
             self._prepare(image, name, identity) for image, name in ((fixed, "fixed"), (moving, "moving"))
@@ -294,7 +294,7 @@ class _NoItk(types.ModuleType):
 
 
 @lru_cache(maxsize=1)
-def _unigradicon_network(path: str, changed: int) -> torch.nn.Module:
+def unigradicon_network(path: str, changed: int) -> torch.nn.Module:
     """The released network with the weights of a file; `changed` is the file's time, so that a new file is read."""
     stand_in = "itk" not in sys.modules and importlib.util.find_spec("itk") is None
     if stand_in:

@@ -158,7 +158,8 @@ class SwinBlock(nn.Module):
             nn.Linear(channels, MLP_RATIO * channels), nn.GELU(), nn.Linear(MLP_RATIO * channels, channels)
         )
 
-    def _drop(self, path: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    def drop(self, path: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Drop the path of some of a batch's samples in training; those that stay make up for it."""
         if not self.training or self.drop_path == 0:
             return path
         draws = torch.rand(len(path), generator=generator)  # on the CPU: the same draws on every device
@@ -167,8 +168,8 @@ class SwinBlock(nn.Module):
 
     def forward(self, tokens: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """``(B, D, H, W, C)`` -> the same shape; `generator` (CPU) draws the paths that are left out."""
-        tokens = tokens + self._drop(self.attention(self.norm1(tokens)), generator)
-        return tokens + self._drop(self.mlp(self.norm2(tokens)), generator)
+        tokens = tokens + self.drop(self.attention(self.norm1(tokens)), generator)
+        return tokens + self.drop(self.mlp(self.norm2(tokens)), generator)
 
 
 class PatchMerging(nn.Module):

@@ -57,7 +57,7 @@ def ndv_volume(displacement: torch.Tensor, mask: torch.Tensor | None = None) -> 
         raise ValueError(f"mask must be {(1, 1, *displacement.shape[2:])}, got {tuple(mask.shape)}")
     if displacement.device.type == "cpu":
         return _ndv_compiled(displacement, mask)
-    return _ndv_in_blocks(displacement, mask)
+    return ndv_in_blocks(displacement, mask)
 
 
 def _ndv_compiled(displacement: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
@@ -72,7 +72,7 @@ def _ndv_compiled(displacement: torch.Tensor, mask: torch.Tensor) -> tuple[float
     return float(volumes.sum()), float(counts.sum())
 
 
-def _ndv_in_blocks(displacement: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+def ndv_in_blocks(displacement: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
     """:func:`ndv_volume` by whole tensors, as a GPU does it fast."""
     volume, counted = 0.0, 0.0
     depth = displacement.shape[2]

@@ -177,7 +177,7 @@ def register(
         in_frame = timed("resample_to_frame", lambda: [prepared.in_frame for prepared in scans])
         displacement = timed("displacement", lambda: registrar.displacement(*in_frame, target))
         whole = ScanMap(np.linalg.inv(scans[0].to_scan), displacement, registrar.resolution_mm, scans[1].to_scan)
-        files = timed("map_and_write", lambda: _write(whole, scans[0].scan, scans[1].scan, out))
+        files = timed("map_and_write", lambda: write_registration(whole, scans[0].scan, scans[1].scan, out))
         measures = timed("qc", lambda: _check(whole, *scans, registrar.name, out))
     files |= {"qc": out / "qc.png"}
     worked_on = target if isinstance(registrar.method, nn.Module) else torch.device("cpu")
@@ -210,7 +210,8 @@ def _about(prepared: PreparedScan) -> dict[str, object]:
     }
 
 
-def _write(whole: ScanMap, fixed: Scan, moving: Scan, out: Path) -> dict[str, Path]:
+def write_registration(whole: ScanMap, fixed: Scan, moving: Scan, out: Path) -> dict[str, Path]:
+    """Write the warped moving scan and the displacement on the fixed scan's grid, the latter for ITK too."""
     warped, displacement = whole.on_scan(fixed, moving)
     in_voxels = field_formats.voxel_to_channels_last(displacement)
     for_itk = field_formats.voxel_to_itk(displacement, fixed.affine)

@@ -349,7 +349,7 @@ class Run:
             "val_dice": result.val_dice,
             "val_dice_before": float(result.history["val_dice"].iloc[0]),
             "weights": result.checkpoint.parent.name if result.checkpoint else None,
-            "trained_on": self._trained_on(),
+            "trained_on": self.trained_on(),
             "started_from": self.start.about if self.start else None,
             "seconds_per_step": float(result.history["seconds"].mean()) if "seconds" in result.history else None,
             "evaluated_pairs": len(self.pairs),
@@ -377,7 +377,8 @@ class Run:
             )
         return found
 
-    def _trained_on(self) -> str:
+    def trained_on(self) -> str:
+        """What the row learns from: images or labels, whose, and the cohorts' digests."""
         row = self.config.row
         if row.trains_on == "nothing":
             return "nothing"

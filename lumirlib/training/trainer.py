@@ -226,7 +226,7 @@ class Trainer:
             return {}
         return {"stage": self.stages.index(stage) + 1, "resolution_mm": stage.preset.resolution_mm}
 
-    def _batches(self) -> Iterator[tuple[Pair, ...]]:
+    def batches(self) -> Iterator[tuple[Pair, ...]]:
         """This process's share of each batch that is left of the epoch under way; of triplets both pairs in turn."""
         engine, stage, state = self.engine, self.stage, self.state
         batches = epoch_batches(
@@ -242,11 +242,11 @@ class Trainer:
             group["lr"] = rate
         self.model.train()
         read = stage.source.stored_image if stage.row.trains_on == "images" else stage.source.label_volume
-        with PairLoader(read, list(self._batches()), self.engine.target, workers=self.engine.readers) as loader:
+        with PairLoader(read, list(self.batches()), self.engine.target, workers=self.engine.readers) as loader:
             waited = 0.0
             for batch in loader:
                 started = time.perf_counter()
-                terms, stopping = self._step(batch, stop)
+                terms, stopping = self.step(batch, stop)
                 terms["seconds"] = time.perf_counter() - started
                 terms["waiting_seconds"], waited = loader.waited - waited, loader.waited
                 for name, value in terms.items():
@@ -286,7 +286,7 @@ class Trainer:
             self.engine.barrier()
             stop.obey()
 
-    def _step(self, batch: Batch, stop: StopRequest) -> tuple[dict[str, float], bool]:
+    def step(self, batch: Batch, stop: StopRequest) -> tuple[dict[str, float], bool]:
         """One step on this process's share of a batch: means over the whole batch, and whether to stop after it.
 
         Weights and optimizer are left as they were if a loss or a gradient is not finite.

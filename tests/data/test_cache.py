@@ -54,7 +54,7 @@ def test_uint8_scans_are_cached_bit_for_bit_at_their_resolution_and_downsampled(
         if subject.labels:
             assert torch.equal(cached.label_volume(subject), cohort.label_volume(subject))
     assert cached.labels == cohort.labels
-    assert not cached._memory
+    assert not cached.memory
 
 
 def test_every_gray_value_and_every_block_sum_is_exact():

@@ -165,7 +165,7 @@ def test_figures_of_joined_cohorts_say_what_was_trained_on(tmp_path):
     assert "3 training scans of 'one' and 2 training scans of 'two', 3 pairs" in run.describe()
     assert run.config.run.startswith("backbone_one-embedded_smoke_seed0_")
     assert (
-        run._trained_on().startswith("images of 3 people, one, ") and "; images of 2 people, two, " in run._trained_on()
+        run.trained_on().startswith("images of 3 people, one, ") and "; images of 2 people, two, " in run.trained_on()
     )
     assert results.data_title("lumir+brains", "B", False, 1) == "B, 1 mm: not LUMIR; trained on lumir and brains"
 
@@ -368,7 +368,7 @@ def test_memory_is_bounded(small_cohort_json, monkeypatch):
     monkeypatch.setattr("lumirlib.data.cohort.MEMORY_BUDGET", 2 * one)
     for subject in cohort.train:
         cohort.image(subject)
-    assert sum(volume.nbytes for volume in cohort._memory.values()) <= 2 * one
+    assert sum(volume.nbytes for volume in cohort.memory.values()) <= 2 * one
 
 
 # broken files --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lumirlib import losses, spatial
 from lumirlib.losses import similarity
-from lumirlib.losses.similarity import _ncc_in_parts
+from lumirlib.losses.similarity import ncc_in_parts
 
 SHAPE = (11, 12, 13)
 
@@ -79,8 +79,8 @@ def zero_background(seed, shape=SHAPE):
 
 def in_parts(first, second, window):
     """What the other devices compute, here on the CPU."""
-    loss, by_first = _ncc_in_parts(first, second, window, True)
-    return loss, by_first, _ncc_in_parts(second, first, window, True)[1]
+    loss, by_first = ncc_in_parts(first, second, window, True)
+    return loss, by_first, ncc_in_parts(second, first, window, True)[1]
 
 
 def compiled(first, second, window):
@@ -141,7 +141,7 @@ def test_ncc_in_parts_does_not_depend_on_where_the_parts_begin(monkeypatch):
     pair = random_pair(7, (23, 6, 7))
     whole = in_parts(*pair, 5)
     for planes in (1, 4):
-        monkeypatch.setattr(similarity, "_PLANES", planes)
+        monkeypatch.setattr(similarity, "PLANES", planes)
         for found, expected in zip(in_parts(*pair, 5), whole, strict=True):
             assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9)
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lumirlib import build_model, metrics, parse_variant
-from lumirlib.losses.ndv import DENSE, ndv_loss
-from lumirlib.losses.ndv import _folded_voxels as folded_voxels
+from lumirlib.losses.ndv import DENSE, folded_voxels, ndv_loss
 from lumirlib.methods.presets import get_preset
 
 

@@ -56,7 +56,7 @@ def test_greedys_displacement_warps_as_greedy_does(pair, monkeypatch, tmp_path):
     assert method.available() == ""
     displacement = method(fixed, moving)
     affine = grid_affine(SHAPE, SPACING)
-    images = {name: classical._sitk_image(toolkit, image, affine) for name, image in (("f", fixed), ("m", moving))}
+    images = {name: classical.sitk_image(toolkit, image, affine) for name, image in (("f", fixed), ("m", moving))}
     again = program()
     toolkit.WriteImage(used[0]["warp"], str(tmp_path / "warp.nii.gz"))  # it takes no vectors from memory
     again.execute(f"-V 0 -threads 1 -rf f -rm m sliced -r {tmp_path / 'warp.nii.gz'}", **images, sliced=None)
@@ -105,7 +105,7 @@ def test_convexadams_displacement_warps_as_its_package_does(pair, monkeypatch):
 
 def test_itks_geometry_of_our_grid_is_that_of_the_nifti_file():
     affine = grid_affine((5, 6, 7), 2.0, "PIR")  # i to the back, j down, k to the right
-    spacing, origin, direction = classical._lps_geometry(affine)
+    spacing, origin, direction = classical.lps_geometry(affine)
     assert spacing == (2, 2, 2)
     # from RAS to LPS the right and the front turn round
     assert np.array_equal(direction, [[0, 0, -1], [1, 0, 0], [0, -1, 0]])
@@ -114,7 +114,7 @@ def test_itks_geometry_of_our_grid_is_that_of_the_nifti_file():
 
 def test_environment_variables_are_as_before_even_after_an_error(monkeypatch):
     monkeypatch.setenv("LUMIRLIB_ONE", "before")
-    with pytest.raises(KeyError), classical._environment(LUMIRLIB_ONE=1, LUMIRLIB_TWO=2):
+    with pytest.raises(KeyError), classical.environment_variables(LUMIRLIB_ONE=1, LUMIRLIB_TWO=2):
         assert os.environ["LUMIRLIB_ONE"] == "1" and os.environ["LUMIRLIB_TWO"] == "2"
         raise KeyError
     assert os.environ["LUMIRLIB_ONE"] == "before" and "LUMIRLIB_TWO" not in os.environ

@@ -114,7 +114,7 @@ def test_a_row_with_it_is_evaluated_behind_the_trained_checkpoint_and_states_its
 ):
     plain = small_run(small_cohort_json, tmp_path).train(progress=False)
     run = small_run(small_cohort_json, tmp_path, variant="IO", instance_steps=3, instance_tolerance=0)
-    monkeypatch.setattr(trainer.Trainer, "_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(trainer.Trainer, "step", lambda *_: pytest.fail("trained again"))
     result = run.train(progress=False)
     assert result.checkpoint == plain.checkpoint and result.val_dice != plain.val_dice
     run.evaluate(result, progress=False)

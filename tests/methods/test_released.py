@@ -284,8 +284,8 @@ def test_unigradicons_network_gets_moving_then_fixed_scaled_to_the_unit_range(un
     from lumirlib.methods import released
 
     kept = []
-    load = released._unigradicon_network
-    monkeypatch.setattr(released, "_unigradicon_network", lambda *a: kept.append(load(*a)) or kept[-1])
+    load = released.unigradicon_network
+    monkeypatch.setattr(released, "unigradicon_network", lambda *a: kept.append(load(*a)) or kept[-1])
     fixed, moving = pair[0] * 0.5 + 0.1, pair[1] * 0.5 + 0.1
     ReleasedUniGradICON(array_order="ijk", upper_quantile=0.75)(fixed, moving)
     for seen, image in zip(kept[0].seen[-1], (moving, fixed), strict=True):

@@ -94,7 +94,7 @@ def test_every_network_trains_and_a_stopped_run_ends_in_the_same_weights(name, c
     whole = launch.train(config, cohort, tmp_path / "whole", "cpu", progress=False)
     assert len(whole.history) == 3 and np.isfinite(whole.history["val_dice"]).all()
     again = Trainer(config, cohort, tmp_path / "stopped", CPU, progress=False)
-    step, taken = again._step, []
+    step, taken = again.step, []
 
     def stop_after_three(batch, stop):
         if len(taken) == 3:
@@ -103,7 +103,7 @@ def test_every_network_trains_and_a_stopped_run_ends_in_the_same_weights(name, c
         taken.append(batch)
         return step(batch, stop)
 
-    monkeypatch.setattr(again, "_step", stop_after_three)
+    monkeypatch.setattr(again, "step", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         again.run()
     launch.train(config, cohort, tmp_path / "stopped", "cpu", progress=False)

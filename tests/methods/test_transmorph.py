@@ -143,7 +143,7 @@ def test_paths_that_stay_make_up_for_those_left_out():
     torch.manual_seed(0)
     block = SwinBlock(4, 2, (2, 2, 2), False, drop_path=0.25).train()
     path = torch.ones(20_000, 1, 1, 1, 1)
-    kept = block._drop(path, torch.Generator().manual_seed(0))
+    kept = block.drop(path, torch.Generator().manual_seed(0))
     assert sorted(set(kept.flatten().tolist())) == [0.0, pytest.approx(4 / 3)]
     assert float(kept.mean()) == pytest.approx(1, abs=0.02)
 

@@ -41,7 +41,7 @@ from lumirlib.data.landmark_files import read_landmarks
 from lumirlib.data.nifti import read_label_volume, read_volume, write_nifti
 from lumirlib.evaluation import evaluate_method, zero_displacement
 from lumirlib.losses import diffusion_loss, mse_loss, ncc_loss
-from lumirlib.losses.similarity import _ncc_in_parts
+from lumirlib.losses.similarity import ncc_in_parts
 from lumirlib.methods.presets import PRESETS
 from lumirlib.metrics.pair import evaluate_pair
 from lumirlib.study import results, submission
@@ -128,7 +128,7 @@ def test_a_harmed_nifti_file_is_refused_by_name_or_read_as_another_reader_does(k
 
     def check(harm):
         path.write_bytes(harm_nifti(packed, harm))
-        kept._memory.clear()
+        kept.memory.clear()
         read = {"image": kept.image, "labels": kept.label_volume}[kind]
         found = refused_or(f"NIfTI {kind}", lambda: read(subject), path.name)
         if found is None:
@@ -253,7 +253,7 @@ def write_as(path: Path, array: np.ndarray, affine=None, slope=1.0, inter=0.0, o
 def test_every_byte_order_and_number_is_read_to_the_same_image(kept, order, kind, dtype):
     subject = kept.train[0]
     expected = kept.image(subject).clone()
-    kept._memory.clear()
+    kept.memory.clear()
     write_as(subject.image, smooth_blob(0).astype(dtype), order=order, kind=kind)
     assert torch.equal(kept.image(subject), expected)
 
@@ -330,14 +330,14 @@ def test_labels_with_other_numbers_are_refused_or_left_unscored(kept):
         (labels + np.float32(0.5), "whole label numbers"),
         (labels.astype(np.float64) * 1e300, "whole label numbers"),
     ):
-        kept._memory.clear()
+        kept.memory.clear()
         write_nifti(fixed.labels, array, np.eye(4))
         with pytest.raises(ValueError, match=message) as caught:
             kept.label_volume(fixed)
         assert fixed.labels.name in str(caught.value)
     unknown = np.where(labels == 4, 31_000, labels).astype(np.int16)
     write_nifti(fixed.labels, unknown, np.eye(4))
-    kept._memory.clear()
+    kept.memory.clear()
     found = evaluation.score_displacement(kept, kept.validation_pairs[0], torch.zeros(1, 3, *SMALL_SHAPE))
     moving = kept.label_volume(kept.validation_pairs[0].moving)
     as_background_of_neither = metrics.dice(moving, torch.from_numpy(unknown)[None, None], moving, kept.labels)
@@ -949,7 +949,7 @@ def test_ncc_and_its_gradient_stay_finite_on_extreme_images(warped, fixed):
     loss = ncc_loss(first, second)
     loss.backward()
     assert 0 <= loss.item() <= 1 and torch.isfinite(first.grad).all()
-    other, gradient = _ncc_in_parts(first.detach(), second, 9, True)  # what GPUs compute
+    other, gradient = ncc_in_parts(first.detach(), second, 9, True)  # what GPUs compute
     assert 0 <= float(other) <= 1 and torch.isfinite(gradient).all()
 
 
@@ -972,7 +972,7 @@ def test_integration_warping_and_folds_stay_finite_far_beyond_the_volume(size):
     assert torch.isfinite(displacement).all() and torch.isfinite(warped).all() and torch.isfinite(velocity.grad).all()
     assert math.isfinite(metrics.ndv_percent(displacement.detach()))
     assert 0 <= float(warped.max()) <= 1
-    by_grid_sample = spatial._IntegrateNormalized.apply(velocity.detach().flip(1) / 9, 7)  # what GPUs compute
+    by_grid_sample = spatial.integrate_by_grid_sample(velocity.detach(), 7)  # what GPUs compute
     assert torch.isfinite(by_grid_sample).all()
     labels = torch.ones(1, 1, 8, 9, 10, dtype=torch.int16)
     nearest = spatial.warp(labels, displacement.detach(), "nearest")

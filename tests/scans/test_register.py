@@ -100,7 +100,7 @@ def test_files_carry_the_fixed_scans_space_and_itk_reads_the_same_map(tmp_path):
         array, affine, _ = as_scanned(empty, np.diag([2.0, 2, 2, 1]), turn, (5, -4, 3), codes, (1.8, 2.4, 2.0))
         scans.append(noise_scan(tmp_path / f"{name}.nii.gz", affine, array.shape, seed=len(scans)))
     whole = register.ScanMap(np.eye(4), wavy(size=0.4), 4, np.eye(4))
-    files = register._write(whole, *scans, tmp_path)
+    files = register.write_registration(whole, *scans, tmp_path)
     warped, affine = read_volume(files["warped"])
     np.testing.assert_allclose(affine, scans[0].affine, atol=1e-5)
 

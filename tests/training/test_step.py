@@ -122,16 +122,7 @@ def field(seed: int = 1, size: float = 3.0, dtype=torch.float64, shape=(7, 5, 6)
     return size * torch.randn(batch, 3, *shape, generator=generator, dtype=dtype)
 
 
-def grid_sample_warp(image, displacement):
-    return spatial._WarpByGridSample.apply(image, displacement)
-
-
-def grid_sample_integrate(velocity, steps):
-    scale = spatial._normalized_per_voxel(velocity)
-    return spatial._IntegrateNormalized.apply(velocity.flip(1) * scale, steps).div(scale).flip(1)
-
-
-@pytest.mark.parametrize("warp", [spatial.warp, grid_sample_warp])
+@pytest.mark.parametrize("warp", [spatial.warp, spatial.warp_by_grid_sample])
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_warp_and_its_gradients_are_those_of_grid_sample_beyond_the_border_too(warp, channels):
     image = torch.rand(2, channels, 7, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -145,7 +136,7 @@ def test_warp_and_its_gradients_are_those_of_grid_sample_beyond_the_border_too(w
         assert torch.allclose(found, expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("integrate", [spatial.integrate, grid_sample_integrate])
+@pytest.mark.parametrize("integrate", [spatial.integrate, spatial.integrate_by_grid_sample])
 def test_integration_and_its_gradient_are_those_of_grid_sample(integrate):
     results = []
     for one in (integrate, plain.integrate):

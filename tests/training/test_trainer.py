@@ -151,7 +151,7 @@ def test_ctrl_c_ends_the_command_with_a_sentence(said, small_cohort_json, tmp_pa
 def test_interrupted_training_goes_on_to_the_same_weights(cohort, tmp_path, monkeypatch, number):
     config = config_for(cohort)
     whole = train(config, cohort, tmp_path / "whole", "cpu", progress=False)
-    step, taken = Trainer._step, []
+    step, taken = Trainer.step, []
 
     def step_then_signal(self, batch, stop):
         taken.append(batch)
@@ -159,7 +159,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(cohort, tmp_path, monk
             os.kill(os.getpid(), number)
         return step(self, batch, stop)
 
-    monkeypatch.setattr(Trainer, "_step", step_then_signal)
+    monkeypatch.setattr(Trainer, "step", step_then_signal)
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
         train(config, cohort, tmp_path / "cut", "cpu", progress=False)
     assert len(taken) == 6
@@ -176,8 +176,8 @@ def test_interrupted_training_goes_on_to_the_same_weights(cohort, tmp_path, monk
 def test_a_finished_run_is_not_trained_again_unless_asked(cohort, tmp_path, monkeypatch):
     config = config_for(cohort)
     train(config, cohort, tmp_path, "cpu", progress=False)
-    step, taken = Trainer._step, []
-    monkeypatch.setattr(Trainer, "_step", lambda self, *given: taken.append(given) or step(self, *given))
+    step, taken = Trainer.step, []
+    monkeypatch.setattr(Trainer, "step", lambda self, *given: taken.append(given) or step(self, *given))
     train(config, cohort, tmp_path, "cpu", progress=False)
     assert not taken
     train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
@@ -187,15 +187,15 @@ def test_a_finished_run_is_not_trained_again_unless_asked(cohort, tmp_path, monk
 def test_a_restart_forgets_the_finished_run_even_if_it_is_killed_at_once(cohort, tmp_path, monkeypatch):
     config = config_for(cohort)
     train(config, cohort, tmp_path, "cpu", progress=False)
-    step, taken = Trainer._step, []
+    step, taken = Trainer.step, []
 
     def killed(self, batch, stop):
         raise KeyError("as if the power went")
 
-    monkeypatch.setattr(Trainer, "_step", killed)
+    monkeypatch.setattr(Trainer, "step", killed)
     with pytest.raises(KeyError):
         train(config, cohort, tmp_path, "cpu", resume=False, progress=False)
-    monkeypatch.setattr(Trainer, "_step", lambda self, *given: taken.append(given) or step(self, *given))
+    monkeypatch.setattr(Trainer, "step", lambda self, *given: taken.append(given) or step(self, *given))
     train(config, cohort, tmp_path, "cpu", progress=False)
     assert len(taken) == 8
 
@@ -327,19 +327,19 @@ def test_a_disk_that_is_really_full_leaves_the_previous_checkpoint(cohort, tmp_p
 
 
 def test_a_batch_of_two_pairs_takes_the_mean_of_their_gradients(cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
-
     def gradients(batch_size, steps):
         trainer = Trainer(config_for(cohort, batch_size=batch_size), cohort, tmp_path, CPU, progress=False)
         found, zero_grad = [], trainer.optimizer.zero_grad
-        trainer._called_optimizer.step = lambda: found.append(
-            torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]).clone()
-        )
-        stop, batches = interrupts.StopRequest(), trainer._batches()
+
+        def keep_gradients(optimizer):
+            found.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
+
+        monkeypatch.setattr(torch.optim.Adam, "step", keep_gradients)
+        stop, batches = interrupts.StopRequest(), trainer.batches()
         for _ in range(steps):
             batch = next(batches)
             images = (torch.cat([cohort.image(getattr(pair, end)) for pair in batch]) for end in ("fixed", "moving"))
-            trainer._step(Batch(batch, *images), stop)
+            trainer.step(Batch(batch, *images), stop)
             zero_grad()
         return found
 
@@ -350,7 +350,7 @@ def test_a_batch_of_two_pairs_takes_the_mean_of_their_gradients(cohort, tmp_path
 
 def test_the_last_batch_of_an_epoch_is_filled_up(cohort, tmp_path):
     trainer = Trainer(config_for(cohort, batch_size=3), cohort, tmp_path, CPU, progress=False)
-    batches = list(trainer._batches())
+    batches = list(trainer.batches())
     assert [len(batch) for batch in batches] == [3, 3]
     assert {pair.moving.name for batch in batches for pair in batch[:4]} == {subject.name for subject in cohort.train}
 
@@ -419,7 +419,7 @@ def test_zero_displacement_is_evaluated_once_on_the_same_pairs(small_cohort_json
 def test_a_filter_is_put_behind_the_checkpoint_of_a_trained_backbone(small_cohort_json, tmp_path, monkeypatch):
     plain = small_run(small_cohort_json, tmp_path).train(progress=False)
     filtered = small_run(small_cohort_json, tmp_path, variant="BF-post", bilateral_sigma=0.7)
-    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))
     result = filtered.train(progress=False)
     assert result.checkpoint == plain.checkpoint and result.best_epoch == plain.best_epoch
     fixed, moving = (filtered.cohort.image(subject) for subject in (filtered.pairs[0].fixed, filtered.pairs[0].moving))

@@ -68,9 +68,9 @@ def test_a_row_trains_on_triplets_of_the_pairs_it_would_have_trained_on(small_co
 def test_a_run_on_triplets_resumes_with_the_same_ones(cohort, tmp_path):
     config = make_config(parse_variant("GROUP"), replace(TINY, epochs=1), cohort, 0, head_channels=4)
     whole = trainer.Trainer(config, cohort, tmp_path / "whole", CPU, progress=False)
-    pairs = list(whole._batches())
+    pairs = list(whole.batches())
     whole.state.step = 2
-    assert list(whole._batches()) == pairs[2:] and len(pairs[0]) == 2
+    assert list(whole.batches()) == pairs[2:] and len(pairs[0]) == 2
 
 
 def test_a_cohort_of_two_scans_is_refused(tmp_path):
