@@ -34,7 +34,7 @@ def checksum(path: str | Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    return _gzip_checksum(Path(path)) or _hash(Path(path))
+    return _gzip_checksum(Path(path)) or hash_file(Path(path))
 
 
 def checksums(paths: Iterable[Path], memory: str) -> dict[Path, str]:
@@ -60,7 +60,7 @@ def checksums(paths: Iterable[Path], memory: str) -> dict[Path, str]:
         match known.get(str(path)):
             case [*before, str(digest)] if before == state:
                 return digest, [*state, digest]
-        digest = _hash(path)
+        digest = hash_file(path)
         keep = found.st_size >= REMEMBERED_BYTES and time.time() - times > RECENT_SECONDS
         return digest, [*state, digest] if keep else None
 
@@ -87,7 +87,8 @@ def _gzip_checksum(path: Path) -> str:
     return f"crc32 {crc:08x} of {size}" if size == header.offset + header.nbytes else ""
 
 
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
     content = hashlib.sha256()
     with open(path, "rb") as stream:
         while part := stream.read(_CHUNK):

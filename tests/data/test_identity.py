@@ -79,8 +79,8 @@ def test_hashes_of_large_files_are_remembered_until_the_files_change(tmp_path, m
     path = write_nifti(tmp_path / "image.nii", IMAGE, np.eye(4))
     small = tmp_path / "points.json"
     small.write_text("{}")
-    hashed, real = [], identity._hash
-    monkeypatch.setattr(identity, "_hash", lambda path: hashed.append(path.name) or real(path))
+    hashed, real = [], identity.hash_file
+    monkeypatch.setattr(identity, "hash_file", lambda path: hashed.append(path.name) or real(path))
     first = identity.checksums([path, small], "cohort")
     assert identity.checksums([path, small], "cohort") == first
     assert sorted(hashed) == ["image.nii", "points.json", "points.json"]
