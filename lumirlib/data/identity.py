@@ -88,7 +88,7 @@ def _gzip_checksum(path: Path) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    """The word sha256 and that digest of a file's bytes."""
     content = hashlib.sha256()
     with open(path, "rb") as stream:
         while part := stream.read(_CHUNK):

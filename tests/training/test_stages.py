@@ -232,7 +232,7 @@ def test_a_run_trains_from_coarse_to_fine_and_chooses_among_the_last_stages_epoc
 @pytest.mark.parametrize("taken_before", [3, 7, 8, 13])  # 8 steps a stage: within 1, at its end twice, within 2
 def test_a_run_stopped_in_any_stage_goes_on_to_the_same_weights(small_cohort_json, tmp_path, monkeypatch, taken_before):
     whole = staged_run(small_cohort_json, tmp_path / "whole").train(progress=False)
-    step, taken = Trainer._step, []
+    step, taken = Trainer.step, []
 
     def step_then_signal(self, batch, stop):
         taken.append(batch)
@@ -240,7 +240,7 @@ def test_a_run_stopped_in_any_stage_goes_on_to_the_same_weights(small_cohort_jso
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch, stop)
 
-    monkeypatch.setattr(Trainer, "_step", step_then_signal)
+    monkeypatch.setattr(Trainer, "step", step_then_signal)
     with pytest.raises(SystemExit):
         staged_run(small_cohort_json, tmp_path / "cut").train(progress=False)
     resumed = staged_run(small_cohort_json, tmp_path / "cut").train(progress=False)
