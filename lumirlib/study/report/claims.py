@@ -90,13 +90,8 @@ class Evidence:
     @cached_property
     def not_converged(self) -> tuple[str, ...]:
         """The trained rows of which a seed had not converged by docs/protocol.md, or has no log to tell."""
-        rises = [runs.late_rises(self.runs)]
-        if self.mse_smoothness is not None:
-            own = runs.late_rises(self.mse[self.mse_smoothness])
-            rises.append(own[own["variant"] == "backbone"].assign(variant=WITH_MSE))
-        highest = pd.concat(rises).groupby("variant")["rise"].max()
-        trained = [name for name in self.rows if name == WITH_MSE or not runs.deterministic_rows([name])]
-        return tuple(name for name in trained if not highest.get(name, math.nan) <= runs.CONVERGED)
+        with_mse = () if self.mse_smoothness is None else runs.not_converged(self.mse[self.mse_smoothness])
+        return (*runs.not_converged(self.runs), *((WITH_MSE,) if "backbone" in with_mse else ()))
 
     def width_told_apart(self, first: str, second: str) -> bool:
         """Whether two rows of the paper's network have its ratio of widths, in the encoder and in the head.
@@ -277,7 +272,8 @@ class Check:
         if not study.width_told_apart(self.row, self.reference):
             found.append("the preset narrows the encoder and not the head, so that width is not told apart from K")
         # a row that may still rise can yet be better; a reference that may still rise can yet be as good
-        names = [self.reference] if outcome == HOLDS and self.expect != "alike" else [self.reference, self.row]
+        one_sided = {HOLDS: [self.reference], FAILS: [self.row]} if self.expect != "alike" else {}
+        names = one_sided.get(outcome, [self.reference, self.row])
         if late := [name for name in names if name in study.not_converged]:
             found.append(f"not converged: {', '.join(late)}")
         return found

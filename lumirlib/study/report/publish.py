@@ -9,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 
 from lumirlib.files import write_atomically, write_json
+from lumirlib.methods import parse_row
+from lumirlib.methods.variants import Variant
 from lumirlib.provenance import now, versions
-from lumirlib.study.paper import BEFORE, CHALLENGE, COLUMNS, METRICS
+from lumirlib.study.paper import BEFORE, CHALLENGE, METRICS, SHOWN_COLUMNS
 from lumirlib.study.report import difficulty, statistics, tables
 from lumirlib.study.report.runs import CONVERGED, Runs, late_rises
 from lumirlib.study.results import Measured, data_title
@@ -28,17 +30,20 @@ def as_text(value: float, digits: int, signed: bool = False) -> str:
 def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
     """Table 1 or 2 as text for a reader: three lines a method (paper, ours, ours − paper), best figures in bold.
 
+    Figures of ours that rest on too few people for a verdict are never bold.
+
     Args:
         table: as :func:`lumirlib.study.report.tables.table1` or :func:`lumirlib.study.report.tables.table2` gives it.
         bold: pattern of a bold figure, ``"**{}**"`` for Markdown.
     """
     schemes = table[table["variant"] != BEFORE]
     best = {}
-    columns = [column for column in COLUMNS if column in set(table["metric"])]
+    columns = [column for column in SHOWN_COLUMNS if column in set(table["metric"])]
+    few = _of_few_people(table)
     for column in columns:
         if column == "dice_std":
             continue
-        for source in ("paper", "ours"):
+        for source in ("paper",) if column in few else ("paper", "ours"):
             # as printed: what looks alike is alike, and where all are alike none is best
             values = schemes.loc[schemes["metric"] == column, source].round(METRICS[column].digits).dropna()
             if len(set(values)) > 1:
@@ -47,8 +52,7 @@ def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
     for method, part in table.groupby("method", sort=False):
         by_metric = part.set_index("metric")
         variant, sc = part["variant"].iloc[0], part["sc"].iloc[0]
-        name = method if variant in (BEFORE, method) or method.startswith("backbone") else f"{method} ({variant})"
-        name += "" if pd.isna(sc) else f" (sc:{int(sc)})"
+        name = _row_title(method, variant) + ("" if pd.isna(sc) else f" (sc:{int(sc)})")
         lines: dict[str, dict[str, str]] = {"paper": {}, "ours": {}, "ours − paper": {}}
         for column in columns:
             row, heading, digits = by_metric.loc[column], METRICS[column].heading, METRICS[column].digits
@@ -74,6 +78,22 @@ def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
     return frame
 
 
+def _row_title(method: str, variant: str) -> str:
+    """A row's name for a reader: the paper's, with ours where it differs, and what was trained here in its place."""
+    if variant == BEFORE or method.startswith("backbone"):
+        return method
+    row = parse_row(variant)
+    if not isinstance(row, Variant) and row.trains_on != "nothing":
+        return f"{method} (retrained here)"
+    return method if variant == method else f"{method} ({variant})"
+
+
+def _of_few_people(table: pd.DataFrame) -> list[str]:
+    """Columns of Table 1 or 2 whose figures of ours rest on too few people for a verdict."""
+    people = table.groupby("metric", sort=False)["people"].min()
+    return list(people.index[people < statistics.MIN_PEOPLE])
+
+
 def brief_table(table: pd.DataFrame) -> pd.DataFrame:
     """Table 1 or 2 as text on one screen: a line a method, "paper · ours" in a column for each metric of the challenge.
 
@@ -85,13 +105,15 @@ def brief_table(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for method, part in table.groupby("method", sort=False):
         variant, values = part["variant"].iloc[0], part.set_index("metric")
-        named = variant in (BEFORE, method) or method.startswith("backbone")
-        row = {"method": method if named else f"{method} ({variant})"}
+        row = {"method": _row_title(method, variant)}
         for metric in (METRICS[name] for name in CHALLENGE):
             figures = [as_text(values.loc[metric.name, whose], metric.digits) for whose in ("paper", "ours")]
             spread = values.loc[metric.name, "seed_std"]
             figures[1] += "" if pd.isna(spread) else f" ± {spread:.{metric.digits}f}"
             row[f"{metric.heading}: paper, ours"] = " · ".join(figures)
+            if metric.name == "tre_mm":  # which on coarse voxels is rounded to them
+                points = METRICS["tre_points_mm"]
+                row[f"{points.heading}: ours"] = as_text(values.loc[points.name, "ours"], points.digits)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -208,6 +230,15 @@ def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
     """:func:`publish` Table 1 or 2 beside ours; the Markdown."""
     table = {1: tables.table1, 2: tables.table2}[number](runs)
     note = f"{runs.spread_note}. Best figures in bold, zero displacement left out."
+    if few := _of_few_people(table):
+        people = int(table.loc[table["metric"].isin(few), "people"].min())
+        titles = " and ".join(METRICS[column].title for column in few)
+        note += f" {titles} rest on {people} people, so none of ours is bold."
+    if "tre_points_mm" in set(table["metric"]):
+        note += (
+            f" TRE is in the challenge's form, which moves landmarks by whole voxels of "
+            f"{runs.preset.resolution_mm:g} mm; TRE of points is the textbook's, without rounding."
+        )
     dice = table[table["metric"] == "dice"].set_index("variant")["ours"].round(METRICS["dice"].digits)
     idle = [name for name in runs.variants if dice[name] <= dice[BEFORE]]
     if idle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -195,6 +196,13 @@ def _histories(folder: Path, facts: pd.DataFrame) -> pd.DataFrame:
         if log.is_file():
             found.append(pd.read_csv(log).assign(variant=fact["variant"], seed=fact["seed"]))
     return pd.concat(found[1:] or found, ignore_index=True)
+
+
+def not_converged(runs: Runs) -> tuple[str, ...]:
+    """The trained rows of which a seed had not converged by docs/protocol.md, or has no log to tell."""
+    highest = late_rises(runs).groupby("variant")["rise"].max()
+    trained = [name for name in runs.variants if not deterministic_rows([name])]
+    return tuple(name for name in trained if not highest.get(name, math.nan) <= CONVERGED)
 
 
 def late_rises(runs: Runs) -> pd.DataFrame:

@@ -10,7 +10,16 @@ import pandas as pd
 from lumirlib.evaluation import summarize
 from lumirlib.methods import parse_row
 from lumirlib.methods.variants import Variant
-from lumirlib.study.paper import BEFORE, CHALLENGE, COLUMNS, METRICS, TABLE_1_NAMES, paper_method, paper_table
+from lumirlib.study.paper import (
+    BEFORE,
+    CHALLENGE,
+    COLUMNS,
+    METRICS,
+    SHOWN_COLUMNS,
+    TABLE_1_NAMES,
+    paper_method,
+    paper_table,
+)
 from lumirlib.study.report.runs import Runs
 
 
@@ -18,7 +27,7 @@ def _ours(table: pd.DataFrame, val_dice: float) -> dict[str, float]:
     summary = summarize(table)
     values = {metric: float(row["mean"]) for metric, row in summary.iterrows()}
     values |= {"val_dice": val_dice, "dice_std": float(summary.loc["dice", "std"])}
-    return {column: METRICS[column].shown(values[column]) for column in COLUMNS}
+    return {column: METRICS[column].shown(values.get(column, math.nan)) for column in SHOWN_COLUMNS}
 
 
 def compare_with_paper(
@@ -59,27 +68,32 @@ def compare_with_paper(
     }
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.index = pd.MultiIndex.from_tuples(frame.index)
-    if not is_variant:
-        frame = frame.drop(columns="val_dice")
+    frame = frame[[column for column in COLUMNS if is_variant or column != "val_dice"]]
     return frame.rename(columns={column: METRICS[column].heading for column in COLUMNS})
 
 
 def _theirs(method: str, table: int = 2) -> dict[str, float]:
     rows = paper_table(table).set_index("method")
-    if method not in rows.index:  # what the paper never ran
-        return dict.fromkeys(COLUMNS, float("nan"))
-    return {column: float(rows.loc[method, column]) for column in COLUMNS}
+    found = dict.fromkeys(SHOWN_COLUMNS, math.nan)
+    # the paper never ran some rows, and has no TRE of points
+    return found | {column: float(rows.loc[method, column]) for column in COLUMNS if method in rows.index}
 
 
 def _pairs(table: pd.DataFrame) -> dict[str, float]:
     counted = {metric: float(pairs) for metric, pairs in summarize(table)["pairs"].items()}
     # Val Dice is of the training's own choice of pairs
-    return {column: counted.get(column, math.nan) for column in COLUMNS}
+    return {column: counted.get(column, math.nan) for column in SHOWN_COLUMNS}
+
+
+def _people(table: pd.DataFrame) -> dict[str, float]:
+    known = table.dropna(subset="value").groupby("metric")[["fixed", "moving"]]
+    counted = {metric: float(len({*pairs["fixed"], *pairs["moving"]})) for metric, pairs in known}
+    return {column: counted.get(column, math.nan) for column in SHOWN_COLUMNS} | {"dice_std": counted["dice"]}
 
 
 def _minus(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
-    difference = {column: first[column] - second[column] for column in COLUMNS}
-    return difference | {"dice_std": float("nan")}  # a difference of spreads tells nothing
+    difference = {column: first[column] - second[column] for column in SHOWN_COLUMNS}
+    return difference | {"dice_std": math.nan}  # a difference of spreads tells nothing
 
 
 def table1(runs: Runs) -> pd.DataFrame:
@@ -92,8 +106,8 @@ def table2(runs: Runs) -> pd.DataFrame:
 
     Returns:
         One row per method (as the paper names it, "Before Reg" first) and column of the paper: method, variant, sc
-        (ours), metric (one of :data:`COLUMNS`), paper, ours (mean over seeds), seed_std (sample standard deviation
-        over seeds, NaN for one), difference (ours - paper), seeds, pairs (with a figure).
+        (ours), metric (one of :data:`SHOWN_COLUMNS`), paper, ours (mean over seeds), seed_std (sample standard
+        deviation over seeds, NaN for one), difference (ours - paper), seeds, pairs and people (with a figure).
     """
     names = {name: paper_method(name) for name in (BEFORE, *runs.variants)}
     return _beside(runs, names, 2)
@@ -112,9 +126,9 @@ def _beside(runs: Runs, names: Mapping[str, str], table: int) -> pd.DataFrame:
             else:
                 fact = runs.facts[(runs.facts["variant"] == name) & (runs.facts["seed"] == seed)].iloc[0]
                 val_dice, sc = float(fact["val_dice"]), fact["options"].get("start_channels")
-            seeds.append((_ours(values, val_dice), _pairs(values)))
-        ours = pd.DataFrame([values for values, _ in seeds])
-        for column in COLUMNS if table == 2 else [column for column in COLUMNS if column != "val_dice"]:
+            seeds.append((_ours(values, val_dice), _pairs(values), _people(values)))
+        ours = pd.DataFrame([values for values, *_ in seeds])
+        for column in SHOWN_COLUMNS if table == 2 else [column for column in SHOWN_COLUMNS if column != "val_dice"]:
             rows.append(
                 {
                     "method": method if name != "BF-post" else "backbone+BF-post",
@@ -126,7 +140,8 @@ def _beside(runs: Runs, names: Mapping[str, str], table: int) -> pd.DataFrame:
                     "seed_std": ours[column].std(ddof=1),
                     "difference": ours[column].mean() - paper[column],
                     "seeds": len(ours),
-                    "pairs": min(pairs[column] for _, pairs in seeds),
+                    "pairs": min(pairs[column] for _, pairs, _ in seeds),
+                    "people": min(people[column] for *_, people in seeds),
                 }
             )
     return pd.DataFrame(rows)

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from lumirlib import build_model, cli, parse_variant, plots
-from lumirlib.methods import presets
+from lumirlib.methods import parse_row, presets
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.backbone import CASCADES, join_velocities
 from lumirlib.provenance import project_root
 from lumirlib.study import costs, results
 from lumirlib.study.folding import amplified_folding
-from lumirlib.study.report import figures, publish, tables
+from lumirlib.study.report import figures, publish, statistics, tables
 from lumirlib.study.report.runs import load_runs
 from lumirlib.study.results import write_results
 from lumirlib.study.run import Run
@@ -38,22 +38,25 @@ FACTS = {
 }
 
 
-def write_run(folder, variant, seed, dice, tre=3.0, ndv=0.0, hd95=4.0, val_dice=0.6, preset="demo", **changes):
+def write_run(
+    folder, variant, seed, dice, tre=3.0, tre_points=None, ndv=0.0, hd95=4.0, val_dice=0.6, preset="demo", **changes
+):
     """A finished run whose figures are those given, one per pair or one for all; `changes` update its provenance."""
     values = {"dice": dice, "tre_mm": tre, "ndv_percent": ndv, "hd95_mm": hd95, "seconds": 0.1}
+    values |= {} if tre_points is None else {"tre_points_mm": tre_points}
     rows = [
         {"pair": pair, "fixed": pair[2], "moving": pair[0], "metric": metric, "value": value}
         for metric, given in values.items()
         for pair, value in zip(PAIRS, np.broadcast_to(given, 3), strict=True)
     ]
-    chosen = get_preset(preset)
+    chosen, row = get_preset(preset), parse_row(variant)
     about = {
         **FACTS,
         "run": f"{variant}_seed{seed}",
         "method": variant,
         "seed": seed,
-        "preset": asdict(chosen),
-        "options": asdict(chosen.apply(parse_variant(variant))),
+        "preset": asdict(row.training_preset(chosen)),
+        "options": asdict(chosen.apply(row)),
         "val_dice": val_dice,
         "val_dice_before": 0.5,
         **changes,
@@ -182,7 +185,8 @@ def test_runs_of_an_earlier_version_without_validation_dice_before_are_shown(fol
     assert table.loc[("Before Reg", "dice"), "ours"] == pytest.approx(50)
 
 
-def test_best_figures_are_bold_and_ties_of_all_are_not(runs):
+def test_best_figures_are_bold_and_ties_of_all_are_not(runs, monkeypatch):
+    monkeypatch.setattr(statistics, "MIN_PEOPLE", 3)
     shown = publish.readable_table(tables.table2(runs))
     ours = shown[shown["whose"] == "ours"]
     assert ours["Dice (%)"].tolist() == ["50.00", "71.00 (1.41)", "**72.00** (0.94)"]
@@ -190,6 +194,35 @@ def test_best_figures_are_bold_and_ties_of_all_are_not(runs):
     assert ours["NDV (%)"].tolist()[1:] == ["0.3000 (0.1414)", "**0.0000** (0.0000)"]
     assert shown[shown["whose"] == "paper"]["TRE (mm)"].tolist() == ["4.3543", "2.3753", "**2.3360**"]
     assert shown["method"].tolist()[3] == "backbone (sc:8)"
+
+
+def test_figures_that_rest_on_three_people_are_not_bold(runs, tmp_path):
+    shown = publish.readable_table(tables.table2(runs))
+    ours = shown[shown["whose"] == "ours"].drop(columns="Val Dice (%)")  # of pairs that the table does not know
+    assert not ours.map(lambda text: "**" in text).any(axis=None)
+    assert shown[shown["whose"] == "paper"]["TRE (mm)"].tolist() == ["4.3543", "2.3753", "**2.3360**"]
+    assert "rest on 3 people, so none of ours is bold" in publish.publish_table(2, runs, tmp_path / "table2")
+
+
+def test_tre_of_points_stands_beside_the_challenges_form(folder):
+    write_run(folder, "LK", 0, 0.7, tre=3.0, tre_points=2.5)
+    table = tables.table2(load_runs(folder, ["LK"]))
+    ours = table[table["variant"] == "LK"].set_index("metric")["ours"]
+    assert (ours["tre_mm"], ours["tre_points_mm"]) == (3.0, 2.5)
+    assert table.set_index("metric").loc["tre_points_mm", "paper"].isna().all()
+    brief = publish.brief_table(table).set_index("method")
+    assert brief["TRE of points (mm): ours"].to_dict() == {"Before Reg": "–", "backbone+LK": "2.5000"}
+
+
+def test_methods_of_other_teams_are_called_retrained_here(folder):
+    write_run(folder, "VoxelMorph", 0, 0.6)
+    shown = publish.readable_table(tables.table1(load_runs(folder, ["VoxelMorph", "LC-2"])))
+    assert set(shown["method"]) == {
+        "Zero Displacement",
+        "VoxelMorph (retrained here)",
+        "next-gen-nn (LC-2) (sc:16)",
+        "",
+    }
 
 
 def test_differences_are_paired_by_pair_and_seed(runs):
@@ -212,12 +245,13 @@ def test_a_filter_behind_trained_weights_is_set_beside_the_papers_bf(folder):
     assert table.loc[("BF-post", "dice"), ["method", "paper"]].tolist() == ["backbone+BF-post", 77.34]
 
 
-def test_tables_are_written_in_three_forms_with_their_provenance(runs, tmp_path):
+def test_tables_are_written_in_three_forms_with_their_provenance(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "MIN_PEOPLE", 3)
     text = publish.publish_table(2, runs, tmp_path / "tables" / "table2")
     csv, md, tex, about = ((tmp_path / "tables" / f"table2.{end}").read_text() for end in ("csv", "md", "tex", "json"))
     assert md == text and "**72.00** (0.94)" in md and md.startswith("**Table 2, paper and ours (simulated people")
     assert r"\textbf{72.00} (0.94)" in tex and r"Dice (\%)" in tex and r"\caption{Table 2" in tex and "±" not in tex
-    assert len(csv.splitlines()) == 1 + 3 * 6
+    assert len(csv.splitlines()) == 1 + 3 * 7
     assert json.loads(about)["commits"] == ["c" * 40] and "backbone_seed1" in json.loads(about)["runs"]
     changed = publish.publish_effects(runs, tmp_path / "effects")
     assert "+LC-2" in changed and "+1.00 (0.47), 67% better" in changed and "−0.3000" in changed
