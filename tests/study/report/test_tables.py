@@ -85,10 +85,7 @@ def runs(folder):
 
 def test_runs_are_found_by_variant_preset_and_cohort_and_what_lacks_is_said(folder, runs):
     assert runs.variants == ("backbone", "LC-2") and runs.missing == ("LK",)
-    assert (
-        "Not run: LK" in runs.missing_note
-        and "lumirlib.study.sweep --rows backbone LK LC-2 --preset demo" in runs.command
-    )
+    assert "Not run: LK" in runs.missing_note and "lumirlib sweep --rows backbone LK LC-2 --preset demo" in runs.command
     assert "simulated" in runs.title and "not a LUMIR result" in runs.title
     assert "3 pairs; 2 seed(s) a row" in runs.spread_note
     write_run(folder, "LK", 0, 0.7, preset="smoke", run="LK_smoke")
