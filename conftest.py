@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-COMMITTED = Path(__file__).resolve().parent / "results"
-
 # The workers of `pytest -n` share the cores. PyTorch, which is imported later, reads this, and so do the kernels of
 # notebooks and the commands that tests start.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -30,27 +28,19 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    """Send what tests and notebooks write to a temporary folder, not into the checkout's results/."""
+    """Send what tests and notebooks write to a temporary folder, not into the checkout."""
     config.lumirlib_results = tempfile.mkdtemp(prefix="lumirlib-test-results-")
     os.environ["LUMIRLIB_RESULTS"] = config.lumirlib_results
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Give each notebook a results folder of its own, with the figures that are committed in it.
+    """Give each notebook a folder of its own for what it makes, so that none goes on from another's checkpoint.
 
-    A notebook's kernel takes its environment over when its first cell is set up. A notebook that reads results finds
-    the committed ones, as a reader does, and not what another notebook has just made on this machine.
+    A notebook's kernel takes its environment over when its first cell is set up.
     """
-    if item.path.suffix != ".ipynb":
-        os.environ["LUMIRLIB_RESULTS"] = item.config.lumirlib_results
-        return
-    folder = Path(item.config.lumirlib_results, item.path.stem)
-    if not folder.exists():
-        for part in ("metrics", "logs", "costs", "folding", "robustness"):
-            if (COMMITTED / part).is_dir():
-                shutil.copytree(COMMITTED / part, folder / part)
-    os.environ["LUMIRLIB_RESULTS"] = str(folder)
+    own = item.path.stem if item.path.suffix == ".ipynb" else ""
+    os.environ["LUMIRLIB_RESULTS"] = str(Path(item.config.lumirlib_results, own))
 
 
 def pytest_unconfigure(config):

@@ -210,7 +210,8 @@ def _seeds(default: Sequence[int]) -> Callable[[Function], Function]:
 
 _PRESET = click.option("--preset", default="demo", help="smoke, demo, real-cpu, half, full or paper.")
 _DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-_OUT = _text("--out", help="Results folder.")
+_OUT = _text("--out", help="Results folder to write to; runs/ of the checkout, if not given.")
+_READ = click.option("--results", default="study", help="Results to read: study (what is committed), or a folder.")
 _RESULTS = _text("--results", help="Results folder that the run is in.")
 _QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
 _SKIP = "strip, bias, affine"
@@ -301,7 +302,7 @@ def run_row(
     ROW is the backbone or schemes joined by '+' (backbone, LK, LC-1, LC-2, CA, BF, BF-post, CA+BF ...), or another
     team's method (VoxelMorph, TransMorph, SynthMorph, uniGradICON, deedsBCV ...).
 
-    The executed notebook, with tables and pictures, is written to runs/ of the results folder.
+    The executed notebook, with tables and pictures, is written to notebooks/ of the results folder.
     """
     from lumirlib.evaluation import summarize
     from lumirlib.study.results import read_results
@@ -579,7 +580,7 @@ def prepare(
     "register",
     examples="""
     lumirlib register fixed.nii.gz moving.nii.gz --out registered --method deedsBCV
-    lumirlib register fixed.nii.gz moving.nii.gz --out registered --weights results/checkpoints/<run>/best.pt
+    lumirlib register fixed.nii.gz moving.nii.gz --out registered --weights runs/checkpoints/<run>/best.pt
     lumirlib register fixed.nii.gz moving.nii.gz --out registered --method affine --skip strip bias
     antsApplyTransforms -d 3 -i moving.nii.gz -r fixed.nii.gz -t registered/transform.nii.gz -o warped.nii.gz
     """,
@@ -886,15 +887,15 @@ def report() -> None:
 )
 @click.option("--cohort", default="brains", help="Short name of the cohort of the runs.")
 @click.option("--preset", default="real-cpu", help="Preset of the runs.")
-@_OUT
+@_READ
 @_write_option("README.md")
-def report_claims(cohort: str, preset: str, out: str, write: bool) -> None:
+def report_claims(cohort: str, preset: str, results: str, write: bool) -> None:
     """The paper's claims, judged from finished runs by stated rules."""
     from lumirlib.files import write_between
     from lumirlib.provenance import results_folder
     from lumirlib.study.report import claims, publish
 
-    study = claims.load_study(results_folder(out), cohort, preset)
+    study = claims.load_study(results_folder(results), cohort, preset)
     verdicts = claims.judge(study)
     if write:
         print(write_between(_page("README.md"), claims.MARKERS, claims.summary(study, verdicts)))
@@ -909,15 +910,15 @@ def report_claims(cohort: str, preset: str, out: str, write: bool) -> None:
     lumirlib report budget --write
     """,
 )
-@_OUT
+@_READ
 @_write_option("docs/speed.md")
-def report_budget(out: str, write: bool) -> None:
+def report_budget(results: str, write: bool) -> None:
     """What the full reproduction costs: GPU-hours, disk and memory, from what `lumirlib measure costs` wrote."""
     from lumirlib.files import write_between
     from lumirlib.provenance import results_folder
     from lumirlib.study import costs
 
-    text = costs.readable_budget(costs.load_budget(results_folder(out)))
+    text = costs.readable_budget(costs.load_budget(results_folder(results)))
     print(write_between(_page("docs/speed.md"), costs.MARKERS, text) if write else text)
 
 

@@ -17,6 +17,9 @@ from lumirlib._version import __version__
 
 PACKAGES = ("torch", "numpy", "scipy", "numba", "nibabel", "pandas", "matplotlib", "surface-distance", "deepmriprep")
 
+#: Stands for the results that the study has committed, wherever a results folder is asked for.
+STUDY = "study"
+
 
 def project_root() -> Path | None:
     """The checkout that this package runs from, or None for a copy installed elsewhere."""
@@ -25,11 +28,30 @@ def project_root() -> Path | None:
 
 
 def results_folder(out: str | Path = "") -> Path:
-    """Where results go: `out`; else the folder in LUMIRLIB_RESULTS; else the checkout's `results/`; else ./results."""
+    """The folder that results are read from or written to: one's own, the study's, or any other.
+
+    What the study has committed and what a user makes are two places, so that a run never overwrites a committed file.
+
+    Args:
+        out: "study" for what the study has committed, `results/` of the checkout; empty for one's own results, which
+            are in the folder named by LUMIRLIB_RESULTS, or else in `runs/` of the checkout, or else, where there is no
+            checkout, in `lumirlib-results/` of the current folder; otherwise a path.
+
+    Raises:
+        FileNotFoundError: "study" where there is no checkout.
+    """
+    root = project_root()
+    if str(out) == STUDY:
+        if root is None:
+            raise FileNotFoundError(
+                "the results of the study come with a checkout of lumirlib, and this is a package without one: "
+                "give a results folder"
+            )
+        return root / "results"
     chosen = str(out) or os.environ.get("LUMIRLIB_RESULTS", "")
     if chosen:
         return Path(chosen).expanduser()
-    return (project_root() or Path.cwd()) / "results"
+    return root / "runs" if root else Path.cwd() / "lumirlib-results"
 
 
 def commit() -> str:

@@ -168,7 +168,7 @@ def test_a_run_goes_through_its_notebook_and_says_where_it_is(small_cohort_json,
     words = ["run", "LK", "--cohort", str(small_cohort_json), "--preset", "smoke", "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--quiet", "--set", *options]) == 0
     printed = capsys.readouterr().out
-    (output,) = (tmp_path / "out" / "runs").iterdir()
+    (output,) = (tmp_path / "out" / "notebooks").iterdir()
     assert re.fullmatch(r"LK_small_smoke_.*_seed0\.ipynb", output.name)
     assert f"best epoch 1; {output}; {tmp_path / 'out' / 'metrics'}" in printed and "hd95_mm" in printed
     notebook.cells[1].source = "raise ValueError('no luck')"

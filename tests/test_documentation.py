@@ -187,7 +187,7 @@ def test_every_program_of_the_documentation_is_run_by_a_test():
 
 
 def test_budget_is_printed_as_the_page_on_speed_has_it(capsys):
-    assert cli.main(["report", "budget", "--out", str(ROOT / "results")]) == 0
+    assert cli.main(["report", "budget"]) == 0
     printed = capsys.readouterr().out.strip()
     assert printed and printed in text_of(ROOT / "docs" / "speed.md")
 

@@ -1,6 +1,8 @@
 """The project as a user meets it: notebook, command line, environment files."""
 
+import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,18 +17,21 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from lumirlib import __version__, cli
+from lumirlib import __version__, cli, provenance
 from lumirlib.methods.presets import PRESETS
-from lumirlib.provenance import project_root, results_folder
+from lumirlib.provenance import results_folder
+from lumirlib.study.jobs import NOTEBOOK
+from lumirlib.study.notebooks import KINDS, check_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "notebooks" / "run_ablation.ipynb"
+RUN = ROOT / NOTEBOOK
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 
 def test_notebook_runs_from_another_folder_with_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     papermill.execute_notebook(
-        str(NOTEBOOK), "LC-2.ipynb", {"variant": "LC-2+CA", "preset": "smoke", "out": "my results"}, progress_bar=False
+        str(RUN), "LC-2.ipynb", {"variant": "LC-2+CA", "preset": "smoke", "out": "my results"}, progress_bar=False
     )
     csv, provenance = (
         list((tmp_path / "my results" / "metrics").glob(f"LC-2-CA_embedded_smoke_*.{end}")) for end in ("csv", "json")
@@ -42,11 +47,73 @@ def test_notebook_with_a_misspelt_variant_fails_with_the_choices(tmp_path):
     with pytest.raises(
         papermill.PapermillExecutionError, match=r"unknown variant 'LKK'.*backbone, LK, LC-1, LC-2, CA, BF"
     ):
-        papermill.execute_notebook(str(NOTEBOOK), str(tmp_path / "o.ipynb"), {"variant": "LKK"}, progress_bar=False)
+        papermill.execute_notebook(str(RUN), str(tmp_path / "o.ipynb"), {"variant": "LKK"}, progress_bar=False)
+
+
+def test_notebook_with_a_misspelt_parameter_fails_in_its_first_cell_with_what_is_spelt_alike(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=r"no parameter 'varient' \(did you mean variant"):
+        papermill.execute_notebook(str(RUN), str(tmp_path / "o.ipynb"), {"varient": "LK"}, progress_bar=False)
+    cells = [cell for cell in nbformat.read(tmp_path / "o.ipynb", 4).cells if cell.cell_type == "code"]
+    (broken,) = (n for n, cell in enumerate(cells) if any(output.output_type == "error" for output in cell.outputs))
+    sources = [cell.source for cell in cells if not cell.source.startswith("# This cell was added by papermill")]
+    assert "check_parameters(globals())" in cells[broken].source and cells[broken].source == sources[2]
+
+
+def test_notebooks_check_their_parameters_before_anything_else():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        code = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        statements = [ast.unparse(line) for line in ast.parse(code[1]).body if not isinstance(line, IMPORTS)]
+        assert statements[0] == "check_parameters(globals())", path.name
+        declared = {line.target.id: ast.unparse(line.annotation) for line in ast.parse(code[0]).body}
+        assert set(declared.values()) <= set(KINDS), path.name
+
+
+#: As the first cells of a notebook would leave them.
+CELLS = ["", 'variant: str = "backbone"\nepochs: int = None\nlambda1: float = 1.0\noptions: dict = {}\nrows: list = []']
+
+
+def notebook_with(injected: str, **values) -> dict:
+    declared = {"variant": "backbone", "epochs": None, "lambda1": 1.0, "options": {}, "rows": []}
+    return {"In": [*CELLS, f"# Parameters\n{injected}"], **declared, **values}
+
+
+def test_parameters_given_as_text_are_read_as_json_or_yaml():
+    notebook = notebook_with("", options='{"similarity": "mse", "rate": 1e-4}', rows="[LC-2, CA]", lambda1=2)
+    check_parameters(notebook)
+    assert notebook["options"] == {"similarity": "mse", "rate": 1e-4} and notebook["rows"] == ["LC-2", "CA"]
+    assert notebook["lambda1"] == 2 and notebook["epochs"] is None
+    notebook = notebook_with("", options="{similarity: mse}")
+    check_parameters(notebook)
+    assert notebook["options"] == {"similarity": "mse"}
+
+
+@pytest.mark.parametrize(
+    ("injected", "values", "message"),
+    [
+        ('varient = "LK"', {}, r"no parameter 'varient' \(did you mean variant\?\); it has variant, epochs, lambda1"),
+        ("gpu = 1\nepoch = 3", {}, r"no parameter 'gpu', 'epoch' \(did you mean epochs\?\)"),
+        ("", {"options": "similarity"}, r"options must be names with values, got 'similarity'.* -y '\{options: \{NAME"),
+        ("", {"options": "{"}, "options must be names with values, got '{'"),
+        ("", {"rows": "LC-2"}, r"rows must be a list, got 'LC-2': papermill ... -y '\{rows: \[ONE, ANOTHER\]\}'"),
+        ("", {"epochs": "20"}, "epochs must be a whole number, got '20': papermill ... -p epochs 1"),
+        ("", {"epochs": True}, "epochs must be a whole number, got True"),
+        ("", {"variant": 3}, "variant must be text, got 3: papermill ... -r variant VALUE"),
+        ("", {"variant": None}, "variant must be text, got None"),
+    ],
+)
+def test_parameters_that_do_not_exist_or_fit_are_refused(injected, values, message):
+    with pytest.raises(ValueError, match=message):
+        check_parameters(notebook_with(injected, **values))
+
+
+def test_what_a_reader_assigns_in_a_cell_of_his_own_is_no_parameter():
+    notebook = notebook_with("")
+    notebook["In"] += ["mine = 1", "no python at all"]
+    check_parameters(notebook)
 
 
 def test_notebook_parameters_are_typed_and_explained():
-    listed = papermill.inspect_notebook(str(NOTEBOOK))
+    listed = papermill.inspect_notebook(str(RUN))
     assert {"variant", "preset", "cohort", "seed", "data_root", "out"} <= listed.keys()
     assert listed["seed"]["inferred_type_name"] == "int"
     assert all(parameter["help"] for parameter in listed.values())
@@ -90,8 +157,56 @@ def test_results_go_where_they_are_asked_for(monkeypatch):
     assert results_folder("somewhere") == Path("somewhere")
     monkeypatch.setenv("LUMIRLIB_RESULTS", "elsewhere")
     assert results_folder() == Path("elsewhere")
+    assert results_folder("study") == ROOT / "results"
     monkeypatch.delenv("LUMIRLIB_RESULTS")
-    assert results_folder() == (project_root() or Path.cwd()) / "results"
+    assert results_folder() == ROOT / "runs"
+    monkeypatch.setattr(provenance, "project_root", lambda: None)
+    assert results_folder() == Path.cwd() / "lumirlib-results"
+    with pytest.raises(FileNotFoundError, match=r"come with a checkout of lumirlib.*give a results folder"):
+        results_folder("study")
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the checkout's git")
+def test_nothing_that_is_committed_is_in_the_folder_of_a_users_runs_and_git_ignores_all_of_it():
+    assert git("ls-files", "runs").split() == ["runs/.gitignore"]
+    made = [
+        "runs/backbone.ipynb",
+        "runs/metrics/a.csv",
+        "runs/notebooks/a.ipynb",
+        "runs/tables/a.md",
+        "runs/slurm/a.json",
+    ]
+    assert git("check-ignore", *made).split() == made
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the checkout's git")
+def test_a_clone_is_light_and_holds_no_executed_run():
+    tracked = [ROOT / name for name in git("ls-files", "-z").split("\0") if name]
+    assert sum(path.stat().st_size for path in tracked if path.is_file()) < 25e6
+    notebooks = {path.parent for path in tracked if path.suffix == ".ipynb"}
+    assert notebooks == {ROOT / "notebooks"}
+
+
+@pytest.mark.long
+def test_papermill_a_sweep_and_the_notebooks_of_tables_leave_a_clone_as_it_was(tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LUMIRLIB_RESULTS"}
+    environment["PYTHONPATH"] = str(clone)
+    for words in (
+        ["papermill", "notebooks/run_ablation.ipynb", "runs/backbone.ipynb", "-p", "preset", "smoke"],
+        ["lumirlib.study.sweep", "--rows", "LK", "--preset", "smoke"],
+        ["papermill", "notebooks/table2.ipynb", "runs/table2.ipynb"],
+        ["papermill", "notebooks/claims.ipynb", "runs/claims.ipynb"],
+    ):
+        subprocess.run([sys.executable, "-m", *words], cwd=clone, env=environment, check=True, capture_output=True)
+    done = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert {path.parent.name for path in (clone / "runs").rglob("*.csv")} >= {"metrics", "logs", "tables"}
 
 
 #: Extras that requirements.txt leaves out: their packages hold others back, or need what pip cannot install.

@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import nbformat
 import psutil
 
 from lumirlib import provenance
@@ -24,7 +24,7 @@ from lumirlib.methods import parse_row
 from lumirlib.methods.base import file_name
 from lumirlib.methods.presets import split_options
 from lumirlib.study.paper import table_rows, uses_other_weights
-from lumirlib.study.results import find_runs, read_provenance
+from lumirlib.study.results import find_runs, table_of
 from lumirlib.training.engine import Engine, as_arguments
 
 #: The notebook that makes one run of any row, below the checkout (or the current folder, where there is none).
@@ -95,6 +95,11 @@ class SweepRun:
         """Where the output goes if the run breaks."""
         return self.output.with_suffix(f".failed{self.output.suffix}")
 
+    @property
+    def partial(self) -> Path:
+        """Where the output is until it is whole."""
+        return self.output.with_suffix(f".partial{self.output.suffix}")
+
     def command(self, output: Path) -> list[str]:
         """The call of papermill, where every parameter but the seed is passed as text, or of `lumirlib run`."""
         if self.launcher == "train":
@@ -120,41 +125,24 @@ class SweepRun:
         return words + (["--set", *settings] if settings else [])
 
     def is_finished(self) -> bool:
-        """Whether its result is there, whole, with these parameters and without an error.
+        """Whether its metrics are there, whole, with these parameters, and nothing of it broke or was cut off.
 
-        That is the executed notebook, unless the metrics of that name are all of another configuration, as of a recipe
-        that has changed since, or of other files of the cohort; or, with the launcher "train", the metrics with a
-        provenance that fits.
+        The executed notebook is not asked for: the study commits metrics and no notebooks of runs. Metrics of other
+        files of the cohort are those of another run.
         """
+        if self.failed.exists() or self.partial.exists():
+            return False
         given = self.parameters
-        folder, cohort = provenance.results_folder(given.get("out", "")), _short_name(given["cohort"])
-        row = parse_row(self.row)
-        runs = find_runs(folder, row, given["preset"], cohort, self.options)
-        digests = {about["cohort_digest"] for _, about in runs if str(about["seed"]) == given["seed"]}
-        measured = bool(digests) and self._cohort_digest() in (None, *digests)
-        if self.launcher == "train":
-            return measured
-        others = [
-            about
-            for _, about in read_provenance(folder, cohort)
-            if about.get("method") == row.name
-            and str(about.get("seed")) == given["seed"]
-            and about.get("set_besides") == self.options
-            and about["preset"]["name"] == given["preset"]
-        ]
-        if others and not measured:
-            return False
-        try:
-            found = nbformat.read(self.output, as_version=4)
-        except (OSError, ValueError):
-            return False
-        record = found.metadata.get("papermill", {})
-        injected = dict(record.get("parameters", {}))
-        same = injected.pop("options", {}) == self.options
-        for name in ("resume", *(one.name for one in fields(Engine))):
-            injected.pop(name, None)
-        same = same and {name: str(value) for name, value in injected.items()} == self.parameters
-        return same and record.get("exception") is None and record.get("end_time") is not None
+        folder = provenance.results_folder(given.get("out", ""))
+        runs = find_runs(folder, parse_row(self.row), given["preset"], _short_name(given["cohort"]), self.options)
+        runs = [(path, about) for path, about in runs if str(about["seed"]) == given["seed"]]
+        here = self._cohort_digest() if runs else None
+        for path, about in runs:
+            if here in (None, about["cohort_digest"]):
+                with suppress(ValueError):  # damaged: the run makes it anew
+                    table_of(path, about)
+                    return True
+        return False
 
     def _cohort_digest(self) -> str | None:
         """Of the cohort as its files are now; None where they are not here, so that nothing could be run anyway."""
@@ -176,14 +164,13 @@ class SweepRun:
             shielded: keep signals that are sent to this process and its group away from the run. Not for threads.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.output.with_suffix(f".partial{self.output.suffix}")
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with (
             # a run that was stopped goes on in the same file
-            partial.open("a+", encoding="utf-8") if self.launcher == "train" else tempfile.TemporaryFile("w+")
+            self.partial.open("a+", encoding="utf-8") if self.launcher == "train" else tempfile.TemporaryFile("w+")
         ) as messages:
             process = subprocess.Popen(
-                self.command(partial),
+                self.command(self.partial),
                 stdout=messages,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -194,13 +181,13 @@ class SweepRun:
             if started:
                 started(process)
             if process.wait() == 0:
-                os.replace(partial, self.output)
+                os.replace(self.partial, self.output)
                 self.failed.unlink(missing_ok=True)
                 return ""
             messages.seek(0)
             said = "\n".join(messages.read().strip().splitlines()[-SHOWN_LINES:])
-        if partial.exists():
-            os.replace(partial, self.failed)
+        if self.partial.exists():
+            os.replace(self.partial, self.failed)
         return said or f"{shlex.join(process.args[1:3])} ended with status {process.returncode}"
 
     def stop(self, process: subprocess.Popen) -> None:
@@ -272,7 +259,7 @@ def plan(
     common = {"preset": preset, "cohort": cohort}
     common |= {name: value for name, value in (("data_root", data_root), ("out", out)) if value}
     tag = "".join(f"_{name}-{value}" for name, value in options.items()).replace(os.sep, "-")
-    folder = provenance.results_folder(out) / "runs"
+    folder = provenance.results_folder(out) / "notebooks"
     ending = {"notebook": "ipynb", "train": "txt"}[launcher]
     return [
         SweepRun(

@@ -3,9 +3,10 @@
     lumirlib sweep --rows table2 --seeds 0 1 2 --preset demo
     lumirlib sweep --rows table2 --seeds 0 1 2 --preset paper --executor slurm --slurm gpus_per_node=1
 
-Every run leaves its executed notebook in `<out>/runs/` (with `--no-notebook`, what it printed). A finished run is
-skipped, so the same command goes on where it stopped; a broken one leaves `<run>.failed.ipynb`, is reported with its
-error, and is run again by the next call. How runs become jobs of Slurm: :mod:`lumirlib.study.slurm`.
+Every run leaves its executed notebook in `<out>/notebooks/` (with `--no-notebook`, what it printed). A run whose
+metrics are in `<out>/metrics/` is skipped, so the same command goes on where it stopped; a broken one leaves
+`<run>.failed.ipynb`, is reported with its error, and is run again by the next call. How runs become jobs of Slurm:
+:mod:`lumirlib.study.slurm`.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ import torch
 from faults import TALLY, is_ours
 from matplotlib.figure import Figure
 from small_cohorts import smooth_blob, write_small_cohort
+from small_runs import LEAVES_METRICS, prepare_metrics
 from tqdm.auto import tqdm
 
 from lumirlib import cli, files, load_cohort, parse_variant
@@ -220,12 +221,13 @@ time.sleep(0.4)
 def test_a_sweep_that_is_killed_goes_on_with_what_is_not_finished(tmp_path, monkeypatch, launcher):
     """Runs are stand-ins that write a file and wait, started by the sweep as its own are."""
     target = tmp_path / "out"
-    (target / "runs").mkdir(parents=True)
+    (target / "notebooks").mkdir(parents=True)
     planned = jobs.plan(["backbone", "LK", "CA"], [0, 1], "smoke", "embedded", "", str(target))
     if launcher == "notebook":
+        prepare_metrics(planned)
         cells = [
             nbformat.v4.new_code_cell('variant, seed, out = "", 0, ""', metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell(WAITS),
+            nbformat.v4.new_code_cell(WAITS + LEAVES_METRICS),
         ]
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         notebook = tmp_path / "small.ipynb"
@@ -250,8 +252,8 @@ def test_a_sweep_that_is_killed_goes_on_with_what_is_not_finished(tmp_path, monk
             elif run.output.exists():
                 assert run.is_finished() and nbformat.read(run.output, 4).cells[-1].execution_count
         if all(run.is_finished() for run in runs):
-            for run in runs:
-                run.output.unlink()
+            for path in [*(run.output for run in runs), *target.glob("metrics/*")]:
+                path.unlink()
 
     kill_often(f"sweep of {launcher}s", work, 0.4 if launcher == "train" else 8, check, target)
     assert sweep.run_sweep(runs) == {} and all(run.is_finished() for run in runs)

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from small_runs import LEAVES_METRICS, prepare_metrics
 
 from lumirlib import cli
 from lumirlib.study import jobs, slurm
@@ -22,7 +23,8 @@ pytest.importorskip("submitit", reason='sweeps on a cluster need submitit: pip i
 
 PARAMETERS = 'variant, seed, preset, cohort, out, options = "", -1, "", "", "", {}'
 #: Breaks for LK until it is mended, and ends when it may.
-SMALL = """
+SMALL = (
+    """
 import time
 from pathlib import Path
 if variant == "LK" and not Path(out, "mended").exists():
@@ -32,6 +34,8 @@ while not Path(out, "go").exists():
 with Path(out, f"{variant}-{seed}.txt").open("a") as file:
     file.write("ran ")
 """
+    + LEAVES_METRICS
+)
 #: Trains, and notes the epochs that it starts and ends at.
 TRAINING = """
 from pathlib import Path
@@ -44,6 +48,7 @@ with Path(out, "epochs.txt").open("a") as file:
     file.flush()
     result = run.train()
     print(result.history["epoch"].max(), len(result.history), file=file)
+run.evaluate(result)
 """
 #: For the small cohort, whose voxels are of 1 mm: seconds.
 TINY = {"resolution_mm": 1, "levels": 3, "channel_divisor": 16, "epochs": 6}
@@ -66,6 +71,8 @@ def planned(tmp_path, rows=("backbone", "LK"), code=SMALL, **changes):
     given = {"cohort": "embedded", **changes}
     notebook = write_notebook(tmp_path / "small.ipynb", code)
     runs = jobs.plan(list(rows), [0], "smoke", data_root="", out=str(out), **given)
+    if "prepared" in code:
+        prepare_metrics(runs)
     return [replace(run, notebook=notebook) for run in runs]
 
 

@@ -1,14 +1,13 @@
 """The sweep, on a small notebook of its own: what is run, skipped, reported and run again."""
 
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import nbformat
 import pytest
+from small_runs import LEAVES_METRICS, prepare_metrics
 
 from lumirlib import cli
-from lumirlib.provenance import project_root
 from lumirlib.study import jobs, paper, sweep
 
 CODE = """
@@ -25,12 +24,15 @@ Path(out, f"{variant}-{seed}.txt").write_text("ran")
 
 @pytest.fixture
 def runs(tmp_path):
-    cells = [nbformat.v4.new_code_cell(CODE, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(WORK)]
+    cells = [
+        nbformat.v4.new_code_cell(CODE, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(WORK + LEAVES_METRICS),
+    ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = tmp_path / "small.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), notebook)
     planned = jobs.plan(["backbone", "LK"], [0], "smoke", "embedded", "", str(tmp_path / "out"))
-    (tmp_path / "out").mkdir()
+    prepare_metrics(planned)
     return [replace(run, notebook=notebook) for run in planned]
 
 
@@ -59,12 +61,23 @@ def test_finished_runs_are_skipped_and_broken_ones_reported_and_run_again(runs, 
     assert (tmp_path / "out" / "LK-0.txt").read_text() == "ran"
 
 
-def test_a_torn_output_or_one_of_other_parameters_counts_as_unfinished(runs):
+def test_damaged_metrics_or_those_of_other_parameters_count_as_unfinished(runs, tmp_path):
     sweep.run_sweep(runs[:1])
     run = runs[0]
     assert not replace(run, parameters={**run.parameters, "preset": "demo"}).is_finished()
-    run.output.write_bytes(run.output.read_bytes()[:300])
+    assert not replace(run, parameters={**run.parameters, "seed": "1"}).is_finished()
+    (metrics,) = (tmp_path / "out" / "metrics").glob("*.csv")
+    metrics.write_bytes(metrics.read_bytes().replace(b"0.5", b"0.6"))
     assert not run.is_finished()
+
+
+def test_a_run_whose_executed_notebook_is_gone_is_finished_and_one_that_was_cut_off_is_not(runs):
+    sweep.run_sweep(runs[:1])
+    run = runs[0]
+    run.output.rename(run.partial)
+    assert not run.is_finished()
+    run.partial.unlink()
+    assert run.is_finished()
 
 
 def test_dry_run_lists_the_commands_and_runs_nothing(tmp_path, capsys):
@@ -84,7 +97,7 @@ def test_options_are_handed_to_every_run_and_name_its_output(tmp_path, capsys):
 
 def test_a_finished_run_of_other_options_is_run_again(runs):
     given = replace(runs[0], options={"epochs": 3})
-    (given.output.parent).mkdir()
+    prepare_metrics([given])
     assert given.execute(threads=1) == ""
     assert given.is_finished() and not runs[0].is_finished()
 
@@ -122,33 +135,27 @@ def test_a_run_that_is_finished_is_so_whatever_it_was_computed_on(runs):
     assert run.is_finished() and runs[0].is_finished()
 
 
-def test_a_notebook_counts_as_finished_until_the_row_of_its_name_is_another_one(runs, tmp_path, monkeypatch):
-    (run,) = jobs.plan(["LC-2"], [0], "demo", "embedded", "", str(tmp_path / "out"))
-    run = replace(run, notebook=runs[0].notebook)
-    assert run.execute(threads=1) == ""
-    committed = project_root() / "results" / "metrics"
-    (tmp_path / "out" / "metrics").mkdir()
-    for path in committed.glob("LC-2_embedded_demo_seed0_*"):
-        shutil.copy(path, tmp_path / "out" / "metrics")
+def test_a_run_counts_as_finished_until_the_row_of_its_name_is_another_one(monkeypatch):
+    (run,) = jobs.plan(["LC-2"], [0], "demo", "embedded", "", "study")
     assert run.is_finished()
     later = replace(jobs.parse_row("LC-2"), passes=2)
     monkeypatch.setattr(jobs, "parse_row", lambda name: later)
     assert not run.is_finished()
 
 
-def test_the_launcher_train_takes_a_run_with_metrics_of_its_parameters_for_finished(tmp_path):
-    arguments = {"preset": "demo", "cohort": "embedded", "data_root": "", "launcher": "train"}
-    committed = str(project_root() / "results")
-    planned = jobs.plan(["LC-2"], [0, 2, 77], out=committed, **arguments)
+@pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
+def test_a_sweep_over_the_committed_study_knows_what_is_finished_without_notebooks(tmp_path, launcher):
+    arguments = {"preset": "demo", "cohort": "embedded", "data_root": "", "launcher": launcher}
+    planned = jobs.plan(["LC-2"], [0, 2, 77], out="study", **arguments)
     assert [run.is_finished() for run in planned] == [True, True, False]
-    (other,) = jobs.plan(["LC-2"], [0], out=committed, options={"epochs": 9}, **arguments)
+    (other,) = jobs.plan(["LC-2"], [0], out="study", options={"epochs": 9}, **arguments)
     assert not other.is_finished()
     assert not jobs.plan(["LC-2"], [0], out=str(tmp_path), **arguments)[0].is_finished()
 
 
 def test_a_run_on_other_files_of_the_same_cohort_is_not_finished(monkeypatch):
     arguments = {"preset": "demo", "cohort": "embedded", "data_root": "", "launcher": "train"}
-    (run,) = jobs.plan(["LC-2"], [0], out=str(project_root() / "results"), **arguments)
+    (run,) = jobs.plan(["LC-2"], [0], out="study", **arguments)
     monkeypatch.setattr(jobs, "load_cohort", lambda *_: SimpleNamespace(digest="2d96246082c21149"))
     assert run.is_finished()
     monkeypatch.setattr(jobs, "load_cohort", lambda *_: SimpleNamespace(digest="0123456789abcdef"))

@@ -266,7 +266,7 @@ def test_committed_runs_give_a_finding_for_every_claim_and_files_with_provenance
 
 
 def test_runs_that_are_not_there_are_named_with_the_command_that_makes_them(tmp_path, capsys):
-    assert cli.main(["report", "claims", "--out", str(tmp_path), "--cohort", "embedded", "--preset", "demo"]) == 2
+    assert cli.main(["report", "claims", "--results", str(tmp_path), "--cohort", "embedded", "--preset", "demo"]) == 2
     assert "lumirlib sweep --rows" in capsys.readouterr().err
     with pytest.raises(ValueError, match="metric must be one of"):
         Check("LK", "backbone", "seconds")
