@@ -83,7 +83,7 @@ def queue(tmp_path, monkeypatch):
     return slurm.Queue(tmp_path / "out" / "slurm", "local", poll_seconds=0.2)
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited for too long"
