@@ -195,6 +195,7 @@ class Trainer:
             if last.cohort.has_labels and math.isnan(before["val_dice"]):
                 raise ValueError(f"{last.cohort.path}: no validation pair has a scored label on both sides")
             state.history.append({"epoch": 0, "steps": 0, **self._where(last), **before})
+        session = here = f"{commit()}, {self.engine.describe()}"
         with (
             StopRequest() as stop,
             self.engine.reproducibly(),
@@ -209,9 +210,8 @@ class Trainer:
             while state.epoch < preset.epochs:
                 if state.epoch == self.stage.last:
                     self._enter_next()
-                session = f"{commit()}, {self.engine.describe()}"
                 if len(self.stages) > 1:
-                    session += f", stage {self.number + 1} at {self.stage.preset.resolution_mm:g} mm"
+                    session = f"{here}, stage {self.number + 1} at {self.stage.preset.resolution_mm:g} mm"
                 if session not in state.trained_by:
                     state.trained_by.append(session)
                 self._epoch(bar, stop)
