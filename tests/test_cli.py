@@ -214,6 +214,14 @@ def test_info_says_what_is_there(monkeypatch, capsys, tmp_path):
     assert f"{tmp_path / 'dataset.json'} does not exist" in printed
 
 
+def test_the_command_is_the_only_thing_to_run():
+    """No message, docstring or subprocess calls a module of the package."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "lumirlib").rglob("*.py")}
+    assert not [path.name for path, text in texts.items() if re.search(r"-m\W+lumirlib\.", text)]
+    main = ("argparse", 'if __name__ == "__main__"')
+    assert [path.name for path, text in texts.items() if any(word in text for word in main)] == ["__main__.py"]
+
+
 def test_names_of_the_package_are_imported_when_they_are_used():
     import lumirlib
 

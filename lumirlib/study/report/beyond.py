@@ -446,7 +446,7 @@ def load_robustness(
     check_scored_alike(
         Path(folder, "robustness"),
         facts,
-        f"python -m lumirlib.study.robustness --rows {' '.join(rows)} --preset {preset} --cohort {cohort}",
+        f"lumirlib measure robustness --rows {' '.join(rows)} --preset {preset} --cohort {cohort}",
     )
     about = {
         "preset": preset,
