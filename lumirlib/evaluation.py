@@ -83,6 +83,7 @@ def evaluate_method(
     progress: bool = True,
     description: str = "evaluate",
     consistency: bool = False,
+    at_own_resolution: bool = True,
 ) -> pd.DataFrame:
     """Run a method on pairs and score it.
 
@@ -99,6 +100,8 @@ def evaluate_method(
         description: of the progress bar.
         consistency: register each pair the other way round too and add the metric "inverse_consistency_mm", see
             :func:`lumirlib.metrics.inverse_consistency_error`.
+        at_own_resolution: False scores at the cohort's resolution instead, as results without "scored_mm" in their
+            provenance were.
 
     Returns:
         Columns pair, fixed, moving, metric, value; one row per pair and metric of :func:`score_displacement`. Where
@@ -110,7 +113,8 @@ def evaluate_method(
         ValueError: The method gives another shape, or numbers that are not finite.
     """
     device = torch.device(device)
-    scoring = cohort.at_own_resolution
+    scoring = cohort.at_own_resolution if at_own_resolution else cohort
+    factor = cohort.downsampling // scoring.downsampling
     if isinstance(method, nn.Module):
         method.eval()
     rows = []
@@ -128,9 +132,9 @@ def evaluate_method(
                 f"for {pair.name}"
             )
         at_work = displacement.float().cpu()
-        on_files = spatial.to_finer_grid(at_work, cohort.downsampling)
+        on_files = spatial.to_finer_grid(at_work, factor)
         found = score_displacement(scoring, pair, on_files, ndv_mask)
-        if cohort.downsampling > 1:
+        if factor > 1:
             mask = (moving if ndv_mask == "moving" else fixed).cpu() > 0
             found["ndv_working_percent"] = metrics.ndv_percent(at_work, mask)
         names = {"pair": pair.name, "fixed": pair.fixed.name, "moving": pair.moving.name}

@@ -116,6 +116,10 @@ def test_folds_of_coarse_voxels_that_interpolation_hides_are_kept_beside(small_c
     # one voxel pushed by 1.5 has a third of a voxel folded; no fine voxels lie on the line to its neighbour
     assert found["ndv_working_percent"] == pytest.approx(100 / 3 / int(mask[..., 1:-1, 1:-1, 1:-1].sum()), rel=1e-5)
     assert found["ndv_percent"] == 0
+    coarsely = evaluation.evaluate_method(
+        lambda fixed, moving: pushed, coarse, (pair,), progress=False, at_own_resolution=False
+    ).set_index("metric")["value"]
+    assert coarsely["ndv_percent"] == found["ndv_working_percent"] and "ndv_working_percent" not in coarsely
     own = evaluation.evaluate_method(evaluation.zero_displacement, coarse.at_own_resolution, (pair,), progress=False)
     assert "ndv_working_percent" not in set(own["metric"])  # it is ndv_percent
 

@@ -162,7 +162,7 @@ def _facts(
         "steps": int(trained["steps"].sum()),
         "steps_of_best_epoch": int(trained.loc[trained["epoch"] <= about["best_epoch"], "steps"].sum()),
         "training_hours": round(float((trained["seconds"] * trained["steps"]).sum()) / 3600, 3),
-        "evaluation": {key: measured[key] for key in EVALUATION_FACTS},
+        "evaluation": {key: measured[key] for key in (*EVALUATION_FACTS, "scored_mm")},
         "figures": {
             metric: {"mean": float(row["mean"]), "std": float(row["std"]), "pairs": int(row["pairs"])}
             for metric, row in summary.iterrows()
@@ -178,6 +178,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         facts: as :func:`export` stores them.
     """
     size, done, figures = f"{facts['resolution_mm']:g} mm", facts["evaluation"], facts["figures"]
+    scored = size if done.get("scored_mm") in (None, facts["resolution_mm"]) else f"scored at {done['scored_mm']:g} mm"
     devices = list(dict.fromkeys(session.partition(", ")[2] for session in facts["trained_by"]))
     commits = list(dict.fromkeys(session.partition(", ")[0] for session in facts["trained_by"]))
     rows = [
@@ -215,7 +216,7 @@ Intended for registering scans of the kind below, for starting a training (`--in
 
 ## Figures
 
-{done["cohort_name"]}, {size}, {done["evaluated_pairs"]} pairs, {done["scored_labels"]} labels; mean ± population
+{done["cohort_name"]}, {scored}, {done["evaluated_pairs"]} pairs, {done["scored_labels"]} labels; mean ± population
 standard deviation over pairs. No image or label of these people was trained on, and none chose the epoch.
 
 | metric | before registration | registered | pairs |
@@ -270,7 +271,7 @@ def check(name: str, cohort: str = "brains", data_root: str = "", device: str = 
     """Measure packaged weights anew, print what came of it, and say whether the card is right.
 
     It is if it is the one that :func:`model_card` makes of the file's facts, and Dice over all pairs is within
-    :data:`DICE_TOLERANCE` of its figure.
+    :data:`DICE_TOLERANCE` of its figure. A card without "scored_mm" is of figures at the resolution of the weights.
     """
     weights = read_packaged(name)
     stated, done = weights.facts["figures"]["dice"]["mean"], weights.facts["evaluation"]
@@ -291,6 +292,7 @@ def check(name: str, cohort: str = "brains", data_root: str = "", device: str = 
         pick_device(device),
         progress=progress,
         description=name,
+        at_own_resolution="scored_mm" in done,
     )
     found = float(summarize(table).loc["dice", "mean"])
     agrees = abs(found - stated) <= DICE_TOLERANCE

@@ -1,4 +1,8 @@
-"""The figures of an epoch, which choose the best one."""
+"""The figures of an epoch, which choose the best one.
+
+They are taken at the resolution that is trained at, which is cheap. Final figures are those of
+:mod:`lumirlib.evaluation`.
+"""
 
 from __future__ import annotations
 
