@@ -20,6 +20,9 @@ from lumirlib import metrics, spatial
 from lumirlib.files import write_atomically
 from lumirlib.metrics.pair import MEASURES
 
+#: Of large figures where they are shown: notebooks are committed with what they show. Files have 120.
+SHOWN_DPI = 80
+
 
 def use_style() -> None:
     """Switch matplotlib to the study's style."""
@@ -259,7 +262,9 @@ def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
         title: of the figure.
     """
     by_name = {pair.name: pair for pair in cohort.validation_pairs}
-    figure, axes = plt.subplots(len(names), 5, figsize=(13, 3.1 * len(names)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(names), 5, figsize=(13, 3.1 * len(names)), dpi=SHOWN_DPI, layout="constrained", squeeze=False
+    )
     for row, name in enumerate(names):
         fixed, moving = (cohort.image(subject) for subject in (by_name[name].fixed, by_name[name].moving))
         displacement = displacement_of(model, fixed, moving)
@@ -325,7 +330,12 @@ def maps_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
     simulated = cohort.true_displacement(pairs[0]) is not None
     columns = 2 + 2 * cohort.has_labels + 2 * simulated
     figure, axes = plt.subplots(
-        len(pairs), columns, figsize=(2.7 * columns, 3.1 * len(pairs)), layout="constrained", squeeze=False
+        len(pairs),
+        columns,
+        figsize=(2.7 * columns, 3.1 * len(pairs)),
+        dpi=SHOWN_DPI,
+        layout="constrained",
+        squeeze=False,
     )
     for row, pair in enumerate(pairs):
         fixed, moving = cohort.image(pair.fixed), cohort.image(pair.moving)

@@ -698,8 +698,8 @@ def publish_claims(study: Evidence, findings: Sequence[Verdict], stem: str | Pat
     )
 
 
-def summary(study: Evidence, findings: Sequence[Verdict]) -> str:
-    """Both tables and the verdicts in one screen, as Markdown; where there are several seeds, ± is over them."""
+def readable_tables(study: Evidence) -> str:
+    """Both tables on one screen, as Markdown: the paper's figures and ours, ± over seeds where there are several."""
     schemes = tuple(name for name in study.runs.variants if isinstance(parse_row(name), Variant))
     others = tuple(name for name in study.runs.variants if name not in schemes)
     table = tables.table2(replace(study.runs, variants=schemes))
@@ -708,11 +708,21 @@ def summary(study: Evidence, findings: Sequence[Verdict]) -> str:
         table = pd.concat([table, baselines[baselines["variant"] != BEFORE]])
     seeds = study.runs.facts.groupby("variant")["seed"].nunique()
     counted = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
-    verdicts = []
-    for verdict in (SUPPORTED, NOT_SUPPORTED, OPEN):
-        found = [finding.claim for finding in findings if finding.verdict == verdict]
-        verdicts.append(f"- **{verdict.capitalize()}** ({len(found)}): {'; '.join(found) or 'none'}.")
     return (
         f"**{study.runs.title}**; {counted} seed(s) a row, ± over seeds; the paper's figures are of LUMIR\n\n"
-        f"{to_markdown(publish.brief_table(table))}\n\nThe paper's claims, judged by these runs:\n\n"
-    ) + "\n".join(verdicts)
+        f"{to_markdown(publish.brief_table(table))}"
+    )
+
+
+def readable_verdicts(findings: Sequence[Verdict]) -> str:
+    """Which claims are supported, which are not, and of which nothing can be told, as Markdown."""
+    lines = []
+    for verdict in (SUPPORTED, NOT_SUPPORTED, OPEN):
+        found = [finding.claim for finding in findings if finding.verdict == verdict]
+        lines.append(f"- **{verdict.capitalize()}** ({len(found)}): {'; '.join(found) or 'none'}.")
+    return "\n".join(lines)
+
+
+def summary(study: Evidence, findings: Sequence[Verdict]) -> str:
+    """Both tables and the verdicts in one screen, as Markdown."""
+    return f"{readable_tables(study)}\n\nThe paper's claims, judged by these runs:\n\n{readable_verdicts(findings)}"

@@ -21,7 +21,7 @@ from lumirlib import metrics, spatial
 from lumirlib._checks import check_labels
 from lumirlib.methods import parse_row
 from lumirlib.methods.synthesis import SynthesisOptions, deform_labels, synthesize
-from lumirlib.plots import displacement_of, plot_labels, plot_slice
+from lumirlib.plots import SHOWN_DPI, displacement_of, plot_labels, plot_slice
 from lumirlib.study import robustness
 from lumirlib.study.paper import BEFORE, CHALLENGE, METRICS, paper_method, paper_table
 from lumirlib.study.report import beyond
@@ -233,7 +233,12 @@ def histories_figure(runs: Runs, title: str, columns: int = 6) -> Figure:
     blocks = -(-len(names) // columns)
     columns = min(columns, len(names))
     figure, axes = plt.subplots(
-        2 * blocks, columns, figsize=(2.5 * columns, 4.4 * blocks), layout="constrained", squeeze=False
+        2 * blocks,
+        columns,
+        figsize=(2.5 * columns, 4.4 * blocks),
+        dpi=SHOWN_DPI,
+        layout="constrained",
+        squeeze=False,
     )
     trained = runs.history[runs.history["variant"].isin(names)]
     lowest, highest = 100 * trained["val_dice"].min(), 100 * trained["val_dice"].max()
