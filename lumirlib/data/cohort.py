@@ -89,6 +89,7 @@ class Cohort:
         cache: the memory-mapped volumes that are read in place of the files, or None: see :meth:`with_cache`.
         intensity_maximum: what images are divided by, where the JSON says so; None for :mod:`lumirlib.data.scale`.
         given_labels: the label numbers that the JSON gives to be scored, background first; None for LUMIR's.
+        listed_pairs: the pairs that the JSON itself lists, under "validation", or else under "test".
         joined: the cohorts whose training scans it has, where they are of several; all else is that of the last.
         memory: Volumes read so far, the last used at the end; see :data:`MEMORY_BUDGET`.
     """
@@ -108,6 +109,7 @@ class Cohort:
     cache: VolumeCache | None = None
     intensity_maximum: float | None = None
     given_labels: tuple[int, ...] | None = None
+    listed_pairs: tuple[Pair, ...] = ()
     joined: tuple[Cohort, ...] = ()
     memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
@@ -156,6 +158,11 @@ class Cohort:
             cache=None,
             memory=OrderedDict(),
         )
+
+    @property
+    def submission_pairs(self) -> tuple[Pair, ...]:
+        """The pairs of a submission: those that the JSON lists, also where labelled people take their place here."""
+        return self.listed_pairs or self.validation_pairs
 
     @property
     def has_labels(self) -> bool:
@@ -435,7 +442,8 @@ class Cohort:
 
     @property
     def _people(self) -> tuple[Subject, ...]:
-        people = [*self.train, *(subject for pair in self.validation_pairs for subject in (pair.fixed, pair.moving))]
+        pairs = (*self.validation_pairs, *self.listed_pairs)
+        people = [*self.train, *(subject for pair in pairs for subject in (pair.fixed, pair.moving))]
         return tuple(dict.fromkeys(people))
 
     @cached_property

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lumirlib.data import embedded, frame
 from lumirlib.data.cohort import LUMIR_JSON, Cohort, Pair, Subject, block_affine, grid_orientation
+from lumirlib.data.entries import EntryReader, is_file
 from lumirlib.data.identity import checksums
 from lumirlib.data.nifti import read_grid
 from lumirlib.files import read_json
@@ -23,11 +24,6 @@ NAMED_COHORTS = ("embedded", "lumir", "brains")
 #: Scans of the LUMIR task's training set.
 LUMIR_SCANS = 3384
 
-LABEL_KEYS = ("seg", "label", "labels", "segmentation")
-
-LANDMARK_KEYS = ("landmarks", "landmark", "keypoints")
-
-VALIDATION_KEYS = ("validation", "registration_val")
 #: Whom to name beside figures made from a cohort whose JSON points elsewhere for it, by the JSON's name.
 CREDITS = {
     "Real brains in the LUMIR frame": "training scans: OpenNeuro ds002748 (CC0); validation scans: OASIS; validation "
@@ -40,82 +36,6 @@ EARLIER_DIGESTS = {"4120c9548869fa52": "4bfc82e735ad6024"}
 MAX_LABEL = 32767
 #: Labelled scans of which all ordered pairs are evaluated where the JSON names none; LUMIR has ten.
 MAX_HELD_OUT = 100
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name longer than the file system's, a loop of links
-        return False
-
-
-class _Reader:
-    """Turns the entries of one dataset JSON into subjects."""
-
-    def __init__(self, path: Path, root: Path, content: dict) -> None:
-        self.path, self.root, self.content = path, root.resolve(), content
-        self.subjects: dict[Path, Subject] = {}
-
-    def resolve(self, text: object, what: str) -> Path:
-        """A path of the JSON ("./x", "/x" and "x" all mean the data root's x) as a file that exists."""
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"{self.path}: expected a path for {what}, got {text!r}")
-        if "\0" in text or len(text) > 4096:
-            raise ValueError(f"{self.path}: expected a path for {what}, got {text[:80]!r} of {len(text)} characters")
-        relative = text.replace("\\", "/").lstrip("/")
-        file = Path(os.path.normpath(self.root / relative))
-        if not file.is_relative_to(self.root):
-            raise ValueError(f"{self.path}: {what} names {text!r}, which leaves the data root {self.root}")
-        if not _is_file(file):
-            raise FileNotFoundError(f"{self.path} names {text!r} for {what}, but {file} does not exist")
-        return file
-
-    def subject(self, entry: object, what: str) -> Subject:
-        """Subject of an entry: a path, or an object with "image" and perhaps labels and landmarks."""
-        fields = entry if isinstance(entry, dict) else {"image": entry}
-        if "image" not in fields:
-            raise ValueError(f"{self.path}: {what} has no 'image', only {sorted(fields)}")
-        image = self.resolve(fields["image"], what)
-        known = self.subjects.get(image)
-        subject = Subject(
-            name=image.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000"),
-            image=image,
-            labels=self._beside(fields, LABEL_KEYS, what, image, "labels", (".nii.gz",)),
-            landmarks=self._beside(fields, LANDMARK_KEYS, what, image, "landmarks", (".json", ".nii.gz")),
-            velocity=self.resolve(fields["velocity"], f"velocity of {what}") if fields.get("velocity") else None,
-        )
-        if known is not None:  # an image may be listed twice, once with its labels and once without
-            subject = Subject(
-                subject.name,
-                image,
-                known.labels or subject.labels,
-                known.landmarks or subject.landmarks,
-                known.velocity or subject.velocity,
-            )
-        self.subjects[image] = subject
-        return subject
-
-    def _beside(
-        self, fields: dict, keys: tuple[str, ...], what: str, image: Path, folder: str, endings: tuple[str, ...]
-    ) -> Path | None:
-        for key in keys:
-            if fields.get(key):
-                return self.resolve(fields[key], f"{key} of {what}")
-        # Learn2Reg's layout: imagesTr/NAME.nii.gz has its labels in labelsTr/NAME.nii.gz
-        if image.parent.name.startswith("images"):
-            sibling = image.parent.with_name(folder + image.parent.name.removeprefix("images"))
-            for ending in endings:
-                candidate = sibling / (image.name.removesuffix(".gz").removesuffix(".nii") + ending)
-                if candidate.is_file():
-                    return candidate
-        return None
-
-    def entries(self, key: str) -> Iterator[tuple[str, object]]:
-        listed = self.content.get(key, [])
-        if not isinstance(listed, list):
-            raise ValueError(f"{self.path}: expected a list under {key!r}, got {type(listed).__name__}")
-        for position, entry in enumerate(listed):
-            yield f"{key}[{position}]", entry
 
 
 def cohort_json(name_or_json: str | Path, resolution_mm: float | None, data_root: str | Path | None) -> Path:
@@ -165,7 +85,8 @@ def load_cohort(
     Where none does (the official LUMIR list) but at least two scans of the "labelled" list, or some of the training
     scans, do (the challenge's sanity-check scans 3364 ... 3373), these are held out of training and all their ordered
     pairs are the validation pairs: the paper's "Val Dice" protocol. Where fewer than two unlabelled training scans
-    would be left, none is held out.
+    would be left, none is held out. Scans under "validation" that are in no pair, as the paper's authors list them,
+    count as labelled ones. Nobody of the pairs that the JSON lists, those under "test" included, is trained on.
 
     Args:
         name_or_json: "embedded", "lumir", "brains", or the path of a Learn2Reg dataset JSON; several of them joined by
@@ -182,59 +103,123 @@ def load_cohort(
         FileNotFoundError: the JSON, or a file that it names, does not exist.
         ValueError: an unknown name, a malformed JSON, a path that leaves the data root, a resolution that does
             not fit, or joined cohorts that differ in their grids or share a scan.
+
+    Warns:
+        UserWarning: keys or folders that seem to hold something of the scans and are not understood.
     """
     names = joined_names(str(name_or_json))
     if len(names) > 1:
         return _join([load_cohort(name, resolution_mm, data_root if _has_root(name) else None) for name in names])
     path = cohort_json(name_or_json, resolution_mm, data_root)
-    content = read_json(path)
-    reader = _Reader(path, Path(data_root) if data_root else path.parent, content)
+    reader = EntryReader(path, Path(data_root) if data_root else path.parent, read_json(path))
+    listed = _read_lists(reader)
+    train, pairs = _hold_out(path, listed)
+    first = next(iter([*train, *(pair.fixed for pair in pairs), *reader.subjects.values()]))
+    resolution, factor, shape, affine = _grid(first.image, resolution_mm)
+    about = _about(reader)
+    digest, content_digest = _identity(reader)
+    reader.warn_of_unknown()
+    return Cohort(
+        **about,
+        path=path,
+        resolution_mm=resolution,
+        train=train,
+        validation_pairs=pairs,
+        listed_pairs=tuple(listed.pairs or listed.test),
+        digest=digest,
+        content_digest=content_digest,
+        downsampling=factor,
+        affine=affine @ block_affine(factor),
+        shape=tuple(side // factor for side in shape),
+    )
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What a dataset JSON lists.
+
+    Attributes:
+        training: scans under "training".
+        labelled: scans under "labelled".
+        people: scans under "validation" that are in no pair there, as the paper's authors list those with labels.
+        pairs: pairs under "validation".
+        test: pairs under "test" whose files are here.
+    """
+
+    training: list[Subject]
+    labelled: list[Subject]
+    people: list[Subject]
+    pairs: list[Pair]
+    test: list[Pair]
+
+
+def _read_lists(reader: EntryReader) -> _Listed:
     labelled = [reader.subject(entry, what) for what, entry in reader.entries("labelled")]
     training = [reader.subject(entry, what) for what, entry in reader.entries("training")]
+    people: list[Subject] = []
     pairs: list[Pair] = []
-    for key in VALIDATION_KEYS:
-        for what, entry in reader.entries(key):
-            if not isinstance(entry, dict) or not {"fixed", "moving"} <= entry.keys():
-                raise ValueError(f"{path}: {what} must have 'fixed' and 'moving', got {entry!r}")
-            sides = []
-            for side in ("fixed", "moving"):
-                named = {k.removeprefix(f"{side}_"): v for k, v in entry.items() if k.startswith(f"{side}_")}
-                given = entry[side] if isinstance(entry[side], dict) else {"image": entry[side], **named}
-                sides.append(reader.subject(given, f"{side} of {what}"))
-            if sides[0].image == sides[1].image:
-                raise ValueError(f"{path}: {what} has one image as 'fixed' and 'moving', {sides[0].image}")
-            pairs.append(Pair(*sides))
-    if not training and not pairs and not labelled:
-        raise ValueError(f"{path}: names no 'training' scans and no {' or '.join(map(repr, VALIDATION_KEYS))} pairs")
-    # every mention of an image may have added to what is known about it
-    labelled, training = ([reader.subjects[s.image] for s in listed] for listed in (labelled, training))
-    pairs = [Pair(reader.subjects[pair.fixed.image], reader.subjects[pair.moving.image]) for pair in pairs]
-    pairs = list(dict.fromkeys(pairs))  # listed twice, counted once, as training scans are
-    held_out = {subject.image for pair in pairs for subject in (pair.fixed, pair.moving)}
+    for what, entry in reader.entries("validation"):
+        if reader.is_person(entry):
+            people.append(reader.subject(entry, what))
+        else:
+            pairs.append(reader.pair(entry, what))
+    tests = [(what, entry) for what, entry in reader.entries("test") if not reader.is_person(entry)]
+    here = [reader.pair_is_here(entry, what) for what, entry in tests]
+    if any(here) and not all(here):
+        reader.unknown["test"] = f"{here.count(False)} of {len(here)} 'test' pairs, whose files are not all here"
+    test = [reader.pair(entry, what) for (what, entry), is_here in zip(tests, here, strict=True) if is_here]
+    if not (training or pairs or people or labelled):
+        raise ValueError(f"{reader.path}: names no 'training' scans and no 'validation' or 'registration_val' pairs")
+    # every mention of an image may have added to what is known about it; what is listed twice counts once
+    known = reader.subjects
+    labelled, training, people = (
+        list(dict.fromkeys(known[one.image] for one in scans)) for scans in (labelled, training, people)
+    )
+    pairs, test = (
+        list(dict.fromkeys(Pair(known[pair.fixed.image], known[pair.moving.image]) for pair in listed))
+        for listed in (pairs, test)
+    )
+    return _Listed(training, labelled, people, pairs, test)
+
+
+def _hold_out(path: Path, listed: _Listed) -> tuple[tuple[Subject, ...], tuple[Pair, ...]]:
+    """The scans to train on and the pairs to validate with; see :func:`load_cohort`."""
+    pairs = listed.pairs
     if not any(pair.fixed.labels and pair.moving.labels for pair in pairs):
-        candidates = list(dict.fromkeys(subject for subject in (labelled or training) if subject.labels))
-        left_to_train = len(set(training) - set(candidates))
-        if len(candidates) >= 2 and (labelled or left_to_train >= 2):
+        named = [*listed.labelled, *listed.people]
+        candidates = list(dict.fromkeys(subject for subject in (named or listed.training) if subject.labels))
+        if len(candidates) < 2 and not pairs:
+            candidates = listed.people
+        left_to_train = len(set(listed.training) - set(candidates))
+        if len(candidates) >= 2 and (named or left_to_train >= 2):
             if len(candidates) > MAX_HELD_OUT:
                 raise ValueError(
                     f"{path}: names no validation pair with labels, and {len(candidates)} labelled scans, more than "
                     f"the {MAX_HELD_OUT} whose ordered pairs would all be evaluated: list the pairs as 'validation'"
                 )
             pairs = [Pair(fixed, moving) for fixed in candidates for moving in candidates if fixed != moving]
-    _check_names(path, pairs)
-    held_out |= {subject.image for pair in pairs for subject in (pair.fixed, pair.moving)}
-    train = tuple(subject for subject in dict.fromkeys(training) if subject.image not in held_out)
-    first = next(iter([*train, *(pair.fixed for pair in pairs), *training, *labelled]))
-    shape, affine = _grid_of(first.image)
+    for filed in (pairs, listed.test):
+        _check_names(path, filed)
+    evaluated = {one for pair in (*pairs, *listed.pairs, *listed.test) for one in (pair.fixed, pair.moving)}
+    held_out = {subject.image.resolve() for subject in (*evaluated, *listed.people)}
+    train = tuple(subject for subject in listed.training if subject.image.resolve() not in held_out)
+    return train, tuple(pairs)
+
+
+def _grid(image: Path, resolution_mm: float | None) -> tuple[float, int, tuple[int, ...], np.ndarray]:
+    """The cohort's resolution, voxels of an image per voxel of it along each axis, the image's own shape and affine."""
+    shape, affine = read_grid(image)
+    if len(shape) != 3 or min(shape) < 2:
+        raise ValueError(f"{image}: expected a 3-D volume of at least 2 voxels a side, got shape {shape}")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not (spacing > 0).all() or not np.allclose(spacing, spacing[0], rtol=1e-3):
-        raise ValueError(f"{first.image}: expected cubic voxels, got spacing {tuple(spacing.round(4).tolist())} mm")
+        raise ValueError(f"{image}: expected cubic voxels, got spacing {tuple(spacing.round(4).tolist())} mm")
     axes = affine[:3, :3] / spacing
     if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
-        raise ValueError(f"{first.image}: expected axes at right angles, got the affine {affine.round(4).tolist()}")
+        raise ValueError(f"{image}: expected axes at right angles, got the affine {affine.round(4).tolist()}")
     own = float(spacing.mean())
     if not own < 1000:
-        raise ValueError(f"{first.image}: expected voxels below 1000 mm, got {own:g} mm: does its unit fit its affine?")
+        raise ValueError(f"{image}: expected voxels below 1000 mm, got {own:g} mm: does its unit fit its affine?")
     wanted = own if resolution_mm is None else float(resolution_mm)
     if not 0 < wanted < 1000:
         raise ValueError(f"resolution_mm must be a voxel size in mm, got {resolution_mm}")
@@ -244,37 +229,31 @@ def load_cohort(
             f"resolution_mm must be a whole multiple of the files' {own:g} mm that divides their shape {shape}, "
             f"got {wanted:g}"
         )
+    return wanted, factor, shape, affine
+
+
+def _about(reader: EntryReader) -> dict[str, Any]:
+    """Name, credit and other options of a dataset JSON, as fields of a cohort."""
+    path, content = reader.path, reader.options
     for key, kind in (("name", str), ("simulated", bool)):
         if not isinstance(content.get(key, kind()), kind):
             raise ValueError(f"{path}: expected {kind.__name__} as {key!r}, got {content[key]!r}")
-    maximum = content.get("intensity_maximum")
-    if maximum is not None and (
-        isinstance(maximum, bool) or not isinstance(maximum, (int, float)) or not 0 < maximum < 1e6
-    ):
+    maximum = content.get("intensitymaximum")
+    is_number = isinstance(maximum, (int, float)) and not isinstance(maximum, bool)
+    if maximum is not None and not (is_number and 0 < maximum < 1e6):
         raise ValueError(f"{path}: expected a number above 0 as 'intensity_maximum', got {maximum!r}")
     name = content.get("name", path.stem)
-    digest, content_digest = _identity(path, content, reader)
-    return Cohort(
-        name=name,
-        path=path,
-        resolution_mm=wanted,
-        simulated=content.get("simulated", False),
-        train=train,
-        validation_pairs=tuple(pairs),
-        credit=CREDITS.get(name, str(content.get("licence", content.get("license", "")))),
-        digest=digest,
-        content_digest=content_digest,
-        downsampling=factor,
-        affine=affine @ block_affine(factor),
-        shape=tuple(side // factor for side in shape),
-        intensity_maximum=maximum,
-        given_labels=_given_labels(path, content),
-    )
+    return {
+        "name": name,
+        "simulated": content.get("simulated", False),
+        "credit": CREDITS.get(name, str(content.get("licence", content.get("license", "")))),
+        "intensity_maximum": maximum,
+        "given_labels": _given_labels(path, content.get("labels")),
+    }
 
 
-def _given_labels(path: Path, content: dict) -> tuple[int, ...] | None:
+def _given_labels(path: Path, given: object) -> tuple[int, ...] | None:
     """The numbers under "labels", background first: a list, or names by number, or numbers by name (nnU-Net)."""
-    given = content.get("labels")
     if isinstance(given, dict) and given and all(isinstance(part, dict) for part in given.values()):
         given = {key: name for part in given.values() for key, name in part.items()}  # by modality (Learn2Reg)
     numbers = given
@@ -294,7 +273,7 @@ def _given_labels(path: Path, content: dict) -> tuple[int, ...] | None:
 def joined_names(name: str) -> list[str]:
     """The cohorts that a name joins; itself alone unless it does."""
     names = name.split("+")
-    joins = all(part in NAMED_COHORTS or part.endswith(".json") for part in names) and not _is_file(Path(name))
+    joins = all(part in NAMED_COHORTS or part.endswith(".json") for part in names) and not is_file(Path(name))
     return names if joins else [name]
 
 
@@ -319,7 +298,8 @@ def _join(parts: list[Cohort]) -> Cohort:
                 f"{part.resolution_mm:g} mm in {grid_orientation(part.affine)}, {last.path} has {last.shape} of "
                 f"{last.resolution_mm:g} mm in {grid_orientation(last.affine)}"
             )
-        held_out = {subject for pair in part.validation_pairs for subject in (pair.fixed, pair.moving)}
+        evaluated = (*part.validation_pairs, *part.listed_pairs)
+        held_out = {subject for pair in evaluated for subject in (pair.fixed, pair.moving)}
         for image in {subject.image.resolve() for subject in (*part.train, *held_out)}:
             if image in seen:
                 raise ValueError(
@@ -347,26 +327,18 @@ def _check_names(path: Path, pairs: list[Pair]) -> None:
             raise ValueError(f"{path}: two validation pairs would both be named {pair.name}: {images}")
 
 
-def _identity(path: Path, content: dict, reader: _Reader) -> tuple[str, str]:
+def _identity(reader: EntryReader) -> tuple[str, str]:
     """The digest of a cohort, and that of its files' content alone."""
     subjects = sorted(reader.subjects.values(), key=lambda subject: subject.image)
     files = [(one.image, one.labels, one.landmarks, one.velocity) for one in subjects]
-    found = checksums((file for group in files for file in group if file), str(path.resolve()))
+    found = checksums((file for group in files for file in group if file), str(reader.path.resolve()))
     lines = "".join(f"{file.name} {found[file]}\n" if file else "-\n" for group in files for file in group)
-    text = path.read_bytes()
+    text = reader.path.read_bytes()
     digest = _short_hash(text + lines.encode())
-    if content.get("simulated", False) and "population" in content:  # whose recipe stands in the JSON
+    if reader.options.get("simulated", False) and "population" in reader.options:  # whose recipe stands in the JSON
         digest = _short_hash(text)
     return EARLIER_DIGESTS.get(digest, digest), _short_hash(lines.encode())
 
 
 def _short_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _grid_of(path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape and affine from a NIfTI header alone."""
-    shape, affine = read_grid(path)
-    if len(shape) != 3 or min(shape) < 2:
-        raise ValueError(f"{path}: expected a 3-D volume of at least 2 voxels a side, got shape {shape}")
-    return shape, affine

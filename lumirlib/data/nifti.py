@@ -292,6 +292,11 @@ def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
     return _squeezed(header.shape), header.affine
 
 
+def scan_stem(path: Path) -> str:
+    """The name of a scan's file without `.nii`, `.gz` and Learn2Reg's modality suffix `_0000`."""
+    return path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+
+
 def _reading(path: str | Path) -> str:
     """What is said of a file that cannot be read."""
     if not Path(path).is_file():

@@ -54,7 +54,8 @@ def other_protocol(people: Mapping[str, Collection[int]]) -> str:
     for name, found in people.items():
         numbers = sorted(set(found) - {0})
         others = [number for number in numbers if number not in LUMIR_LABELS]
-        if len(numbers) - len(others) < LEAST_SHARE * len(numbers) or not numbers:
+        strays = max(1, (1 - LEAST_SHARE) * len(numbers))  # one is no protocol, where most are LUMIR's
+        if len(others) > strays or len(others) > len(numbers) / 3 or not numbers:
             shown = ", ".join(map(str, others[:40])) + (" ..." if len(others) > 40 else "")
             lines.append(
                 f"{name}: {len(others)} of {len(numbers)} label numbers are not LUMIR's{f': {shown}' * bool(shown)}"

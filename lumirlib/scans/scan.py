@@ -15,7 +15,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from lumirlib import spatial
-from lumirlib.data.nifti import read_header, read_volume
+from lumirlib.data.nifti import read_header, read_volume, scan_stem
 
 #: Planes of a volume that are mapped at a time.
 SLAB = 16
@@ -125,11 +125,6 @@ class Scan:
     def spacing_mm(self) -> np.ndarray:
         """Edges of a voxel."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
-
-
-def scan_stem(path: Path) -> str:
-    """The name of a scan's file without `.nii`, `.gz` and Learn2Reg's modality suffix `_0000`."""
-    return path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
 
 
 def read_scan(path: str | Path) -> Scan:

@@ -91,7 +91,7 @@ def write_submission(
         cohort: Cohort at the resolution that the method works at. The displacements are written on the files' own
             voxels, 1 mm for LUMIR, carried there by :func:`lumirlib.spatial.to_finer_grid`.
         path: of the zip.
-        pairs: which; all validation pairs if None.
+        pairs: which; all of :attr:`lumirlib.data.Cohort.submission_pairs` if None.
         device: where the method runs.
         progress: show a progress bar.
 
@@ -106,7 +106,7 @@ def write_submission(
     path = Path(path)
     if path.suffix != ".zip":
         raise ValueError(f"path must end in .zip, got {path.name}")
-    files = files_of(cohort.validation_pairs if pairs is None else pairs)
+    files = files_of(cohort.submission_pairs if pairs is None else pairs)
     parts, affine = path.with_suffix(".parts"), cohort.at_own_resolution.affine
     check_writable_file(path)
     check_writable(parts)
@@ -211,7 +211,7 @@ def read_submission(path: str | Path, cohort: Cohort, pairs: tuple[Pair, ...] | 
     """
     with _open(path) as archive:
         present = Counter(archive.namelist())
-        for name, pair in files_of(cohort.validation_pairs if pairs is None else pairs).items():
+        for name, pair in files_of(cohort.submission_pairs if pairs is None else pairs).items():
             if present[name] != 1:
                 raise ValueError(f"{path}: {name} is {f'there {present[name]} times' if present[name] else 'missing'}")
             displacement = _as_displacement(_read_array(archive, name, cohort.shape), cohort.shape, name)
@@ -227,7 +227,7 @@ def score_submission(
     progress: bool = True,
 ) -> pd.DataFrame:
     """The evaluator on the files of a zip; the long table of :func:`lumirlib.evaluation.evaluate_method`."""
-    chosen = cohort.validation_pairs if pairs is None else pairs
+    chosen = cohort.submission_pairs if pairs is None else pairs
     displacements = read_submission(path, cohort, chosen)
     return evaluate_method(
         lambda fixed, moving: next(displacements)[1],
@@ -269,7 +269,7 @@ def validate_submission(
     Args:
         path: of the zip.
         cohort: that it is for.
-        pairs: which it should hold; all validation pairs if None.
+        pairs: which it should hold; all of :attr:`lumirlib.data.Cohort.submission_pairs` if None.
         progress: show a progress bar.
 
     Returns:
@@ -279,7 +279,7 @@ def validate_submission(
         FileNotFoundError: no such zip.
         ValueError: not a zip.
     """
-    expected = files_of(cohort.validation_pairs if pairs is None else pairs)
+    expected = files_of(cohort.submission_pairs if pairs is None else pairs)
     findings: list[Problem] = []
     with _open(path) as archive:
         members = Counter(archive.namelist())

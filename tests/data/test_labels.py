@@ -46,6 +46,8 @@ def cohort_with(folder, numbers, **changes):
         range(1, 171),  # AAL 3
         range(1, 201),  # Schaefer's 200 parcels
         range(1, 36),  # Learn2Reg's OASIS
+        [4, 43],  # FreeSurfer's lateral ventricles
+        [1],
         [0],
     ],
 )
@@ -65,6 +67,7 @@ def test_labels_of_another_protocol_are_named_whatever_numbers_they_share(number
         LUMIR_LABELS[:59],
         [n for n in LUMIR_LABELS if n not in (49, 50)],
         [4, 11, 23],
+        [11, 23, 31_000],
     ],
 )
 def test_labels_of_lumirs_protocol_are_taken_with_some_lacking_or_more(numbers):

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import shutil
 import struct
 import time
 import zipfile
@@ -398,6 +399,7 @@ def test_an_image_or_nothing_in_place_of_a_landmark_volume_is_refused(kept):
 
 
 @amounts
+@pytest.mark.filterwarnings("ignore:.*not understood and left out:UserWarning")
 def test_a_harmed_dataset_is_refused_by_name_or_stays_inside_its_folder(folder, inputs, tmp_path):
     path = folder / "harmed.json"
     content = json.loads((folder / "dataset.json").read_text())
@@ -475,6 +477,7 @@ def test_two_pairs_of_one_name_are_refused(folder):
     change = {"fixed": "more/SMALL_0100_0000.nii.gz", "moving": "./imagesVal/SMALL_0101_0000.nii.gz"}
     with pytest.raises(ValueError, match="two validation pairs would both be named SMALL_0100_SMALL_0101"):
         load_cohort(rewrite(folder, "named.json", lambda c: c["validation"].append(change)))
+    shutil.rmtree(folder / "more")
 
 
 def test_a_hundred_thousand_entries_are_read_in_seconds_and_not_all_paired(folder):
@@ -491,6 +494,7 @@ def test_a_hundred_thousand_entries_are_read_in_seconds_and_not_all_paired(folde
         labelled.append({"image": f"more/{link.name}", "seg": "labelsVal/SMALL_0100_0000.nii.gz"})
     with pytest.raises(ValueError, match=r"many\.json: names no validation pair with labels, and 101 labelled scans"):
         load_cohort(rewrite(folder, "many.json", lambda c: c.update(labelled=labelled, validation=[])))
+    shutil.rmtree(folder / "more")
 
 
 # the cache -----------------------------------------------------------------------------------------------------------
