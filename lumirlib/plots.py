@@ -30,6 +30,17 @@ def use_style() -> None:
         plt.style.use(path)
 
 
+def _mark_stages(ax: Axes, history: pd.DataFrame) -> None:
+    """A line where a stage of the training begins, with its voxels; figures before and after it are not comparable."""
+    if "stage" not in history:
+        return
+    trained = history[history["epoch"] > 0]
+    for _, stage in trained.groupby("stage"):
+        start = stage["epoch"].iloc[0] - 0.5
+        ax.axvline(start, color="0.7", linestyle=":", linewidth=1)
+        ax.text(start, 0.98, f" {stage['resolution_mm'].iloc[0]:g} mm", transform=ax.get_xaxis_transform(), va="top")
+
+
 def plot_loss(ax: Axes, history: pd.DataFrame) -> Axes:
     """Training loss and its similarity part over the epochs (left panel of the paper's Fig. 2)."""
     history = history.dropna(subset="loss")
@@ -37,6 +48,7 @@ def plot_loss(ax: Axes, history: pd.DataFrame) -> Axes:
     ax.plot(history["epoch"], history["similarity"], marker="o", markersize=3, label="similarity part")
     ax.set(xlabel="epoch", ylabel="training loss", title="training loss")
     ax.legend()
+    _mark_stages(ax, history)
     return ax
 
 
@@ -55,6 +67,7 @@ def plot_validation_dice(ax: Axes, history: pd.DataFrame) -> Axes:
             color="0.3",
         )
     ax.set(xlabel="epoch", ylabel="Dice (%)", title="validation Dice")
+    _mark_stages(ax, history)
     return ax
 
 
@@ -63,6 +76,7 @@ def plot_validation_ndv(ax: Axes, history: pd.DataFrame) -> Axes:
     ax.plot(history["epoch"], history["val_ndv_percent"], marker="o", markersize=3, color="C1")
     ax.set(xlabel="epoch", ylabel="NDV (%)", title="validation NDV")
     ax.set_ylim(bottom=0)
+    _mark_stages(ax, history)
     return ax
 
 

@@ -281,22 +281,24 @@ def _described(
     return Weights(name, row, float(resolution), content["config"], content["model"], facts or {})
 
 
-def pretrained(name: str, device: str = "auto") -> nn.Module:
+def pretrained(name: str, device: str = "auto", resolution_mm: float | None = None) -> nn.Module:
     """The network with the weights of a name, ready for ``model(fixed, moving)``.
 
     Args:
         name: one of :func:`lumirlib.training.weights.names`; it says the voxel size that the weights were trained at,
             and images are to have.
         device: "auto", "cpu", "cuda" ...
+        resolution_mm: finer voxels that images are to have instead, see :func:`to_finer_levels`.
 
     Returns:
         A module in evaluation mode: images ``(B, 1, D, H, W)`` in [0, 1], in LUMIR's frame, to displacement
         ``(B, 3, D, H, W)`` in voxels.
 
     Raises:
-        ValueError: an unknown name, with the choices listed.
+        ValueError: an unknown name, with the choices listed; voxels coarser than those trained at.
     """
-    return read_packaged(name).network(device)
+    found = read_packaged(name)
+    return (found if resolution_mm is None else found.at_resolution(resolution_mm)).network(device)
 
 
 def _network_options(row: Row) -> dict[str, object]:

@@ -5,16 +5,19 @@ import math
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from small_runs import CPU
 
-from lumirlib import load_cohort, parse_variant
+from lumirlib import load_cohort, parse_variant, plots, pretrained
 from lumirlib.methods import parse_row
 from lumirlib.methods.base import PAPER, Preset, Stage
 from lumirlib.methods.presets import get_preset, split_options
+from lumirlib.study.report.runs import late_rises
 from lumirlib.study.run import Run
 from lumirlib.training.checkpoints import load_checkpoint
 from lumirlib.training.config import RunConfig
@@ -302,3 +305,27 @@ def test_coarse_weights_start_and_register_on_finer_voxels(small_cohort_json, tm
     row = replace(run.config.row, name="COMP")
     assert same_weights(starting_weights(str(coarse.checkpoint), row, 1.0).tensors, expected)
     assert load_cohort(small_cohort_json, 1).resolution_mm == run.cohort.resolution_mm
+
+
+def test_figures_of_the_training_mark_where_a_stage_begins_and_convergence_is_judged_within_the_last():
+    stages = [2, 1, 1, 1, 1, 2, 2, 2, 2]
+    dice = [0.3, 0.5, 0.5, 0.5, 0.5, 0.58, 0.6, 0.62, 0.621]
+    history = pd.DataFrame({"epoch": range(9), "stage": stages, "val_dice": dice, "val_ndv_percent": 0.1})
+    history = history.assign(resolution_mm=4.0 / history["stage"], loss=1.0, similarity=0.5)
+    for plot in (plots.plot_loss, plots.plot_validation_dice, plots.plot_validation_ndv):
+        ax = plot(Figure().subplots(), history)
+        marks = [text for text in ax.texts if text.get_text().endswith(" mm")]
+        assert [(mark.get_text(), mark.get_position()[0]) for mark in marks] == [(" 4 mm", 0.5), (" 2 mm", 4.5)]
+    runs = SimpleNamespace(history=history.assign(variant="COMP", seed=0))
+    assert late_rises(runs)["rise"].tolist() == pytest.approx([0.1])  # over one of the last four epochs
+    plain = SimpleNamespace(history=runs.history.drop(columns="stage"))
+    assert late_rises(plain)["rise"].tolist() == pytest.approx([2.1])  # over two of eight
+
+
+def test_pretrained_weights_run_on_finer_voxels_by_name():
+    coarse, fine = pretrained("comp-4mm-cpu", "cpu"), pretrained("comp-4mm-cpu", "cpu", resolution_mm=2)
+    assert len(fine.estimators) == len(coarse.estimators) + 1
+    for level, old in enumerate((0, 0, 1, 2, 3)):
+        assert torch.equal(fine.estimators[level].conv1.weight, coarse.estimators[old].conv1.weight)
+    with pytest.raises(ValueError, match="resolution_mm must be at most the 4 mm that comp-4mm-cpu was trained at"):
+        pretrained("comp-4mm-cpu", resolution_mm=8)

@@ -206,7 +206,7 @@ def not_converged(runs: Runs) -> tuple[str, ...]:
 
 
 def late_rises(runs: Runs) -> pd.DataFrame:
-    """By how much the validation Dice of each run rose over the last quarter of its epochs.
+    """By how much the validation Dice of each run rose over the last quarter of its epochs, or of its last stage's.
 
     Returns:
         Columns variant, seed, epochs, rise (points), converged (rise at most :data:`CONVERGED`); runs with a log only.
@@ -215,6 +215,8 @@ def late_rises(runs: Runs) -> pd.DataFrame:
     for (variant, seed), log in runs.history.groupby(["variant", "seed"], sort=False):
         dice = 100 * log.set_index("epoch")["val_dice"]
         last = int(dice.index.max())
-        rise = float(dice[last] - dice[last - max(1, last // 4)])
+        in_last_stage = (log["stage"] == log["stage"].iloc[-1]) if "stage" in log else log["epoch"] >= 0
+        count = int((in_last_stage & (log["epoch"] > 0)).sum())
+        rise = float(dice[last] - dice[last - max(1, count // 4)])
         rows.append({"variant": variant, "seed": seed, "epochs": last, "rise": rise, "converged": not rise > CONVERGED})
     return pd.DataFrame(rows, columns=["variant", "seed", "epochs", "rise", "converged"])
