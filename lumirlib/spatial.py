@@ -112,15 +112,6 @@ def voxel_to_normalized(points: torch.Tensor, shape: Sequence[int]) -> torch.Ten
     return (points * (2.0 / sides) - 1.0).flip(-1)
 
 
-def normalized_to_voxel(points: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Convert normalized coordinates (last axis k, j, i) to voxels (last axis i, j, k).
-
-    The inverse of :func:`voxel_to_normalized`.
-    """
-    sides = torch.tensor([side - 1 for side in shape], dtype=points.dtype, device=points.device)
-    return (points.flip(-1) + 1.0) * (sides / 2.0)
-
-
 def sample(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Trilinear values of an image at arbitrary voxel coordinates, zero outside.
 

@@ -44,23 +44,6 @@ def channels_first_to_voxel(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None]
 
 
-def voxelmorph_to_voxel(flow: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Flow of VoxelMorph, in voxels and in the order of the array's axes, in our layout.
-
-    Args:
-        flow: ``(1, 3, D, H, W)`` as its PyTorch networks give it, or ``(1, D, H, W, 3)`` as its TensorFlow ones do.
-
-    Returns:
-        ``(1, 3, D, H, W)`` float32.
-    """
-    flow = torch.as_tensor(flow)
-    if flow.ndim == 5 and flow.shape[:2] == (1, 3):
-        return flow.float()
-    if flow.ndim == 5 and flow.shape[0] == 1 and flow.shape[4] == 3:
-        return flow.movedim(-1, 1).float().contiguous()
-    raise ValueError(f"flow must be (1, 3, D, H, W) or (1, D, H, W, 3), got {tuple(flow.shape)}")
-
-
 def grid_sample_to_voxel(flow: torch.Tensor, align_corners: bool = True) -> torch.Tensor:
     """Displacement to be added to the normalized grid of ``torch.nn.functional.grid_sample``, in our convention.
 
@@ -75,13 +58,6 @@ def grid_sample_to_voxel(flow: torch.Tensor, align_corners: bool = True) -> torc
     if flow.ndim != 5 or flow.shape[0] != 1 or flow.shape[4] != 3:
         raise ValueError(f"flow must be (1, D, H, W, 3), got {tuple(flow.shape)}")
     return flow.flip(-1).movedim(-1, 1).float() * _half_sides(flow.shape[1:4], align_corners)
-
-
-def voxel_to_grid_sample(displacement: torch.Tensor, align_corners: bool = True) -> torch.Tensor:
-    """Our displacement ``(1, 3, D, H, W)`` as ``(1, D, H, W, 3)`` for grid_sample; see grid_sample_to_voxel."""
-    _check_single(displacement)
-    halves = _half_sides(displacement.shape[2:], align_corners)
-    return (displacement.cpu() / halves).movedim(1, -1).flip(-1).contiguous()
 
 
 def itk_to_voxel(field: np.ndarray, affine: np.ndarray) -> torch.Tensor:

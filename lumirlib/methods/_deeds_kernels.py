@@ -453,25 +453,6 @@ def _root_to_leaves(costs, previous, order, parents, weights, labels, chosen):
                     label += 1
 
 
-def min_convolution(costs: np.ndarray, offset: tuple[float, float, float]) -> np.ndarray:
-    """Lowest of cost and squared distance: ``out(p) = min over q of costs(q) + |p - q + offset|^2``.
-
-    One axis after the other, which is exact as the squared distance is a sum over axes. (Which q is the best one is
-    found again when it is needed, for one p per node: that is cheaper than to keep it for all.)
-
-    Args:
-        costs: ``(n, n, n)`` float32 of the child's labels q.
-        offset: how much further the parent's previous displacement is than the child's, in label steps.
-
-    Returns:
-        ``(n, n, n)`` float32 for the parent's labels p, with the minimum subtracted.
-    """
-    scratch = np.empty((3, costs.size), np.float32)
-    shifts = [np.float32(part) for part in offset]
-    _message(np.ascontiguousarray(costs).reshape(-1), np.float32(1), *shifts, costs.shape[0], scratch)
-    return scratch[1].reshape(costs.shape).copy()
-
-
 def min_sum(costs: np.ndarray, tree: Tree, previous: np.ndarray) -> np.ndarray:
     """The labels of least total cost on a tree, exactly: messages from the leaves to the root, then read-out.
 

@@ -79,7 +79,7 @@ class Row:
             fixed: ``(1, 1, D, H, W)`` image in [0, 1], or integer labels where the row trains on labels. For a row with
                 `trains_on_triplets` ``(2, 1, D, H, W)``: the images B and C of a triplet A, B, C.
             moving: likewise; the images A and B of a triplet.
-            preset: as :meth:`adapt` gives it.
+            preset: as :meth:`training_preset` gives it.
             generator: on the CPU, seeded for this step, for all that is random in it.
 
         Returns:
@@ -96,7 +96,7 @@ class Row:
 
         Args:
             model: from :meth:`build`, with trained weights.
-            preset: as :meth:`adapt` gives it.
+            preset: as :meth:`training_preset` gives it.
         """
         return model
 

@@ -299,7 +299,7 @@ class SynthMorph(Baseline):
             model: from :meth:`build`.
             fixed: label map ``(1, 1, D, H, W)``, integers.
             moving: likewise.
-            preset: from :meth:`adapt`.
+            preset: from :meth:`training_preset`.
             generator: of all random numbers, on the CPU.
 
         Returns:

@@ -441,7 +441,7 @@ class TransMorph(Baseline):
             model: from :meth:`build`.
             fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
             moving: ``(B, 1, D, H, W)``, likewise.
-            preset: from :meth:`adapt`.
+            preset: from :meth:`training_preset`.
             generator: on the CPU, draws the paths that are left out.
 
         Returns:

@@ -26,57 +26,33 @@ if TYPE_CHECKING:
 BILATERAL_MODES = ("joint", "post")
 
 OPTIMIZERS = ("adam", "muon")
-#: Metadata of a later option of how a network is trained or used, not of what it computes.
-NOT_OF_NETWORK = {**ADDED_LATER, "of_network": False}
 #: Unit of the lengths that the consistency losses weigh where a preset is in mm: the voxels that their weights were
 #: chosen at.
 CONSISTENCY_MM = 4.0
 
 
 @dataclass(frozen=True)
-class Variant(Row):
-    """One network of the paper. Every option is independent of the others.
+class NetworkOptions:
+    """What a network computes: the arguments of :class:`lumirlib.models.backbone.RegistrationNetwork`.
 
     Attributes:
-        name: as in the paper's Table 2, without "backbone+".
         start_channels: N, width of the encoder, the paper's 'sc'.
         head_channels: K, width of the flow estimators (27; the paper's 4ks is 108).
         cascade: "additive" or "compositional".
-        levels: number of pyramid levels.
-        squarings: squarings of the integration at every level.
+        levels: Number of pyramid levels.
+        squarings: Squarings of the integration at every level.
         large_kernel: LK, kernel side of the encoder's parallel blocks, 0 for plain convolutions.
         co_attention_levels: CA, number of coarsest levels with co-attention.
         bilateral_window: BF, window of the joint bilateral filter of the displacement, 0 for none.
-        bilateral_mode: "joint", the filter is trained with the network, or "post", it is put behind the trained
-            weights of the same network without it, with its widths as given below.
-        bilateral_sigma: width of the filter along every axis in voxels; the initial one of "joint".
-        bilateral_sigma_range: its width in intensities of the fixed image, likewise.
+        bilateral_sigma: Width of the filter along every axis in voxels; the initial one where it is trained.
+        bilateral_sigma_range: Its width in intensities of the fixed image, likewise.
         correlation_window: CORR, side of the window of local correlations at every level, 0 for none; see
             :mod:`lumirlib.models.local_correlation`.
         correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
         passes: REC, how often each level's estimator is applied.
         refinements: REF, further passes of the finest level in registration, which training does without.
-        symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
-            half in the loss.
-        inverse_consistency_weight: of :func:`lumirlib.losses.consistency.inverse_consistency_loss` between them.
-        group_weight: GROUP, of :func:`lumirlib.losses.consistency.group_consistency_loss`; each pair A, B of a training
-            step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
-        ndv_weight: NDV, of :func:`lumirlib.losses.ndv.ndv_loss` of the result, a share of the volume, in the loss.
-        learning_rate_factor: LR2 and LR4, times the preset's learning rate, which is that of the paper's own network.
-        optimizer: MUON, "adam" or "muon", see :mod:`lumirlib.training.muon`.
-        intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
-            :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
-        instance_steps: IO, most steps of instance optimization behind the trained weights of the same network without
-            it, 0 for none; see :class:`lumirlib.methods.instance_optimization.InstanceOptimization`.
-        instance_learning_rate: of its Adam, in voxels of each level, shared among the passes of one.
-        instance_tolerance: it ends when the loss falls by less than this share of itself ...
-        instance_patience: ... within so many steps.
-        voxel_mm: edge of the network's voxels where `bilateral_window` and `bilateral_sigma` are in mm, and the weights
-            of inverse and group consistency are of squared lengths of :data:`CONSISTENCY_MM`; 0 where all these count
-            voxels. A preset in mm sets it.
     """
 
-    name: str = "backbone"
     start_channels: int = 32
     head_channels: int = 27
     cascade: str = "additive"
@@ -85,25 +61,77 @@ class Variant(Row):
     large_kernel: int = 0
     co_attention_levels: int = 0
     bilateral_window: int = 0
-    bilateral_mode: str = field(default="joint", metadata=NOT_OF_NETWORK)
     bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
     correlation_window: int = field(default=0, metadata=ADDED_LATER)
     correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
     passes: int = field(default=1, metadata=ADDED_LATER)
     refinements: int = field(default=0, metadata=ADDED_LATER)
-    symmetric: bool = field(default=False, metadata=NOT_OF_NETWORK)
-    inverse_consistency_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
-    group_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
-    ndv_weight: float = field(default=0.0, metadata=NOT_OF_NETWORK)
-    learning_rate_factor: float = field(default=1.0, metadata=NOT_OF_NETWORK)
-    optimizer: str = field(default="adam", metadata=NOT_OF_NETWORK)
-    intensity_probability: float = field(default=0.0, metadata=NOT_OF_NETWORK)
-    instance_steps: int = field(default=0, metadata=NOT_OF_NETWORK)
-    instance_learning_rate: float = field(default=0.03, metadata=NOT_OF_NETWORK)
-    instance_tolerance: float = field(default=1e-3, metadata=NOT_OF_NETWORK)
-    instance_patience: int = field(default=5, metadata=NOT_OF_NETWORK)
-    voxel_mm: float = field(default=0.0, metadata=NOT_OF_NETWORK)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a network is trained, beyond its preset.
+
+    Attributes:
+        bilateral_mode: "joint", the bilateral filter is trained with the network, or "post", it is put behind the
+            trained weights of the same network without it, with its widths as given.
+        symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
+            half in the loss.
+        inverse_consistency_weight: Weight of :func:`lumirlib.losses.consistency.inverse_consistency_loss` between
+            them.
+        group_weight: GROUP, weight of :func:`lumirlib.losses.consistency.group_consistency_loss`; each pair A, B of a
+            training step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
+        ndv_weight: NDV, weight of :func:`lumirlib.losses.ndv.ndv_loss` of the result, a share of the volume.
+        learning_rate_factor: LR2 and LR4, times the preset's learning rate, which is that of the paper's own network.
+        optimizer: MUON, "adam" or "muon", see :mod:`lumirlib.training.muon`.
+        intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
+            :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
+    """
+
+    bilateral_mode: str = field(default="joint", metadata=ADDED_LATER)
+    symmetric: bool = field(default=False, metadata=ADDED_LATER)
+    inverse_consistency_weight: float = field(default=0.0, metadata=ADDED_LATER)
+    group_weight: float = field(default=0.0, metadata=ADDED_LATER)
+    ndv_weight: float = field(default=0.0, metadata=ADDED_LATER)
+    learning_rate_factor: float = field(default=1.0, metadata=ADDED_LATER)
+    optimizer: str = field(default="adam", metadata=ADDED_LATER)
+    intensity_probability: float = field(default=0.0, metadata=ADDED_LATER)
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """What is put behind the trained weights: instance optimization.
+
+    Attributes:
+        instance_steps: IO, most steps of it, 0 for none; see
+            :class:`lumirlib.methods.instance_optimization.InstanceOptimization`.
+        instance_learning_rate: Learning rate of its Adam, in voxels of each level, shared among the passes of one.
+        instance_tolerance: It ends when the loss falls by less than this share of itself ...
+        instance_patience: ... within so many steps.
+    """
+
+    instance_steps: int = field(default=0, metadata=ADDED_LATER)
+    instance_learning_rate: float = field(default=0.03, metadata=ADDED_LATER)
+    instance_tolerance: float = field(default=1e-3, metadata=ADDED_LATER)
+    instance_patience: int = field(default=5, metadata=ADDED_LATER)
+
+
+@dataclass(frozen=True)
+class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
+    """One network of the paper with its training and use. Every option is independent of the others.
+
+    The options are those of :class:`NetworkOptions`, :class:`TrainingOptions` and :class:`InferenceOptions`, and
+
+    Attributes:
+        name: Name as in the paper's Table 2, without "backbone+".
+        voxel_mm: edge of the network's voxels where `bilateral_window` and `bilateral_sigma` are in mm, and the weights
+            of inverse and group consistency are of squared lengths of :data:`CONSISTENCY_MM`; 0 where all these count
+            voxels. A preset in mm sets it.
+    """
+
+    name: str = "backbone"
+    voxel_mm: float = field(default=0.0, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         check_choice(self.cascade, CASCADES, "cascade")
@@ -152,11 +180,7 @@ class Variant(Row):
 
     def build(self) -> RegistrationNetwork:
         """The network, with fresh weights."""
-        options = {
-            option.name: getattr(self, option.name)
-            for option in fields(self)
-            if option.name != "name" and option.metadata.get("of_network", True)
-        }
+        options = {option.name: getattr(self, option.name) for option in fields(NetworkOptions)}
         if self.voxel_mm and self.bilateral_window:
             options["bilateral_window"] = max(5, nearest_odd(self.bilateral_window / self.voxel_mm))
             options["bilateral_sigma"] = self.bilateral_sigma / self.voxel_mm
@@ -218,7 +242,7 @@ class Variant(Row):
             predicted: fields of B pairs.
             fixed: ``(B, 1, D, H, W)``.
             moving: likewise.
-            preset: as :meth:`adapt` gives it.
+            preset: as :meth:`training_preset` gives it.
 
         Returns:
             Scalars "total", "similarity" and "smoothness", means over the pairs, and "ndv" where it counts.

@@ -97,7 +97,7 @@ class VoxelMorph(Baseline):
             model: from :meth:`build`.
             fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
             moving: ``(B, 1, D, H, W)``, likewise.
-            preset: from :meth:`adapt`.
+            preset: from :meth:`training_preset`.
             generator: not used: nothing here is random.
 
         Returns:

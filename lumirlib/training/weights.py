@@ -24,7 +24,7 @@ from torch import nn
 
 from lumirlib.files import parse_json
 from lumirlib.methods.base import Row, halvings
-from lumirlib.methods.variants import Variant
+from lumirlib.methods.variants import NetworkOptions, Variant
 from lumirlib.models.layers import place
 from lumirlib.training.checkpoints import check_schema, check_weights, described_row, load_checkpoint, shapes_of
 from lumirlib.training.config import RunConfig
@@ -303,11 +303,8 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
 
 def _network_options(row: Row) -> dict[str, object]:
     """What a row's network is built from."""
-    return {"kind": type(row)} | {
-        one.name: getattr(row, one.name)
-        for one in fields(row)  # type: ignore[arg-type]
-        if one.name != "name" and one.metadata.get("of_network", True)
-    }
+    options = fields(NetworkOptions if isinstance(row, Variant) else row)  # type: ignore[arg-type]
+    return {"kind": type(row)} | {one.name: getattr(row, one.name) for one in options if one.name != "name"}
 
 
 def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | None:
