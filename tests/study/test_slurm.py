@@ -40,7 +40,7 @@ with Path(out, f"{variant}-{seed}.txt").open("a") as file:
 TRAINING = """
 from pathlib import Path
 from lumirlib.study.run import Run
-from lumirlib.training import load_checkpoint
+from lumirlib.training.checkpoints import load_checkpoint
 run = Run.prepare(variant, preset, cohort, seed, "", out, "cpu", options)
 last = run.out / "checkpoints" / run.config.run / "last.pt"
 with Path(out, "epochs.txt").open("a") as file:
