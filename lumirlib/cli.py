@@ -2,7 +2,8 @@
 
 Everything heavy is imported inside the sub-commands, so that `--help` need not wait for PyTorch.
 
-The exit status is 0; 1 where part of the work failed; 2 for arguments or data that cannot be used; 130 after Ctrl-C.
+The exit status is 0; 1 where part of the work failed; 2 for arguments or data that cannot be used; 3 where scans were
+left out as implausible; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def lumirlib() -> None:
     """The LUMIR reproducibility study: brain MRI registration, reproduced.
 
     `lumirlib COMMAND --help` explains a command. The exit status is 0; 1 where part of the work failed; 2 for
-    arguments or data that cannot be used; 130 after Ctrl-C.
+    arguments or data that cannot be used; 3 where scans were left out as implausible; 130 after Ctrl-C.
     """
 
 
@@ -547,33 +548,34 @@ def score_zip(path: str, resolution_mm: int, cohort: str, data_root: str, quiet:
 @_several("--skip", metavar="STEP", help=f"Steps done before: {_SKIP}.")
 @click.option("--jobs", default=1, help="Scans at a time.")
 @click.option("--validation", type=int, help="People held out, the last by name; a tenth if not given.")
+@click.option("--keep-implausible", is_flag=True, help="Keep scans that are hardly a T1 brain.")
 @_text("--name", help="Name of the cohort; the folder's if not given.")
 @_DEVICE
 @_QUIET
-def prepare(
-    folder: str,
-    out: str,
-    skip: tuple[str, ...],
-    jobs: int,
-    validation: int | None,
-    name: str,
-    device: str,
-    quiet: bool,
-) -> int:
+def prepare(quiet: bool, **given: Any) -> int:
     """Make a folder of T1 scans into a cohort in the LUMIR frame.
 
-    FOLDER has .nii or .nii.gz files, at any depth, one scan a person. Skulls are stripped on --device. The status is 1
-    where a scan was left out.
+    FOLDER has .nii or .nii.gz files, at any depth. All scans of a person, by BIDS names, stay on one side of the split.
+    Skulls are stripped on --device. The status is 1 where a scan could not be prepared, 3 where one was left out as
+    hardly a T1 brain.
     """
     from lumirlib.scans.folder import prepare_folder
 
-    path, broken = prepare_folder(folder, out, skip, jobs, validation, name, device, not quiet)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    print(f"{path}: {content['numTraining']} training scans, {content['numValidation']} validation pairs")
-    print(f"look at {path.parent / 'qc_1.png'}, worst correlation with the template first")
-    for scan, error in broken.items():
-        click.echo(f"left out: {scan}: {error}", err=True)
-    return 1 if broken else 0
+    made = prepare_folder(**given, progress=not quiet)
+    content = json.loads(made.path.read_text(encoding="utf-8"))
+    print(f"{made.path}: {content['numTraining']} training scans, {content['numValidation']} validation pairs")
+    print(f"look at {made.path.parent / 'qc_1.png'}, worst correlation with the template first")
+    kept = given["keep_implausible"]
+    told = [f"skipped: {file}: {why}" for file, why in made.skipped.items()]
+    told += [f"remark: {remark}" for remarks in made.remarks.values() for remark in remarks]
+    told += [
+        f"{'kept' if kept else 'left out'}: {scan}: hardly a T1 brain; it {why}"
+        for scan, why in made.implausible.items()
+    ]
+    told += [f"left out: {scan}: {error}" for scan, error in made.broken.items()]
+    for line in told:
+        click.echo(line, err=True)
+    return 1 if made.broken else 3 if made.implausible and not kept else 0
 
 
 @lumirlib.command(

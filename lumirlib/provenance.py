@@ -98,12 +98,17 @@ def describe_device(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version(), "lumirlib": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return found | {package: version(package) for package in PACKAGES}
+
+
+def version(package: str) -> str:
+    """Installed version of a package, "not installed" if there is none."""
+    if package == "lumirlib":
+        return __version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def now() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -183,7 +184,7 @@ def _tell(name: str | Path, notes: tuple[str, ...]) -> None:
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")
+    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -293,15 +294,15 @@ def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
 
 
 def scan_stem(path: Path) -> str:
-    """The name of a scan's file without `.nii`, `.gz` and Learn2Reg's modality suffix `_0000`."""
-    return path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_0000")
+    """The name of a scan's file without `.nii` and `.gz`, in capitals too, and Learn2Reg's modality suffix `_0000`."""
+    return re.sub(r"(\.nii)?(\.gz)?$", "", path.name, count=1, flags=re.IGNORECASE).removesuffix("_0000")
 
 
 def _reading(path: str | Path) -> str:
     """What is said of a file that cannot be read."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such NIfTI file: {path}")
-    if not Path(path).name.endswith((".nii", ".nii.gz")):
+    if not Path(path).name.lower().endswith((".nii", ".nii.gz")):
         raise ValueError(f"cannot read {path} as NIfTI: its name must end in .nii or .nii.gz")
     return f"cannot read {path} as NIfTI (truncated or corrupt?)"
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,47 +23,35 @@ from tqdm.auto import tqdm
 from lumirlib import provenance
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine
 from lumirlib.data.nifti import write_nifti
-from lumirlib.files import write_atomically, write_json
-from lumirlib.scans.prepare import check_skip, prepare_scan, template_correlation
-from lumirlib.scans.scan import require, scan_stem
+from lumirlib.files import check_writable, read_json, write_atomically, write_json
+from lumirlib.scans.find import find_scans
+from lumirlib.scans.plausibility import Likeness, likeness
+from lumirlib.scans.prepare import check_skip, prepare_scan
+from lumirlib.scans.scan import collected_warnings, require
 from lumirlib.training.engine import pick_device
 
+LIKENESS = tuple(measure.name for measure in fields(Likeness))
 #: At most so many people, the last by name, are held out of a folder for validation.
 MAX_VALIDATION = 10
 
 
-# a folder -------------------------------------------------------------------------------------------------------------
-def find_scans(folder: str | Path, out: str | Path) -> dict[str, Path]:
-    """The NIfTI files of a folder and those below it, but not in `out`, by name: of the file, or of its path."""
-    folder, out = Path(folder), Path(out).resolve()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
-    files = sorted(
-        path
-        for path in folder.rglob("*.nii*")
-        if path.name.endswith((".nii", ".nii.gz"))
-        and not path.name.startswith(".")
-        and path.is_file()
-        and not path.resolve().is_relative_to(out)
-    )
-    if not files:
-        raise FileNotFoundError(f"no .nii or .nii.gz file in {folder}")
-    often = Counter(map(scan_stem, files))
+@dataclass(frozen=True)
+class PreparedFolder:
+    """What :func:`prepare_folder` has made.
 
-    def name(path: Path) -> str:
-        whole = (
-            scan_stem(path)
-            if often[scan_stem(path)] == 1
-            else "-".join([*path.relative_to(folder).parts[:-1], path.name])
-        )
-        return re.sub(r"[^\w.-]+", "-", scan_stem(Path(whole)))
+    Attributes:
+        path: Of dataset.json.
+        broken: Scan that could not be prepared -> why; left out.
+        implausible: Scan that is hardly a T1 brain -> why; left out unless it was to be kept.
+        skipped: File that was not taken for a scan -> why.
+        remarks: Scan -> what was told while it was read and prepared.
+    """
 
-    named: dict[str, Path] = {}
-    for path in files:
-        if name(path) in named:
-            raise ValueError(f"{path} and {named[name(path)]} would both be named {name(path)}: rename one")
-        named[name(path)] = path
-    return named
+    path: Path
+    broken: dict[str, str]
+    implausible: dict[str, str]
+    skipped: dict[str, str]
+    remarks: dict[str, list[str]]
 
 
 def _files_of(out: Path, name: str) -> tuple[Path, Path]:
@@ -74,16 +61,27 @@ def _files_of(out: Path, name: str) -> tuple[Path, Path]:
 
 def _facts(path: Path, skip: tuple[str, ...]) -> dict[str, object]:
     """What makes a prepared scan out of date when it changes."""
-    return {"scan": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "skipped": list(skip)}
+    return {"scan": path.name, "sha256": _digest_of(path), "skipped": list(skip), "tools": _tools()}
+
+
+def _digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _tools() -> dict[str, str]:
+    """Versions of what prepares scans."""
+    return {package: provenance.version(package) for package in ("lumirlib", "deepbet", "SimpleITK", "deepmriprep")}
 
 
 def _record(out: Path, name: str, path: Path, skip: tuple[str, ...]) -> dict | None:
-    """The record of a scan that was prepared before, of the same bytes and with the same steps, else None."""
+    """The record of a scan that was prepared before: of the same bytes, steps and tools, its image as written."""
     image, record = _files_of(out, name)
     try:
         known = json.loads(record.read_text(encoding="utf-8"))
-        return known if image.is_file() and _facts(path, skip).items() <= known.items() else None
-    except (OSError, ValueError):
+        wanted = _facts(path, skip) | {"image_sha256": _digest_of(image)}
+        return known if wanted.items() <= known.items() else None
+    except (OSError, ValueError, AttributeError):
         return None
 
 
@@ -94,17 +92,22 @@ def _prepare_into(out: Path, name: str, path: Path, skip: tuple[str, ...], devic
     image_path, record_path = _files_of(out, name)
     try:
         record_path.unlink(missing_ok=True)
-        prepared = prepare_scan(path, skip, device)
-        image = prepared.in_frame
-        write_nifti(image_path, image[0, 0].numpy().astype(np.uint8), frame_affine(1))
+        facts = _facts(path, skip)
+        with collected_warnings() as told:
+            prepared = prepare_scan(path, skip, device)
+            found = likeness(prepared)
+        remarks = [one.replace(str(path), path.name) for one in told]
+        write_nifti(image_path, prepared.in_frame[0, 0].numpy().astype(np.uint8), frame_affine(1))
         record = {
             "name": name,
-            **_facts(path, skip),
+            **facts,
+            "image_sha256": _digest_of(image_path),
             "shape": list(prepared.scan.shape),
             "spacing_mm": prepared.scan.spacing_mm.round(4).tolist(),
             "orientation": "".join(nib.aff2axcodes(prepared.scan.affine)),
-            "brain_ml": round(prepared.brain_ml, 1),
-            "template_correlation": round(template_correlation(image), 4),
+            **found.rounded(),
+            "doubts": found.doubts,
+            "remarks": remarks,
             "frame_to_scan_mm": prepared.to_scan.tolist(),
             "seconds": prepared.seconds,
             "written": provenance.now(),
@@ -117,13 +120,50 @@ def _prepare_into(out: Path, name: str, path: Path, skip: tuple[str, ...], devic
         return f"{type(error).__name__}: {error}"
 
 
-def _validation_people(names: Sequence[str], validation: int | None) -> list[str]:
-    """The last names, held out: a tenth, 2 to 10, where None is given and at least 4 people are there."""
+def _source_of(folder: Path) -> str:
+    """16 hexadecimal digits that stand for the place of a folder, which no cohort should name."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+
+
+def _check_source(folder: Path, out: Path, scans: Mapping[str, Path]) -> None:
+    """Raise ValueError if `out` holds a cohort of another folder, or images that were not prepared here.
+
+    What was prepared from this folder, or from one that has all of the same files by name and content (it was moved, or
+    copied and added to), is gone on with.
+    """
+    known = {path.stem: path for path in sorted((out / "prepared").glob("*.json"))}
+    source = out / "source.json"
+    if source.is_file() and read_json(source).get("folder_sha256") == _source_of(folder):
+        return
+    held = [path.name for path in (out / "dataset.json", out / "imagesTr") if path.is_file() or any(path.glob("*"))]
+    if not known and not held:
+        return
+    if not known and not source.is_file():
+        raise ValueError(f"{out} has {' and '.join(held)} that lumirlib did not prepare: choose another --out")
+    lost = []
+    for name, path in known.items():
+        try:
+            same = name in scans and read_json(path).get("sha256") == _digest_of(scans[name])
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            lost.append(name)
+    if lost or not known:
+        what = f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}" if lost else "unfinished work"
+        raise ValueError(
+            f"{out} holds scans that were prepared from another folder and are not in {folder}, or not with this "
+            f"content: {what}. Choose another --out, or remove that folder"
+        )
+
+
+def _validation_people(people: Sequence[str], validation: int | None) -> list[str]:
+    """The last people, held out: a tenth, 2 to 10, where None is given and at least 4 people are there."""
+    people = list(dict.fromkeys(people))
     if validation is None:
-        validation = min(MAX_VALIDATION, max(2, len(names) // 10)) if len(names) >= 4 else 0
-    if validation not in (0, *range(2, len(names) + 1)):
-        raise ValueError(f"validation must be 0, or from 2 to the number of scans, {len(names)}; got {validation}")
-    return list(names[len(names) - validation :])
+        validation = min(MAX_VALIDATION, max(2, len(people) // 10)) if len(people) >= 4 else 0
+    if validation not in (0, *range(2, len(people) + 1)):
+        raise ValueError(f"validation must be 0, or from 2 to the number of people, {len(people)}; got {validation}")
+    return people[len(people) - validation :]
 
 
 def prepare_folder(
@@ -135,43 +175,51 @@ def prepare_folder(
     name: str = "",
     device: str = "auto",
     progress: bool = True,
-) -> tuple[Path, dict[str, str]]:
+    keep_implausible: bool = False,
+) -> PreparedFolder:
     """Make a folder of T1 scans into a cohort that :func:`lumirlib.load_cohort` reads.
 
     Each scan is written atomically, its record last, so that an interrupted call goes on where it stopped; a scan whose
-    bytes or steps have changed is prepared anew. The dataset JSON and the QC sheet are written at the end.
+    bytes, steps or tools have changed is prepared anew. The dataset JSON and the QC sheet are written at the end. All
+    scans of a person stand on one side of the split.
 
     Args:
-        folder: with `.nii` or `.nii.gz` files, at any depth, one scan a person.
-        out: where the cohort goes: dataset.json, imagesTr, prepared (a record per scan), qc.csv, qc_*.png and .pdf.
-        skip: as for :func:`prepare_scan`, of all scans.
-        jobs: scans at a time, each in a process of its own with its share of the processor.
-        validation: how many people, the last by name, are held out: their ordered pairs are the validation pairs.
-            None takes a tenth, 2 to 10, where there are at least 4 scans.
-        name: of the cohort; the folder's if empty.
-        device: where skulls are stripped.
-        progress: show a progress bar.
+        folder: With `.nii` or `.nii.gz` files, at any depth; see :func:`lumirlib.scans.find.find_scans`.
+        out: Where the cohort goes: dataset.json, imagesTr, prepared (a record per scan), qc.csv, qc_*.png and .pdf.
+        skip: Steps as for :func:`prepare_scan`, of all scans.
+        jobs: Scans at a time, each in a process of its own with its share of the processor.
+        validation: How many people, the last by name, are held out: the ordered pairs of scans of two of them are the
+            validation pairs. None takes a tenth, 2 to 10, where there are at least 4 people.
+        name: Name of the cohort; the folder's if empty.
+        device: Where skulls are stripped.
+        progress: Show a progress bar.
+        keep_implausible: Whether scans that are hardly a T1 brain stay in the cohort; they are named in either case.
 
     Returns:
-        Path of dataset.json, and the scans that could not be prepared -> why. They are left out and named in it.
+        What was made. Scans that were left out are named in dataset.json too.
 
     Raises:
-        FileNotFoundError: no such folder, or no scan in it.
-        ValueError: an unknown step, names that clash, or no scan that could be prepared.
-        ModuleNotFoundError: a package that a step needs.
+        FileNotFoundError: No such folder, or no scan in it.
+        ValueError: An unknown step, names that clash, no scan that is left, or `out` has the cohort of another folder.
+        OSError: `out` cannot be written, said before anything is prepared.
+        ModuleNotFoundError: A package that a step needs.
     """
     from lumirlib.scans.qc import prepared_figures
 
     skipped, folder, out = check_skip(skip), Path(folder), Path(out)
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs must be a whole number from 1, got {jobs!r}")
-    scans = find_scans(folder, out)
-    _validation_people(list(scans), validation)
+    found = find_scans(folder, out)
+    scans = found.files
+    _validation_people(list(found.people.values()), validation)
     for step, package in (("strip", "deepbet"), ("bias", "SimpleITK"), ("affine", "SimpleITK")):
         if step not in skipped:
             require(package)
+    check_writable(out)
+    _check_source(folder, out, scans)
+    write_json(out / "source.json", {"folder_sha256": _source_of(folder), "name": folder.resolve().name})
     device = str(pick_device(device))
-    records = {one: found for one, path in scans.items() if (found := _record(out, one, path, skipped))}
+    records = {one: known for one, path in scans.items() if (known := _record(out, one, path, skipped))}
     missing = {one: path for one, path in scans.items() if one not in records}
     broken: dict[str, str] = {}
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else 0
@@ -182,12 +230,12 @@ def prepare_folder(
     ):
         work = {one: partial(_prepare_into, out, one, path, skipped, device, threads) for one, path in missing.items()}
         try:
-            for one, found in _results(work, pool):
-                if isinstance(found, str):
-                    broken[one] = found
-                    tqdm.write(f"cannot be prepared: {scans[one]}: {found}", file=sys.stderr)
+            for one, result in _results(work, pool):
+                if isinstance(result, str):
+                    broken[one] = result
+                    tqdm.write(f"cannot be prepared: {scans[one]}: {result}", file=sys.stderr)
                 else:
-                    records[one] = found
+                    records[one] = result
                 bar.update()
         except BrokenProcessPool as error:
             raise MemoryError("a process that prepared a scan was killed: memory? Take fewer --jobs") from error
@@ -195,12 +243,16 @@ def prepare_folder(
             if pool:
                 pool.shutdown(wait=False, cancel_futures=True)
             raise
-    names = [one for one in scans if one in records]
+    implausible = {one: record["doubts"] for one, record in records.items() if record["doubts"]}
+    names = [one for one in scans if one in records and (keep_implausible or one not in implausible)]
     if not names:
-        raise ValueError(f"none of the {len(scans)} scans in {folder} could be prepared")
-    held_out = _validation_people(names, validation)
+        reasons = "".join(f"\n  {one}: {why}" for one, why in {**broken, **implausible}.items())
+        raise ValueError(f"none of the {len(scans)} scans in {folder} is left for a cohort:{reasons}")
+    person = found.people
+    held_out = _validation_people([person[one] for one in names], validation)
     entry = {one: f"./{_files_of(out, one)[0].relative_to(out).as_posix()}" for one in names}
-    pairs = [{"fixed": entry[a], "moving": entry[b]} for a in held_out for b in held_out if a != b]
+    held = [one for one in names if person[one] in held_out]
+    pairs = [{"fixed": entry[a], "moving": entry[b]} for a in held for b in held if person[a] != person[b]]
     content = {
         "name": name or folder.resolve().name,
         "description": "prepared by lumirlib: LUMIR frame (160x224x192, 1 mm, RAS, affine to ICBM152), uint8",
@@ -210,14 +262,18 @@ def prepare_folder(
         "tensorImageShape": {"0": list(FRAME_SHAPE)},
         "skipped_steps": list(skipped),
         "left_out": broken,
-        "numTraining": len(names) - len(held_out),
-        "training": [{"image": entry[one]} for one in names if one not in held_out],
+        "implausible": implausible,
+        "skipped_files": found.skipped,
+        "numTraining": len(names) - len(held),
+        "training": [{"image": entry[one]} for one in names if one not in held],
         "numValidation": len(pairs),
         "validation": pairs,
     }
-    _write_table(out / "qc.csv", [records[one] for one in names])
-    prepared_figures([(records[one], _files_of(out, one)[0]) for one in names], out, content["name"])
-    return write_json(out / "dataset.json", content), broken
+    shown = [records[one] | {"person": person[one]} for one in scans if one in records]
+    _write_table(out / "qc.csv", shown)
+    prepared_figures([(record, _files_of(out, record["name"])[0]) for record in shown], out, content["name"])
+    remarks = {one: record["remarks"] for one, record in records.items() if record["remarks"]}
+    return PreparedFolder(write_json(out / "dataset.json", content), broken, implausible, found.skipped, remarks)
 
 
 def _results(work: dict[str, partial], pool: ProcessPoolExecutor | None) -> Iterator[tuple[str, dict | str]]:
@@ -233,6 +289,6 @@ def _results(work: dict[str, partial], pool: ProcessPoolExecutor | None) -> Iter
 def _write_table(path: Path, records: Sequence[dict]) -> None:
     import pandas as pd
 
-    columns = ("name", "scan", "orientation", "shape", "spacing_mm", "brain_ml", "template_correlation")
+    columns = ("name", "person", "scan", "orientation", "shape", "spacing_mm", *LIKENESS, "doubts")
     table = pd.DataFrame([{key: record[key] for key in columns} for record in records])
     write_atomically(path, lambda to: table.sort_values("template_correlation").to_csv(to, index=False))

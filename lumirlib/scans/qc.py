@@ -48,7 +48,7 @@ def prepared_figures(scans: Sequence[tuple[dict, Path]], out: str | Path, title:
     """The QC sheet of a prepared folder: three planes of each scan with the template's contours, the worst first.
 
     Args:
-        scans: record of each (name, template_correlation, brain_ml) and its image in the frame.
+        scans: record of each (name, template_correlation, brain_ml, doubts) and its image in the frame.
         out: folder for `qc_1.png`, `qc_1.pdf` and so on, :data:`SCANS_PER_PAGE` scans a page.
         title: of the pages.
 
@@ -74,7 +74,9 @@ def prepared_figures(scans: Sequence[tuple[dict, Path]], out: str | Path, title:
             image = torch.from_numpy(read_volume(path)[0].astype(np.float32)) / 255
             _plot_three_planes(ax, image, template)
             ax.set_title(
-                f"{record['name']}: r = {record['template_correlation']:.3f}, {record['brain_ml']:.0f} ml", fontsize=9
+                f"{record['name']}: r = {record['template_correlation']:.3f}, {record['brain_ml']:.0f} ml"
+                f"{', hardly a T1 brain' if record['doubts'] else ''}",
+                fontsize=9,
             )
         figure.suptitle(f"{title}, page {number} of {len(pages)}: contours of the template, r with it, brain volume")
         save_figure(figure, Path(out) / f"qc_{number}")

@@ -9,9 +9,10 @@ the fixed scan's voxels to the moving scan's, through which the moving file is i
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,25 @@ from lumirlib import losses, metrics, provenance, spatial
 from lumirlib.data import field_formats
 from lumirlib.data.frame import frame_affine
 from lumirlib.data.nifti import write_nifti
-from lumirlib.files import write_json
+from lumirlib.files import check_writable_file, write_json
+from lumirlib.scans.plausibility import likeness
 from lumirlib.scans.prepare import PreparedScan, as_cohort, background_value, check_skip, prepare_scan
-from lumirlib.scans.scan import Scan, correlation, sample_world, transform, world_slabs
+from lumirlib.scans.scan import Scan, collected_warnings, correlation, sample_world, transform, world_slabs
 from lumirlib.training.engine import pick_device
 from lumirlib.training.registrar import choose_registrar
+
+#: What :func:`register` writes.
+FILES = {
+    "warped": "warped.nii.gz",
+    "displacement": "displacement.nii.gz",
+    "transform": "transform.nii.gz",
+    "qc": "qc.png",
+    "report": "registration.json",
+}
+#: Cosine of the angle between two axes, at most; ITK refuses files from between 1e-4 and 3e-4.
+MAX_SHEAR = 5e-5
+#: Correlation of two registered brains, at least. Of real ones it is 0.43 and more after an affine alone.
+MIN_NCC = 0.4
 
 
 @dataclass(frozen=True)
@@ -75,18 +90,29 @@ class ScanMap:
             fixed scan, the affine included: ``warped(p)`` is what lies at ``p + u(p)`` of the fixed scan's grid in
             the moving scan's world.
         """
-        warped = torch.empty(1, 1, *fixed.shape)
-        displacement = torch.empty(1, 3, *fixed.shape)
-        to_voxels = np.eye(4)
-        to_voxels[:3, :3] = np.linalg.inv(fixed.affine[:3, :3])
+        warped, displacement = torch.empty(1, 1, *fixed.shape), torch.empty(1, 3, *fixed.shape)
         background = background_value(moving.values)
         outside = float(moving.values.min()) if background is None else background
         raised = moving.values - outside
         for planes, points in world_slabs(fixed.shape, fixed.affine):
             places = self(points)
             warped[:, :, planes] = sample_world(raised, moving.affine, places) + outside
-            displacement[:, :, planes] = transform(to_voxels, places - points)
+            displacement[:, :, planes] = _in_voxels(fixed.affine, places - points)
         return warped, displacement
+
+    def displacement_on(self, shape: Sequence[int], affine: np.ndarray) -> torch.Tensor:
+        """The displacement of the whole map on a grid in the fixed scan's world, ``(1, 3, *shape)`` in its voxels."""
+        displacement = torch.empty(1, 3, *shape)
+        for planes, points in world_slabs(shape, affine):
+            displacement[:, :, planes] = _in_voxels(affine, self(points) - points)
+        return displacement
+
+
+def _in_voxels(affine: np.ndarray, vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors ``(1, 3, ...)`` in mm along the world's axes, in voxels along a grid's."""
+    turned = np.eye(4)
+    turned[:3, :3] = np.linalg.inv(affine[:3, :3])
+    return transform(turned, vectors)
 
 
 @dataclass(frozen=True)
@@ -100,12 +126,14 @@ class Registration:
             affine, and after the whole map), local_ncc_* (1 - the paper's NCC loss, likewise, without headers),
             ndv_percent, jacobian_min and jacobian_max.
         seconds: of each part.
+        remarks: what was told on the way, and what about the scans or the result is hardly right.
     """
 
     map: ScanMap
     files: dict[str, Path]
     measures: dict[str, float]
     seconds: dict[str, float]
+    remarks: list[str] = field(default_factory=list)
 
 
 def register(
@@ -131,8 +159,9 @@ def register(
 
     * `warped.nii.gz`: the moving scan on the fixed scan's grid, interpolated once, in its own units;
     * `displacement.nii.gz`: ``(D, H, W, 3)`` in voxels of the fixed scan (Learn2Reg's layout), affine included;
-    * `transform.nii.gz`: the same as displacement field of ITK and ANTs, in mm, LPS: ``antsApplyTransforms -t``;
-    * `qc.png`, `qc.pdf`: the page to look at; `registration.json`: measures, timings, provenance.
+    * `transform.nii.gz`: the same as displacement field of ITK and ANTs, in mm, LPS: ``antsApplyTransforms -t``; where
+      the fixed scan's axes are not at right angles, on a grid of right angles that covers it;
+    * `qc.png`, `qc.pdf`: the page to look at; `registration.json`: measures, remarks, timings, provenance.
 
     Args:
         fixed: NIfTI file of a T1 head, any orientation and spacing.
@@ -154,15 +183,23 @@ def register(
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: as :func:`choose_registrar` and
             :func:`lumirlib.scans.prepare.prepare_scan`.
+        OSError: `out` cannot be written, said before anything is prepared.
     """
     registrar = choose_registrar(weights, run, method, results, resolution_mm, device, pretrained)
     target, out = pick_device(device), Path(out)
     for path in (fixed, moving):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no such NIfTI file: {path}")
+    for name in FILES.values():
+        check_writable_file(out / name)
     skips = [check_skip({*skip, *own}) for own in (skip_fixed, skip_moving)]
     seconds: dict[str, float] = {}
-    scans = [prepare_scan(path, steps, target, progress) for path, steps in zip((fixed, moving), skips, strict=True)]
+    remarks: list[str] = []
+    scans = []
+    for path, steps in zip((fixed, moving), skips, strict=True):
+        with collected_warnings() as told:
+            scans.append(prepare_scan(path, steps, target, progress))
+        remarks += [one.replace(str(path), Path(path).name) for one in told]
     for role, prepared in zip(("fixed", "moving"), scans, strict=True):
         seconds |= {f"{step}_{role}": spent for step, spent in prepared.seconds.items()}
     with tqdm(total=4, desc="register", unit="part", disable=not progress) as bar:
@@ -179,7 +216,15 @@ def register(
         whole = ScanMap(np.linalg.inv(scans[0].to_scan), displacement, registrar.resolution_mm, scans[1].to_scan)
         files = timed("map_and_write", lambda: write_registration(whole, scans[0].scan, scans[1].scan, out))
         measures = timed("qc", lambda: _check(whole, *scans, registrar.name, out))
-    files |= {"qc": out / "qc.png"}
+    files |= {"qc": out / FILES["qc"]}
+    if not is_orthogonal(scans[0].scan.affine):
+        remarks.append(
+            f"{scans[0].scan.path.name}: its axes are not at right angles, which ITK and ANTs do not read; "
+            f"{FILES['transform']} lies on a grid of right angles that covers it, and maps the same points"
+        )
+    remarks += _doubts(scans, measures)
+    for remark in remarks:
+        tqdm.write(f"remark: {remark}", file=sys.stderr)
     worked_on = target if isinstance(registrar.method, nn.Module) else torch.device("cpu")
     about = {
         "fixed": _about(scans[0]),
@@ -188,6 +233,7 @@ def register(
         "resolution_mm": registrar.resolution_mm,
         **registrar.facts,
         "measures": measures,
+        "remarks": remarks,
         "seconds": seconds,
         "command": command,
         "device": provenance.describe_device(worked_on),
@@ -195,8 +241,20 @@ def register(
         "written": provenance.now(),
         "versions": provenance.versions(),
     }
-    files["report"] = write_json(out / "registration.json", about)
-    return Registration(whole, files, measures, seconds)
+    files["report"] = write_json(out / FILES["report"], about)
+    return Registration(whole, files, measures, seconds, remarks)
+
+
+def _doubts(scans: Sequence[PreparedScan], measures: Mapping[str, float]) -> list[str]:
+    """What is hardly right about two scans, or about their registration."""
+    found = [
+        f"{prepared.scan.path.name}: hardly a T1 brain; it {doubts}"
+        for prepared in scans
+        if (doubts := likeness(prepared).doubts)
+    ]
+    if measures["ncc"] < MIN_NCC:
+        found.append(f"the brains correlate {measures['ncc']:.3f} after the registration, below {MIN_NCC}")
+    return found
 
 
 def _about(prepared: PreparedScan) -> dict[str, object]:
@@ -204,21 +262,43 @@ def _about(prepared: PreparedScan) -> dict[str, object]:
         "file": prepared.scan.path.name,
         "shape": list(prepared.scan.shape),
         "spacing_mm": prepared.scan.spacing_mm.round(4).tolist(),
-        "brain_ml": round(prepared.brain_ml, 1),
+        **likeness(prepared).rounded(),
         "skipped_steps": list(prepared.skipped),
         "frame_to_scan_mm": prepared.to_scan.tolist(),
     }
 
 
+def is_orthogonal(affine: np.ndarray) -> bool:
+    """Whether a grid's axes are at right angles, as ITK wants them of a file."""
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(np.abs(directions.T @ directions - np.eye(3)).max() < MAX_SHEAR)
+
+
+def orthogonal_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Sides and affine of a grid of right angles that covers another, turned as that is, with voxels of its edges."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
+    directions = left @ right
+    corners = np.stack(np.meshgrid(*[(0, side - 1) for side in shape])).reshape(3, -1)
+    along = directions.T @ (affine[:3, :3] @ corners + affine[:3, 3:])
+    new = np.eye(4)
+    new[:3, :3] = directions * spacing
+    new[:3, 3] = directions @ along.min(1)
+    return tuple(int(side) for side in np.ceil((along.max(1) - along.min(1)) / spacing - 1e-6) + 1), new
+
+
 def write_registration(whole: ScanMap, fixed: Scan, moving: Scan, out: Path) -> dict[str, Path]:
-    """Write the warped moving scan and the displacement on the fixed scan's grid, the latter for ITK too."""
+    """Write warped image, displacement and transform of :func:`register`; their paths by kind."""
     warped, displacement = whole.on_scan(fixed, moving)
-    in_voxels = field_formats.voxel_to_channels_last(displacement)
-    for_itk = field_formats.voxel_to_itk(displacement, fixed.affine)
+    in_voxels, grid, for_others = field_formats.voxel_to_channels_last(displacement), fixed.affine, displacement
+    if not is_orthogonal(grid):
+        shape, grid = orthogonal_grid(fixed.shape, fixed.affine)
+        for_others = whole.displacement_on(shape, grid)
+    for_itk = field_formats.voxel_to_itk(for_others, grid)
     return {
-        "warped": write_nifti(out / "warped.nii.gz", warped[0, 0].numpy(), fixed.affine),
-        "displacement": write_nifti(out / "displacement.nii.gz", in_voxels, fixed.affine),
-        "transform": write_nifti(out / "transform.nii.gz", for_itk, fixed.affine, intent="vector"),
+        "warped": write_nifti(out / FILES["warped"], warped[0, 0].numpy(), fixed.affine),
+        "displacement": write_nifti(out / FILES["displacement"], in_voxels, fixed.affine),
+        "transform": write_nifti(out / FILES["transform"], for_itk, grid, intent="vector"),
     }
 
 
@@ -250,6 +330,6 @@ def _check(whole: ScanMap, fixed: PreparedScan, moving: PreparedScan, method: st
         f"registered {measures['ncc']:.3f}; folds {measures['ndv_percent']:.3g} % of the brain"
     )
     figure = registration_figure(image, moving.in_frame, warped, displacement, determinant, title)
-    save_figure(figure, out / "qc")
+    save_figure(figure, (out / FILES["qc"]).with_suffix(""))
     plt.close(figure)
     return {name: round(value, 6) for name, value in measures.items()}

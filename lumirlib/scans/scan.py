@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,16 @@ def require(package: str) -> ModuleType:
             f"preparing scans needs the package {package}, which is not installed: "
             'pip install "lumirlib[prepare]", or skip the steps that need it'
         ) from error
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """A list that has, at the end of the block, what was warned of in it, each once; nothing is shown."""
+    remarks: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield remarks
+    remarks += dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
 
 
 def transform(matrix: np.ndarray, points: torch.Tensor) -> torch.Tensor:

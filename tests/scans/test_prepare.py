@@ -1,6 +1,5 @@
 """Scans from a scanner to the LUMIR frame."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lumirlib import cli, load_cohort
+from lumirlib import cli
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine, template_in_frame
-from lumirlib.data.nifti import read_volume, write_nifti
+from lumirlib.data.nifti import write_nifti
 from lumirlib.scans import prepare
-from lumirlib.scans.folder import prepare_folder
 from lumirlib.scans.scan import Scan, as_scanned, read_scan, sample_world, transform
 
 RAMP = (0.7, -0.4, 0.25, 60.0)  # along world x, y, z, and at the origin
@@ -252,57 +250,3 @@ def test_missing_package_is_named_with_the_command_that_installs_it(tmp_path, mo
     assert 'SimpleITK, which is not installed: pip install "lumirlib[prepare]"' in capsys.readouterr().err
     with pytest.raises(ValueError, match="skip must be one of strip, bias, affine; got 'skull'"):
         prepare.check_skip(["skull"])
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Three brains that are prepared but for their grid, two of one file name, and a torn file."""
-    image, affine = small_brain()
-    for number, place in enumerate(("one/t1", "two/t1", "third_0000")):
-        array, seen, _ = as_scanned(image * (1 + number), affine, orientation="LIA", spacing_mm=(4, 5, 4))
-        write_nifti(tmp_path / "scans" / f"{place}.nii.gz", array, seen)
-    (tmp_path / "scans" / "torn.nii.gz").write_bytes((tmp_path / "scans" / "third_0000.nii.gz").read_bytes()[:5000])
-    return tmp_path / "scans"
-
-
-def test_folder_becomes_a_cohort_goes_on_where_it_stopped_and_names_what_it_left_out(folder, tmp_path, capsys):
-    arguments = [
-        str(folder),
-        "--out",
-        str(tmp_path / "cohort"),
-        "--skip",
-        *prepare.STEPS,
-        "--jobs",
-        "2",
-        "--quiet",
-        "--validation",
-        "2",
-    ]
-    assert cli.main(["prepare", *arguments]) == 1
-    assert "left out: torn: ValueError" in capsys.readouterr().err
-    cohort = load_cohort(tmp_path / "cohort" / "dataset.json", 4)
-    assert [subject.name for subject in cohort.train] == ["one-t1"]
-    assert {pair.name for pair in cohort.validation_pairs} == {"two-t1_third", "third_two-t1"}
-    apart = (cohort.image(cohort.train[0]) - template_in_frame(4)).abs().mean()
-    assert cohort.shape == (40, 56, 48) and apart < 0.04
-    content = json.loads((tmp_path / "cohort" / "dataset.json").read_text())
-    assert list(content["left_out"]) == ["torn"]
-    assert {"qc_1.png", "qc_1.pdf", "qc.csv"} <= {path.name for path in (tmp_path / "cohort").iterdir()}
-
-    images = sorted((tmp_path / "cohort" / "imagesTr").iterdir())
-    before = [path.stat().st_mtime_ns for path in images]
-    write_nifti(folder / "two" / "t1.nii.gz", *read_volume(folder / "one" / "t1.nii.gz"))  # other bytes, same name
-    (folder / "torn.nii.gz").unlink()
-    arguments[arguments.index("--jobs") + 1] = "1"
-    assert cli.main(["prepare", *arguments]) == 0
-    after = [path.stat().st_mtime_ns for path in images]
-    assert [path.name for path, a, b in zip(images, before, after, strict=True) if a != b] == ["two-t1_0000.nii.gz"]
-
-
-def test_folder_without_scans_and_numbers_that_do_not_fit_are_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        prepare_folder(tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(ValueError, match="validation must be 0, or from 2 to the number of scans, 4; got 1"):
-        prepare_folder(folder, tmp_path / "out", prepare.STEPS, validation=1)
-    with pytest.raises(ValueError, match="jobs must be a whole number from 1, got 0"):
-        prepare_folder(folder, tmp_path / "out", prepare.STEPS, jobs=0)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -128,6 +129,39 @@ def test_files_carry_the_fixed_scans_space_and_itk_reads_the_same_map(tmp_path):
     np.testing.assert_allclose(theirs[inside], warped[inside], atol=0.05)  # of 100; headers are float32
 
 
+@pytest.mark.parametrize("shear", [(0.15, -0.1), (0.0, 2e-4), (0.0, 0.0)])
+def test_itk_reads_the_transform_of_a_scan_whose_axes_are_not_at_right_angles(tmp_path, shear):
+    sitk = pytest.importorskip("SimpleITK")
+    sheared = np.eye(4)
+    sheared[0, 1], sheared[1, 2] = shear
+    affine = sheared @ as_scanned(torch.zeros(1, 1, 9, 9, 9), np.diag([2.0, 2, 2, 1]), (10, -20, 15), (5, -4, 3))[1]
+    fixed = noise_scan(tmp_path / "fixed.nii.gz", affine, (12, 13, 14))
+    moving = noise_scan(tmp_path / "moving.nii.gz", np.eye(4), seed=1)
+    whole = register.ScanMap(TO_FIXED, wavy(size=0.4), 4, TO_MOVING)
+    files = register.write_registration(whole, fixed, moving, tmp_path)
+    field = sitk.DisplacementFieldTransform(sitk.ReadImage(str(files["transform"]), sitk.sitkVectorFloat64))
+    to_lps = np.array([-1, -1, 1])
+    for planes, points in world_slabs(fixed.shape, fixed.affine):
+        assert planes.start == 0  # all at once
+        places = whole(points).reshape(3, -1).T.numpy()
+        points = points.reshape(3, -1).T.numpy()
+    inside = np.random.default_rng(0).choice(len(points), 100, replace=False)
+    # where the grid is another one, it is interpolated between its voxels
+    found = np.array([field.TransformPoint((points[at] * to_lps).tolist()) for at in inside]) * to_lps
+    np.testing.assert_allclose(found, places[inside], atol=0.02)
+    np.testing.assert_allclose(read_volume(files["warped"])[1], fixed.affine, atol=1e-5)
+
+
+def test_a_grid_of_right_angles_covers_a_sheared_one():
+    sheared = np.array([[2.0, 0.6, 0, 5], [0, 3.0, -0.4, -7], [0, 0, 1.5, 2], [0, 0, 0, 1]])
+    shape, affine = register.orthogonal_grid((5, 6, 7), sheared)
+    assert register.is_orthogonal(affine) and not register.is_orthogonal(sheared)
+    corners = np.array(np.meshgrid(*[(0, side - 1) for side in (5, 6, 7)])).reshape(3, -1)
+    there = np.linalg.inv(affine) @ sheared @ np.vstack([corners, np.ones(8)])
+    assert there[:3].min() > -1e-6 and (there[:3].max(1) <= np.array(shape) - 1 + 1e-6).all()
+    assert register.orthogonal_grid((5, 6, 7), affine)[0] == (5, 6, 7)
+
+
 def test_jacobian_determinant_of_known_maps():
     grid = spatial.identity_grid((5, 6, 7))
     matrix = torch.tensor([[1.2, 0.1, 0.0], [0.0, 0.9, 0.2], [0.1, 0.0, 1.1]])
@@ -189,7 +223,7 @@ def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_p
     }
     report = json.loads((tmp_path / "out" / "registration.json").read_text())
     assert (report["run"], report["resolution_mm"], report["fixed"]["file"]) == ("run", 4, "fixed.nii.gz")
-    assert report["seconds"]["bias_fixed"] == 0 and report["measures"]["ncc_affine"] > 0.5
+    assert report["remarks"] == [] and report["seconds"]["bias_fixed"] == 0 and report["measures"]["ncc_affine"] > 0.5
 
     scans = [prepare_scan(path, STEPS) for path in paths]
     images = [torch.nn.functional.avg_pool3d(scan.in_frame, 4) / 255 for scan in scans]
@@ -202,6 +236,59 @@ def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_p
     np.testing.assert_allclose(affine, scans[0].scan.affine, atol=1e-4)
     assert cli.main(["register", paths[0], str(tmp_path / "no.nii.gz"), "--out", "x", "--method", "affine"]) == 2
     assert "no such NIfTI file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_pages(monkeypatch):
+    """Without the QC page, which takes most of the time of so small scans."""
+    monkeypatch.setattr("lumirlib.plots.save_figure", lambda figure, path: None)
+
+
+def test_scans_in_microns_and_in_mm_register_to_each_other(tmp_path, no_pages):
+    template = template_in_frame(4)[0, 0].numpy()
+    write_nifti(tmp_path / "mm.nii.gz", template, frame_affine(4))
+    image = nib.Nifti1Image(template, np.diag([1e3, 1e3, 1e3, 1]) @ frame_affine(4))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "micron.nii.gz")
+    found = register.register(
+        tmp_path / "mm.nii.gz",
+        tmp_path / "micron.nii.gz",
+        tmp_path / "out",
+        method="affine",
+        resolution_mm=4,
+        skip=STEPS,
+        progress=False,
+    )
+    assert found.measures["ncc"] == pytest.approx(1, abs=1e-4) and found.remarks == []
+
+
+def test_what_is_hardly_a_t1_brain_is_told_and_reported(tmp_path, no_pages, capsys):
+    template = template_in_frame(4)[0, 0].numpy()
+    write_nifti(tmp_path / "brain.nii.gz", template, frame_affine(4))
+    map_ = ((template - 0.4) * 3).clip(0, 1) * (template < 0.78)
+    write_nifti(tmp_path / "map.nii.gz", map_, frame_affine(4))
+    paths = [str(tmp_path / f"{name}.nii.gz") for name in ("brain", "map")]
+    arguments = ["--out", str(tmp_path / "out"), "--method", "affine", "--resolution", "4", "--quiet"]
+    assert cli.main(["register", *paths, *arguments, "--skip", *STEPS]) == 0
+    told = capsys.readouterr().err
+    assert "remark: map.nii.gz: hardly a T1 brain; it correlates" in told and "remark: brain" not in told
+    report = json.loads((tmp_path / "out" / "registration.json").read_text())
+    assert report["remarks"][0].startswith("map.nii.gz: hardly a T1 brain")
+    assert report["moving"]["template_correlation"] < 0.45 < report["fixed"]["template_correlation"]
+
+
+@pytest.mark.parametrize("obstacle", ["out", "out/warped.nii.gz/", "out/registration.json/"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys, obstacle):
+    monkeypatch.setattr(register, "prepare_scan", lambda *arguments: pytest.fail("it began to work"))
+    for name in ("fixed", "moving"):
+        noise_scan(tmp_path / f"{name}.nii.gz", np.eye(4))
+    if obstacle.endswith("/"):
+        (tmp_path / obstacle).mkdir(parents=True)
+    else:
+        (tmp_path / obstacle).write_text("a file")
+    paths = [str(tmp_path / f"{name}.nii.gz") for name in ("fixed", "moving")]
+    assert cli.main(["register", *paths, "--out", str(tmp_path / "out"), "--method", "affine"]) == 2
+    assert "cannot write: expected a f" in capsys.readouterr().err
 
 
 @pytest.mark.data
