@@ -454,10 +454,12 @@ def evaluate(cohort: str, data_root: str, out: str, quiet: bool, device: str, **
     from lumirlib import provenance
     from lumirlib.data import load_cohort
     from lumirlib.evaluation import evaluate_method
-    from lumirlib.study.results import scoring_facts, write_results
+    from lumirlib.study.results import check_results_path, scoring_facts, write_results
     from lumirlib.training.engine import pick_device
     from lumirlib.training.registrar import choose_registrar
 
+    if out:
+        check_results_path(out)
     target = pick_device(device)
     registrar = choose_registrar(device=device, **chosen)
     people = load_cohort(cohort, registrar.resolution_mm, data_root or None)

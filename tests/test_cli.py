@@ -194,6 +194,25 @@ def test_method_is_evaluated_on_a_cohort(small_cohort_json, tmp_path, capsys):
     assert (tmp_path / "a.csv").is_file() and (tmp_path / "a.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("folder.csv", "cannot write: expected a file, got a folder"),
+        ("file/a.csv", "cannot write: expected a folder, got a file"),
+        ("a.json", "expected the path of a CSV"),
+        ("dataset.csv", "dataset.json is no provenance of a table and would be overwritten"),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch, capsys, out, message):
+    monkeypatch.setattr("lumirlib.evaluation.evaluate_method", lambda *arguments: pytest.fail("it began to work"))
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "dataset.json").write_text("{}")
+    assert cli.main(["evaluate", "--method", "affine", "--cohort", "no.json", "--out", str(tmp_path / out)]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "dataset.json").read_text() == "{}"
+
+
 def test_submission_is_written_validated_and_scored(small_cohort_json, tmp_path, capsys):
     common = ["--cohort", str(small_cohort_json), "--resolution", "1", "--quiet"]
     path = str(tmp_path / "disp.zip")

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lumirlib import provenance
 from lumirlib.data import Cohort
-from lumirlib.files import read_json, write_atomically, write_json
+from lumirlib.files import check_writable_file, read_json, write_atomically, write_json
 from lumirlib.methods.base import Preset, Row
 from lumirlib.methods.presets import split_options
 
@@ -40,6 +40,23 @@ def write_results(table: pd.DataFrame, path: str | Path, about: dict) -> Path:
     write_atomically(path, lambda to: table.to_csv(to, index=False))
     write_json(path.with_suffix(".json"), {**full, "table_sha256": _digest_of_table(path.read_bytes())})
     return path
+
+
+def check_results_path(path: str | Path) -> None:
+    """Raise unless :func:`write_results` can write a table and its JSON, before the work.
+
+    Raises:
+        OSError: A place that cannot be written.
+        ValueError: The path of a JSON, or one beside which a JSON of another kind stands.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    if path == beside:
+        raise ValueError(f"expected the path of a CSV, got {path}: the JSON beside it is of that name")
+    for file in (path, beside):
+        check_writable_file(file)
+    if beside.is_file() and not {"commit", "table_sha256"} & read_json(beside).keys():
+        raise ValueError(f"{beside} is no provenance of a table and would be overwritten: choose another name")
 
 
 def _digest_of_table(content: bytes) -> str:
