@@ -144,7 +144,7 @@ def test_ctrl_c_ends_the_command_with_a_sentence(said, small_cohort_json, tmp_pa
     given = ["--preset", "smoke", "--cohort", str(small_cohort_json), "--out", str(tmp_path), "--quiet"]
     assert cli.main(["run", "backbone", "--no-notebook", *given]) == 130
     error = capsys.readouterr().err
-    assert error.startswith("lumirlib run: stopped") and "the same call goes on from" in error
+    assert error.startswith("lumirlib run: stopped") and "goes on from here" in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
