@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import resources
 
 import pandas as pd
@@ -139,6 +140,12 @@ def published() -> pd.DataFrame:
 BEFORE = "Before Reg"
 
 
+@cache
+def _numbers() -> pd.DataFrame:
+    with resources.files("lumirlib.study").joinpath("paper.csv").open(encoding="utf-8") as lines:
+        return pd.read_csv(lines)
+
+
 def paper_table(table: int | None = None) -> pd.DataFrame:
     """The numbers of the paper's Tables 1 and 2, from the CSV that the package carries.
 
@@ -149,9 +156,8 @@ def paper_table(table: int | None = None) -> pd.DataFrame:
         Columns table, method, sc, val_dice, dice, dice_std (percent), tre_mm, ndv_percent, hd95_mm; NaN where the
         paper has none.
     """
-    with resources.files("lumirlib.study").joinpath("paper.csv").open(encoding="utf-8") as lines:
-        rows = pd.read_csv(lines)
-    return rows if table is None else rows[rows["table"] == table].reset_index(drop=True)
+    rows = _numbers()
+    return rows.copy() if table is None else rows[rows["table"] == table].reset_index(drop=True)
 
 
 #: Row of ours -> its row in the paper's Table 1, where they are named differently.

@@ -66,11 +66,13 @@ class Evidence:
         runs: of the rows of Tables 1 and 2, as many as are there.
         mse: runs of the backbone trained with MSE, by lambda1.
         folding: as :mod:`lumirlib.study.folding` measured it.
+        draws: Draws of the bootstrap of each comparison.
     """
 
     runs: Runs
     mse: Mapping[float, Runs]
     folding: Measured
+    draws: int = statistics.DRAWS
 
     @cached_property
     def mse_smoothness(self) -> float | None:
@@ -152,7 +154,7 @@ class Evidence:
             family = [name for name in self.families[reference] if name in self.rows]
             named = [name for name in (*family, reference) if name != WITH_MSE]
             self._compared[reference, metric] = statistics.compare_rows(
-                self.values, family, reference, metric, deterministic=runs.deterministic_rows(named)
+                self.values, family, reference, metric, self.draws, deterministic=runs.deterministic_rows(named)
             ).set_index("row", drop=False)
         line = self._compared[reference, metric].loc[row].copy()
         if not direct:
@@ -685,6 +687,59 @@ def readable(findings: Sequence[Verdict]) -> pd.DataFrame:
     )
 
 
+def detectable(study: Evidence) -> pd.DataFrame:
+    """The smallest effects of a scheme on the backbone that the runs could have told, beside the paper's.
+
+    Returns:
+        One line per metric of enough people, and of NDV where the backbone folds: metric, smallest (the effect that the test over people finds in four of
+        five such studies after Holm, and no less than twice the spread over seeds; the median over the schemes),
+        paper_low and paper_high (the range of the paper's schemes); in the paper's units. Empty without the backbone.
+    """
+    rows = [row for row in study.families["backbone"] if row in study.rows] if "backbone" in study.rows else []
+    lines = []
+    for metric in (METRICS[name] for name in CHALLENGE if rows):
+        if metric.name == "ndv_percent" and study.mean("backbone", metric.name) < FOLDS:
+            continue
+        compared = pd.DataFrame([study.compare(row, "backbone", metric.name) for row in rows])
+        if compared["people"].min() < statistics.MIN_PEOPLE or compared["seeds_sd"].isna().any():
+            continue
+        smallest = [
+            max(statistics.PersonTest(0.0, line.error, line.freedom).detectable(len(rows)), 2 * line.seeds_sd)
+            for line in compared.itertuples()
+        ]
+        papers = pd.Series([study.paper(row, "backbone", metric.name) for row in rows])
+        lines.append(
+            {
+                "metric": metric.name,
+                "smallest": metric.shown(float(np.median(smallest))),
+                "paper_low": papers.min(),
+                "paper_high": papers.max(),
+            }
+        )
+    return pd.DataFrame(lines, columns=["metric", "smallest", "paper_low", "paper_high"])
+
+
+def what_could_be_told(study: Evidence) -> str:
+    """:func:`detectable` as a paragraph; says so where nothing can be told."""
+    found = detectable(study)
+    if found.empty:
+        return "These runs have too few people or seeds to tell any effect of a scheme."
+    parts = []
+    for line in found.itertuples():
+        metric = METRICS[line.metric]
+        low, high = _signed(line.paper_low, metric.name), _signed(line.paper_high, metric.name)
+        parts.append(
+            f"{line.smallest:.{metric.short_digits}f} {metric.unit_of_difference} of {metric.title} (the paper's "
+            f"schemes: {low} to {high})"
+        )
+    people = len({*study.values["fixed"], *study.values["moving"]})
+    seeds = study.runs.facts.groupby("variant")["seed"].nunique().max()
+    return (
+        f"With {people} people and {seeds} seeds, the smallest effect of a scheme that four of five such studies would "
+        f"find is {', '.join(parts)}. Smaller claims can be neither shown nor excluded here."
+    )
+
+
 def publish_claims(study: Evidence, findings: Sequence[Verdict], stem: str | Path) -> str:
     """Publish the verdicts; the Markdown."""
     note = (
@@ -694,7 +749,14 @@ def publish_claims(study: Evidence, findings: Sequence[Verdict], stem: str | Pat
     shown = readable(findings)
     plain = shown.assign(verdict=[finding.verdict for finding in findings])
     return publish.publish(
-        stem, numbers(findings), shown, f"The paper's claims ({study.runs.title})", note, study.runs.about(), plain
+        stem,
+        numbers(findings),
+        shown,
+        f"The paper's claims ({study.runs.title})",
+        note,
+        study.runs.about(),
+        plain,
+        what_could_be_told(study),
     )
 
 
@@ -725,4 +787,10 @@ def readable_verdicts(findings: Sequence[Verdict]) -> str:
 
 def summary(study: Evidence, findings: Sequence[Verdict]) -> str:
     """Both tables and the verdicts in one screen, as Markdown."""
-    return f"{readable_tables(study)}\n\nThe paper's claims, judged by these runs:\n\n{readable_verdicts(findings)}"
+    parts = (
+        readable_tables(study),
+        what_could_be_told(study),
+        "The paper's claims, judged by these runs:",
+        readable_verdicts(findings),
+    )
+    return "\n\n".join(parts)

@@ -181,6 +181,7 @@ def publish(
     note: str,
     about: Mapping[str, object],
     latex: pd.DataFrame | None = None,
+    lead: str = "",
 ) -> str:
     """Write a table as `<stem>.csv` (numbers), `.md`, `.tex` and, with where it comes from, `.json`.
 
@@ -192,17 +193,18 @@ def publish(
         note: what the signs mean.
         about: provenance; time and versions are added.
         latex: as `shown`, bold as LaTeX has it; other characters are escaped here. None takes `shown`.
+        lead: Paragraph before the table.
 
     Returns:
         The Markdown.
     """
     stem = Path(stem)
-    text = f"**{title}**\n\n{to_markdown(shown)}\n\n{note}\n"
+    text = "\n\n".join(part for part in (f"**{title}**", lead, to_markdown(shown), note) if part) + "\n"
     escaped = (shown if latex is None else latex).map(escape_latex).rename(columns=escape_latex)
     tex = escaped.style.hide(axis="index").to_latex(
         hrules=True,
         column_format="l" * len(escaped.columns),
-        caption=escape_latex(f"{title}. {note}"),
+        caption=escape_latex(f"{title}. {f'{lead} ' * bool(lead)}{note}"),
         position_float="centering",
     )
     csv, md, tex_path, provenance = (stem.with_name(f"{stem.name}.{end}") for end in ("csv", "md", "tex", "json"))

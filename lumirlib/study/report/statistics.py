@@ -105,7 +105,7 @@ def _values(table: pd.DataFrame, row: str, metric: str) -> pd.DataFrame:
         raise ValueError(f"no {metric} of {row}: the table has {', '.join(map(str, table['variant'].unique()))}")
     if own.duplicated(["seed", "fixed", "moving"]).any():
         raise ValueError(f"{row} has several values of {metric} for one pair and seed")
-    return own.pivot_table(index=["fixed", "moving"], columns="seed", values="value")
+    return own.pivot(index=["fixed", "moving"], columns="seed", values="value")  # noqa: PD010 (each value once)
 
 
 class Interval(NamedTuple):
@@ -117,17 +117,23 @@ class Interval(NamedTuple):
     high_error: float
 
 
-def _counts(generator: np.random.Generator, things: int, draws: int) -> np.ndarray:
+@lru_cache(maxsize=16)
+def _counts(things: int, draws: int, *seed: int) -> np.ndarray:
     """How often each of so many things is drawn, ``(draws, things)``."""
-    return generator.multinomial(things, np.full(things, 1 / things), size=draws)
+    return np.random.default_rng(seed).multinomial(things, np.full(things, 1 / things), size=draws)
 
 
 @lru_cache(maxsize=8)
-def _weights_of_pairs(places: bytes, people: int, draws: int, seed: int) -> np.ndarray:
-    """How often each pair counts in each draw of people, ``(draws, pairs)``; comparisons of the same pairs share it."""
+def _weights_of_pairs(places: bytes, people: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each pair counts in each draw of people, as a share of all, and which draws have a pair at all.
+
+    Comparisons of the same pairs share it.
+    """
     pairs = np.frombuffer(places, dtype=np.int64).reshape(-1, 2)
-    drawn = _counts(np.random.default_rng(seed), people, draws)
-    return (drawn[:, pairs[:, 0]] * drawn[:, pairs[:, 1]]).astype(np.float64)
+    drawn = _counts(people, draws, seed)
+    weights = (drawn[:, pairs[:, 0]] * drawn[:, pairs[:, 1]]).astype(np.float64)
+    total = weights.sum(axis=1)
+    return weights[total > 0] / total[total > 0, None], total > 0
 
 
 def _end(ordered: np.ndarray, share: float) -> tuple[float, float]:
@@ -135,7 +141,7 @@ def _end(ordered: np.ndarray, share: float) -> tuple[float, float]:
     last = len(ordered) - 1
     around = 1.96 * math.sqrt(len(ordered) * share * (1 - share))
     below, above = (int(np.clip(round(share * last + sign * around), 0, last)) for sign in (-1, 1))
-    return float(np.quantile(ordered, share)), float(ordered[above] - ordered[below]) / 2
+    return float(np.interp(share * last, np.arange(len(ordered)), ordered)), float(ordered[above] - ordered[below]) / 2
 
 
 def bootstrap_over_people(first: pd.DataFrame, second: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> Interval:
@@ -154,15 +160,12 @@ def bootstrap_over_people(first: pd.DataFrame, second: pd.DataFrame, draws: int 
         The 2.5th and the 97.5th percentile of first - second, with their Monte-Carlo errors.
     """
     people, places = np.unique(np.array([list(pair) for pair in first.index]), return_inverse=True)
-    weights = _weights_of_pairs(places.astype(np.int64).tobytes(), len(people), draws, seed)
-    generator = np.random.default_rng([seed, 1])
-    sums = [
-        (weights @ one.to_numpy() * _counts(generator, one.shape[1], draws)).sum(axis=1) / one.shape[1]
-        for one in (first, second)
+    weights, drawn = _weights_of_pairs(places.astype(np.int64).tobytes(), len(people), draws, seed)
+    means = [
+        np.einsum("ds,ds->d", weights @ one.to_numpy(), _counts(one.shape[1], draws, seed, which)[drawn]) / one.shape[1]
+        for which, one in enumerate((first, second), start=1)
     ]
-    total = weights.sum(axis=1)
-    drawn = total > 0  # else no pair has a weight
-    ordered = np.sort((sums[0] - sums[1])[drawn] / total[drawn])
+    ordered = np.sort(means[0] - means[1])
     (low, low_error), (high, high_error) = _end(ordered, 0.025), _end(ordered, 0.975)
     return Interval(low, high, low_error, high_error)
 

@@ -148,6 +148,21 @@ def test_width_is_not_told_apart_where_a_preset_narrows_the_encoder_and_not_the_
     assert Check("LC-2", "LC-1", "dice", "kept").judge(study(preset="demo"))["outcome"] == HOLDS, "of one width both"
 
 
+def test_the_smallest_effect_that_could_be_told_stands_beside_the_papers():
+    given = study(landmark_people=3)
+    found = claims.detectable(given).set_index("metric")
+    assert "tre_mm" not in found.index, "of three people"
+    assert found.loc["dice", ["paper_low", "paper_high"]].tolist() == pytest.approx([-0.06, 0.03])
+    smallest = found.loc["dice", "smallest"]
+    lines = [given.compare(row, "backbone", "dice") for row in given.families["backbone"]]
+    assert 2 * 100 * np.median([line["error"] for line in lines]) < smallest
+    shifted = study({("LK", "dice"): 2 * smallest / 100})
+    assert shifted.compare("LK", "backbone", "dice")["verdict"] == "better"
+    text = claims.what_could_be_told(given)
+    assert "With 6 people and 3 seeds" in text and f"{smallest:.2f} points of Dice (the paper's schemes: −0.06" in text
+    assert "too few people or seeds" in claims.what_could_be_told(study(seeds=(0,)))
+
+
 def test_a_claim_says_what_it_rests_on():
     (finding,) = (one for one in judge(study(landmark_people=3)) if one.key == "lk")
     assert finding.rests_on == "3 to 6 people, 6 to 30 pairs, 3 seed(s), 1 mm; all converged"
