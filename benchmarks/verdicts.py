@@ -126,7 +126,9 @@ def simulate(
     named = tuple(row for row in ROWS if row != claims.WITH_MSE)
 
     def runs(values: pd.DataFrame, val_dice: float) -> Runs:
-        facts = pd.DataFrame([{"variant": row, "seed": seed, "val_dice": val_dice} for row in named for seed in SEEDS])
+        facts = pd.DataFrame(
+            [{"variant": row, "seed": seed, "val_dice": val_dice, "scored_mm": 1.0} for row in named for seed in SEEDS]
+        )
         flat = [(row, seed, epoch, val_dice) for row in named for seed in SEEDS for epoch in range(9)]
         history = pd.DataFrame(flat, columns=["variant", "seed", "epoch", "val_dice"])
         return Runs(named, get_preset("full"), {}, values, facts, (), "", history)

@@ -352,10 +352,7 @@ def _basis(
     """People, pairs, seeds, voxels, and which rows had not converged."""
     late = [name for name in dict.fromkeys(rows) if name in study.not_converged]
     converged = f"not converged: {', '.join(late)}" if late else "all converged"
-    return (
-        f"{_span(people)} people, {_span(pairs)} pairs, {_span(seeds)} seed(s), "
-        f"{study.runs.preset.resolution_mm:g} mm; {converged}"
-    )
+    return f"{_span(people)} people, {_span(pairs)} pairs, {_span(seeds)} seed(s), {study.runs.voxels}; {converged}"
 
 
 def _basis_of_checks(study: Evidence, checks: pd.DataFrame) -> str:
@@ -478,7 +475,7 @@ def convergence(study: Evidence) -> Verdict:
     pairs = study.runs.preset.validation_pairs
     rests_on = (
         f"{len(names)} rows, {_span(seeds)} seed(s), Dice of {'all' if pairs is None else pairs} validation pairs, "
-        f"{study.runs.preset.resolution_mm:g} mm"
+        f"{study.runs.voxels}"
     )
     return Verdict("convergence", words, rule, verdict, "Fig. 2, 200 epochs", ours, rests_on, values=history)
 
@@ -691,9 +688,10 @@ def detectable(study: Evidence) -> pd.DataFrame:
     """The smallest effects of a scheme on the backbone that the runs could have told, beside the paper's.
 
     Returns:
-        One line per metric of enough people, and of NDV where the backbone folds: metric, smallest (the effect that the test over people finds in four of
-        five such studies after Holm, and no less than twice the spread over seeds; the median over the schemes),
-        paper_low and paper_high (the range of the paper's schemes); in the paper's units. Empty without the backbone.
+        One line per metric of enough people, and of NDV where the backbone folds: metric, smallest (the effect that
+        the test over people finds in four of five such studies after Holm, and no less than twice the spread over
+        seeds; the median over the schemes), paper_low and paper_high (the range of the paper's schemes); in the paper's
+        units. Empty without the backbone.
     """
     rows = [row for row in study.families["backbone"] if row in study.rows] if "backbone" in study.rows else []
     lines = []

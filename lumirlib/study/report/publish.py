@@ -238,8 +238,8 @@ def publish_table(number: int, runs: Runs, stem: str | Path) -> str:
         note += f" {titles} rest on {people} people, so none of ours is bold."
     if "tre_points_mm" in set(table["metric"]):
         note += (
-            f" TRE is in the challenge's form, which moves landmarks by whole voxels of "
-            f"{runs.preset.resolution_mm:g} mm; TRE of points is the textbook's, without rounding."
+            f" TRE is in the challenge's form, which moves landmarks by whole voxels of {runs.scored_mm:g} mm; TRE of "
+            "points is the textbook's, without rounding."
         )
     dice = table[table["metric"] == "dice"].set_index("variant")["ours"].round(METRICS["dice"].digits)
     idle = [name for name in runs.variants if dice[name] <= dice[BEFORE]]

@@ -85,6 +85,17 @@ class Runs:
         return f"{data}; preset {self.preset.name}{set_besides}"
 
     @property
+    def scored_mm(self) -> float:
+        """Edge of a voxel of the labels that are scored."""
+        return float(self.facts["scored_mm"].iloc[0])
+
+    @property
+    def voxels(self) -> str:
+        """Size of the voxels that the rows work at, and are scored at where that differs."""
+        size = f"{self.preset.resolution_mm:g} mm"
+        return size if self.scored_mm == self.preset.resolution_mm else f"{size}, scored at {self.scored_mm:g} mm"
+
+    @property
     def missing_note(self) -> str:
         """Which rows have no run, and how to make them; says so where none lacks one."""
         if not self.missing:
