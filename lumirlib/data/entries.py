@@ -70,6 +70,7 @@ class EntryReader:
         self.subjects: dict[Path, Subject] = {}
         self.unknown: dict[str, str] = {}
         self.options = {plain(key): value for key, value in content.items()}
+        self._listings: dict[Path, frozenset[str]] = {}
         self._sisters: dict[tuple[Path, tuple[str, ...]], list[Path]] = {}
 
     # entries ---------------------------------------------------------------------------------------------------------
@@ -191,11 +192,22 @@ class EntryReader:
         # Learn2Reg's layout: imagesTr/NAME.nii.gz has its labels in labelsTr/NAME.nii.gz, nnU-Net's without _0000
         stem = image.name.removesuffix(".gz").removesuffix(".nii")
         stems = dict.fromkeys([stem, scan_stem(image)])
-        for folder in self._sister_folders(image.parent, words):
-            for name in (f"{stem}{tail}{ending}" for stem in stems for tail in tails for ending in endings):
-                if (folder / name).is_file():
+        places = [(folder, tails) for folder in self._sister_folders(image.parent, words)]
+        places.append((image.parent, tuple(tail for tail in tails if tail)))  # x_seg.nii.gz beside x.nii.gz
+        for folder, chosen in places:
+            names = self._names(folder)
+            for name in (f"{stem}{tail}{ending}" for stem in stems for tail in chosen for ending in endings):
+                if name in names and is_file(folder / name):
                     return folder / name
         return None
+
+    def _names(self, folder: Path) -> frozenset[str]:
+        if folder not in self._listings:
+            names: list[str] = []
+            with suppress(OSError):  # not to be listed
+                names = os.listdir(folder)
+            self._listings[folder] = frozenset(names)
+        return self._listings[folder]
 
     def _sister_folders(self, images: Path, words: tuple[str, ...]) -> list[Path]:
         """Folders beside one of images that may hold their labels (or landmarks), the likeliest first."""
@@ -206,6 +218,10 @@ class EntryReader:
                 names[f"{SANITY_CHECK}{part}"] = 1
             names |= {word: 2 for word in words if word not in names}
             found = [] if part is None else [one for one in _folders(images.parent) if plain(one.name) in names]
+            if part is None and self.root in images.parent.parents:  # images/train and labels/train
+                inner = [one / images.name for one in self._sister_folders(images.parent, words)]
+                names |= {plain(images.name): 0}
+                found = [one for one in inner if one.is_dir()]
             first = f"{'labels' if words is LABELS else 'landmarks'}{images.name.removeprefix('images')}"
             found.sort(key=lambda one: (one.name != first, names[plain(one.name)], one.name))
             self._sisters[images, words] = found
@@ -243,9 +259,7 @@ class EntryReader:
             for folder in _folders(root):
                 if folder in used or folder.name.startswith(".") or plain(folder.name).startswith(IMAGES):
                     continue
-                names: list[str] = []
-                with suppress(OSError):  # not to be read
-                    names = [name for name in sorted(os.listdir(folder)) if _FILE.search(name)]
+                names = [name for name in sorted(self._names(folder)) if _FILE.search(name)]
                 alike = [name for name in names if _VOLUME.search(name) and _VOLUME.sub("", name) in stems]
                 if names and (alike or plain(folder.name) in words):
                     found.append(f"the folder {folder.name!r} with {(alike or names)[0]!r}")

@@ -18,6 +18,8 @@ from scipy.spatial.transform import Rotation
 from lumirlib import spatial
 from lumirlib.data.nifti import read_header, read_volume, scan_stem
 
+#: Voxels of a head are below this; those of a header that says metres and means millimetres are not.
+MAX_EDGE_MM = 100
 #: Planes of a volume that are mapped at a time.
 SLAB = 16
 
@@ -157,8 +159,11 @@ def read_scan(path: str | Path) -> Scan:
         warnings.warn(f"{path}: sform and qform differ; the sform is taken, other programs may not", stacklevel=2)
     if min(array.shape) < 8:
         raise ValueError(f"{path}: expected at least 8 voxels along each axis, got shape {array.shape}")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    if not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * edges.prod():
         raise ValueError(f"{path}: expected an invertible voxel-to-world matrix, got {affine.tolist()}")
+    if edges.max() > MAX_EDGE_MM:
+        raise ValueError(f"{path}: expected voxels below {MAX_EDGE_MM} mm, got {edges.max():g} mm: is its unit right?")
     if array.min() == array.max():
         raise ValueError(f"{path}: expected an image, got the constant {array.min():g}")
     return Scan(path, torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None], affine)

@@ -58,6 +58,8 @@ def write_pair(root, images="imagesVal", labels="labelsVal", ending=".nii.gz", n
         {"images": "images", "labels": "labels"},
         {"images": "ImagesVal", "labels": "LabelsVal"},
         {"labels": "SanityCheckLabelsVal"},
+        {"images": "images/val", "labels": "labels/val"},
+        {"images": "scans", "labels": "scans", "label_name": "{}_seg"},
     ],
 )
 def test_labels_beside_the_images_are_found_in_every_spelling(tmp_path, layout):

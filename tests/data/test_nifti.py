@@ -78,6 +78,14 @@ def test_a_unit_that_makes_no_sense_is_told(tmp_path):
         load_cohort(path)
 
 
+def test_a_scan_whose_header_says_metres_and_means_millimetres_is_told(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (8, 9, 10)).astype(np.uint8)
+    assert read_scan(save(tmp_path / "small.nii", np.diag([0.001, 0.001, 0.001, 1]), "meter", image)).affine[0, 0] == 1
+    assert read_scan(save(tmp_path / "tiny.nii", np.eye(4), "micron", image)).affine[0, 0] == 0.001
+    with pytest.raises(ValueError, match=r"scan\.nii: expected voxels below 100 mm, got 1000 mm: is its unit right"):
+        read_scan(save(tmp_path / "scan.nii", np.eye(4), "meter", image))
+
+
 def test_written_files_say_mm(tmp_path):
     path = write_nifti(tmp_path / "image.nii.gz", IMAGE, AFFINE)
     assert nib.load(path).header.get_xyzt_units()[0] == "mm"
