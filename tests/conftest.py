@@ -36,5 +36,19 @@ def embedded_cohort():
     return load_cohort("embedded", 4)
 
 
+@pytest.fixture(autouse=True)
+def threads_of_pytorch():
+    """Threads of PyTorch are as they were after each test.
+
+    Numba's parallel loops (deedsBCV) change OpenMP's number of them, which is PyTorch's too. Where others use the
+    cores, threads wait for one another: on a busy machine the tests behind deedsBCV's took up to 40 times as long.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_sessionfinish(session):
     TALLY.write(session.testscollected, session.testsfailed)

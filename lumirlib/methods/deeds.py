@@ -119,6 +119,7 @@ class Deeds(Tool):
             Two displacements ``(1, 3, D, H, W)`` float32 in voxels, on the device of `fixed`.
         """
         self._check(fixed, moving)
+        threads = torch.get_num_threads()  # Numba's parallel loops change it: both use OpenMP
         grid = [side * self.upsampling for side in fixed.shape[2:]]
         images = [
             spatial.resize(image.detach().float().cpu(), grid)[0, 0].contiguous().numpy() for image in (fixed, moving)
@@ -143,6 +144,7 @@ class Deeds(Tool):
             spatial.resize_displacement(torch.from_numpy(resample(field, tuple(grid)))[None], fixed.shape[2:])
             for field in fields
         )
+        torch.set_num_threads(threads)
         return forward.to(fixed.device), backward.to(fixed.device)
 
     def _search(

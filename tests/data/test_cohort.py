@@ -630,7 +630,8 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_jobs_that_make_the_embedded_cohort_at_once_leave_it_whole(tmp_path):
     population = embedded.EmbeddedPopulation(training=1, validation=2)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lumirlib.data.embedded"])  # imported once, and not used
     folders = [tmp_path / "shared", tmp_path / "shared", tmp_path / "alone"]
     jobs = [context.Process(target=embedded.embedded_json, args=(4, population, each, False)) for each in folders]
     for job in jobs:

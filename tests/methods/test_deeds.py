@@ -415,3 +415,10 @@ def test_images_that_do_not_fit_are_refused(fixed, moving, error, message):
 def test_settings_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Deeds(**options)
+
+
+def test_pytorch_has_as_many_threads_afterwards_as_before():
+    image = torch.rand(1, 1, 24, 26, 28, generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(1)
+    Deeds.for_resolution(4)(image, image)
+    assert torch.get_num_threads() == 1
