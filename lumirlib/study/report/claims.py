@@ -690,8 +690,8 @@ def detectable(study: Evidence) -> pd.DataFrame:
     Returns:
         One line per metric of enough people, and of NDV where the backbone folds: metric, smallest (the effect that
         the test over people finds in four of five such studies after Holm, and no less than twice the spread over
-        seeds; the 80th percentile over the schemes, whose errors differ by chance), paper_low and paper_high (the range of the paper's schemes); in the paper's
-        units. Empty without the backbone.
+        seeds; the 80th percentile over the schemes, whose errors differ by chance), paper_low and paper_high (the range
+        of the paper's schemes); in the paper's units. Empty without the backbone.
     """
     rows = [row for row in study.families["backbone"] if row in study.rows] if "backbone" in study.rows else []
     lines = []
