@@ -211,15 +211,17 @@ def test_the_page_about_data_is_true_of_a_folder_laid_out_as_it_says(tmp_path, c
     (check,) = fenced(text.replace("   ", ""), "python")
     exec(compile(check.replace("/data/LUMIR", str(tmp_path)), "docs/data.md", "exec"), {})
     assert capsys.readouterr().out == "4 training scans, 6 pairs, (16, 20, 24)\nlabels: True\n"
-    (content,) = fenced(text, "json")
-    (tmp_path / "dataset.json").write_text(content)
+    content = fenced(text, "json")[0]
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "dataset.json").write_text(content)
     for number, name in enumerate(re.findall(r"\./(\w+/\w+)\.nii\.gz", content)):
-        write_nifti(tmp_path / f"{name}.nii.gz", smooth_blob(number), np.eye(4))
-    monkeypatch.setenv("LUMIR_BRAINS", str(tmp_path))
+        write_nifti(folder / f"{name}.nii.gz", smooth_blob(number), np.eye(4))
+    monkeypatch.setenv("LUMIR_BRAINS", str(folder))
     cohort = load_cohort("brains")
     assert len(cohort.train) == 2 and len(cohort.validation_pairs) == 2 and not cohort.has_labels
-    write_nifti(tmp_path / "labelsVal" / "C_0000.nii.gz", np.full((16, 20, 24), 4, np.uint8), np.eye(4))
-    write_nifti(tmp_path / "labelsVal" / "D_0000.nii.gz", np.full((16, 20, 24), 4, np.uint8), np.eye(4))
+    write_nifti(folder / "labelsVal" / "C_0000.nii.gz", np.full((16, 20, 24), 4, np.uint8), np.eye(4))
+    write_nifti(folder / "labelsVal" / "D_0000.nii.gz", np.full((16, 20, 24), 4, np.uint8), np.eye(4))
     assert load_cohort("brains").has_labels
 
 

@@ -264,8 +264,9 @@ def test_table_1_sets_our_rows_beside_the_papers_under_its_names(tmp_path):
     publish.publish_ranks(replace(runs, facts=runs.facts.assign(cohort="lumir")), tmp_path / "tables" / "lumir")
     among = pd.read_csv(tmp_path / "tables" / "lumir.csv", index_col="method")
     assert math.isnan(among.loc["SITReg-v2 (published)", "weighted"]) and len(among) == 3 + 7 + 7
-    # six pairs, each of them better in Dice and worse in TRE: p = 1/32, and times 3 for three comparisons not below 5 %
-    assert (ranks["dice"] == 1).all() and (ranks["tre_mm"] == 1).all()
+    # the differences are nearly the same for all twelve people, so each of them is told
+    assert list(ranks.loc[["LC-2", "deedsBCV", "VoxelMorph"], "dice"]) == [1, 2, 3]
+    assert list(ranks.loc[["LC-2", "deedsBCV", "VoxelMorph"], "tre_mm"]) == [3, 2, 1]
     assert ranks.loc["LC-2", "snapshot score"] == pytest.approx(
         1 / 6 + 1 / 3
     )  # best Dice, worst TRE and HD95, equal NDV
