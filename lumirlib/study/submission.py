@@ -14,6 +14,7 @@ import re
 import shutil
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -34,6 +35,7 @@ from lumirlib.data import Cohort, Pair, field_formats
 from lumirlib.data.nifti import parse_nifti, write_nifti
 from lumirlib.evaluation import Method, evaluate_method
 from lumirlib.files import check_writable, check_writable_file, write_atomically
+from lumirlib.metrics import tre_per_landmark_mm
 from lumirlib.study.method_digest import method_digest
 
 #: What a NIfTI file holds besides its voxels, at most, in bytes.
@@ -226,17 +228,46 @@ def score_submission(
     ndv_mask: str = "moving",
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The evaluator on the files of a zip; the long table of :func:`lumirlib.evaluation.evaluate_method`."""
+    """Score the files of a zip: the long table of :func:`lumirlib.evaluation.evaluate_method`.
+
+    Warns once of all landmarks that the warping loses. Our TRE leaves them out; the official one becomes NaN.
+    """
     chosen = cohort.submission_pairs if pairs is None else pairs
     displacements = read_submission(path, cohort, chosen)
-    return evaluate_method(
-        lambda fixed, moving: next(displacements)[1],
+    lost: list[str] = []
+
+    def submitted(fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        pair, displacement = next(displacements)
+        lost.extend(f"{name} of {pair.name}" for name in _lost_landmarks(cohort, pair, displacement))
+        return displacement
+
+    table = evaluate_method(
+        submitted,
         cohort,
         chosen,
         ndv_mask=ndv_mask,
         progress=progress,
         description="score submission",
     )
+    if lost:
+        warnings.warn(
+            f"{path}: the warping loses {len(lost)} landmark(s): {', '.join(lost)}. The TRE here leaves them out; the "
+            "official evaluation takes a plain mean, so that TRE of the pair and of the submission would be NaN there",
+            stacklevel=2,
+        )
+    return table
+
+
+def _lost_landmarks(cohort: Cohort, pair: Pair, displacement: torch.Tensor) -> list[str]:
+    """Names of the landmarks that the warped volume no longer has."""
+    scoring = cohort.at_own_resolution
+    volumes = scoring.landmark_volumes(pair)
+    if volumes is None:
+        return []
+    fixed, moving = volumes
+    on_files = spatial.to_finer_grid(displacement, cohort.downsampling // scoring.downsampling)
+    distances = tre_per_landmark_mm(spatial.warp(moving, on_files, mode="nearest"), fixed)
+    return [name for name, mm in zip(scoring.landmark_points(pair.fixed) or (), distances, strict=True) if np.isnan(mm)]
 
 
 # validation ----------------------------------------------------------------------------------------------------------

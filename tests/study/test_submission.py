@@ -166,6 +166,21 @@ def test_a_method_that_works_on_coarse_voxels_submits_on_the_files_own(small_coh
     assert scored.equals(direct)
 
 
+def test_landmarks_that_the_warping_loses_are_named_once(small_cohort_json, tmp_path):
+    cohort = load_cohort(small_cohort_json)
+    pairs = cohort.validation_pairs[:2]
+    field = torch.zeros(1, 3, *cohort.shape)
+    field[:, 2] = 100  # reads outside the image
+    field[:, 2, :, :, :6] = 4  # reads k = 4 to 9: the second landmark, at k = 8, lands 4 mm off; the first is higher up
+    path = submission.write_submission(lambda fixed, moving: field, cohort, tmp_path / "s.zip", pairs, progress=False)
+    with pytest.warns(UserWarning, match="the warping loses") as told:
+        table = submission.score_submission(path, cohort, pairs, progress=False)
+    first, second = (pair.name for pair in pairs)
+    assert len(told) == 1 and f"loses 2 landmark(s): first of {first}, first of {second}. The" in str(told[0].message)
+    tre = table[table["metric"] == "tre_mm"]["value"]
+    assert tre.tolist() == pytest.approx([4.0, 4.0])
+
+
 def test_an_interrupted_submission_goes_on_and_leaves_no_half_zip(embedded_cohort, pairs, true_method, tmp_path):
     calls = []
 
