@@ -178,7 +178,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         facts: as :func:`export` stores them.
     """
     size, done, figures = f"{facts['resolution_mm']:g} mm", facts["evaluation"], facts["figures"]
-    scored = size if done.get("scored_mm") in (None, facts["resolution_mm"]) else f"scored at {done['scored_mm']:g} mm"
+    scored = f"scored at {done.get('scored_mm') or facts['resolution_mm']:g} mm"
     devices = list(dict.fromkeys(session.partition(", ")[2] for session in facts["trained_by"]))
     commits = list(dict.fromkeys(session.partition(", ")[0] for session in facts["trained_by"]))
     rows = [
