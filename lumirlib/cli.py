@@ -231,10 +231,10 @@ _ENGINE = _together(
     click.option("--precision", default="auto", help="auto, 32-true or bf16-mixed."),
     click.option("--processes", default=1, help="GPUs of this machine to train on; or call torchrun."),
     click.option("--compile", is_flag=True, help="Compile the network."),
-    click.option("--checkpointing", is_flag=True, help="Less memory for more time."),
-    click.option("--cache", default="auto", help="Volumes on disk, made once: auto, on or off."),
+    click.option("--checkpointing", is_flag=True, help="Recompute activations: less memory, more time."),
+    click.option("--cache", default="auto", help="Cache of volumes on disk: auto, on or off."),
     click.option("--readers", default=1, help="Threads that read ahead."),
-    click.option("--deterministic", is_flag=True, help="The same bits again, as far as the device can."),
+    click.option("--deterministic", is_flag=True, help="Bitwise reproducible results, as far as the device allows."),
 )
 
 #: Arguments of :func:`lumirlib.training.registrar.choose_registrar`: what registers.
@@ -242,7 +242,7 @@ _METHOD = _together(
     _text("--weights", help="best.pt of a trained network."),
     _text("--run", help="Name of a trained run in the results folder."),
     _text("--pretrained", metavar="NAME", help="Weights of the package: `lumirlib weights list`."),
-    _text("--method", help="One that needs no training: deedsBCV, affine (zero displacement) ..."),
+    _text("--method", help="Method that needs no training: deedsBCV, affine (zero displacement) ..."),
     _RESULTS,
     click.option(
         "--resolution",
@@ -444,7 +444,7 @@ def _summarized(table: pd.DataFrame, cohort: Cohort) -> str:
 )
 @_METHOD
 @_cohort()
-@_text("--out", help="CSV for the figures of every pair, with a JSON of where they are from.")
+@_text("--out", help="CSV for the figures of every pair; a JSON with their provenance goes beside it.")
 @_QUIET
 def evaluate(cohort: str, data_root: str, out: str, quiet: bool, device: str, **chosen: Any) -> None:
     """Score a network or a method on a cohort's pairs.
@@ -526,7 +526,7 @@ def validate_zip(path: str, resolution_mm: int, cohort: str, data_root: str, qui
 @_cohort()
 @_QUIET
 def score_zip(path: str, resolution_mm: int, cohort: str, data_root: str, quiet: bool) -> None:
-    """Score a zip where labels or landmarks are there."""
+    """Score a zip on pairs with labels or landmarks."""
     from lumirlib.data import load_cohort
     from lumirlib.study.submission import score_submission
 
@@ -619,7 +619,7 @@ def weights() -> None:
 
 @weights.command("list", examples="lumirlib weights list")
 def list_weights() -> None:
-    """What there is, with its Dice."""
+    """List the packaged weights, with their Dice."""
     from lumirlib.training.weights import FOLDER, names, read_packaged
 
     for one in map(read_packaged, names()):
@@ -638,7 +638,7 @@ def list_weights() -> None:
 @_DEVICE
 @_QUIET
 def export_weights(run: str, name: str, results: str, cohort: str, data_root: str, device: str, quiet: bool) -> None:
-    """Package the weights of a finished run, evaluated, with a card."""
+    """Evaluate a finished run and package its weights with a card."""
     from lumirlib.study.model_cards import export
 
     print(export(run, name, results, cohort, data_root, device, not quiet, _called()))
@@ -672,7 +672,7 @@ def check_weights(names: tuple[str, ...], cohort: str, data_root: str, device: s
 
 @weights.command("cards", examples="lumirlib weights cards")
 def write_cards() -> None:
-    """Write the cards anew from what the weights' files say."""
+    """Write the cards anew from the facts in the weights' files."""
     from lumirlib.study import model_cards
 
     print(*model_cards.write_cards(), sep="\n")
@@ -737,7 +737,7 @@ def cache(
 
 @lumirlib.command("info", examples="lumirlib info")
 def info() -> None:
-    """Versions, devices, and which cohorts are there."""
+    """Show versions, devices and available cohorts."""
     import os
 
     import psutil
@@ -837,7 +837,7 @@ def measure_costs(
 @_OUT
 @_DEVICE
 def measure_folding(**given: Any) -> None:
-    """How the two cascades fold, from trained rows: the same velocities joined additively and compositionally."""
+    """Folds of the two cascades: velocities of trained rows, joined additively and compositionally."""
     from lumirlib.study import folding
 
     table, path = folding.measure_rows(**given, command=_called())
@@ -854,7 +854,7 @@ def measure_folding(**given: Any) -> None:
 @_seeds([0, 1, 2])
 @_PRESET
 @_cohort()
-@click.option("--pairs", type=_JOBS, help="So many of the pairs, spread evenly; all if not given.")
+@click.option("--pairs", type=_JOBS, help="Number of pairs, evenly spaced; all if not given.")
 @_OUT
 @_DEVICE
 def measure_robustness(**given: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a cohort's files hold, in a few digits: other voxels, labels or landmarks have other ones.
+"""Digest of a cohort's content: it changes with any voxel, label or landmark.
 
 A `.nii.gz` carries a CRC-32 of its content at its end, which every reader compares (:mod:`lumirlib.data.nifti`): it is
 taken as it stands, so that thousands of scans are looked through in seconds. Of other files all bytes are hashed.

@@ -1,4 +1,4 @@
-"""The intensity that counts as white: one for all images of a cohort, so that no threshold on a single file decides.
+"""The intensity that counts as white: one for all images of a cohort, so that it never depends on a single file.
 
 Images of whole numbers, as they are stored, reach 255. Of all others of a cohort the largest voxel decides: up to
 :data:`UNIT` they are on the scale from 0 to 1, from :data:`LOWEST_BYTE` on that from 0 to 255, and between on a scale

@@ -1,4 +1,4 @@
-"""Programs of others: running one on a pair, and what is said where it is missing."""
+"""Other people's programs: running one on a pair, and the error if it is not installed."""
 
 from __future__ import annotations
 

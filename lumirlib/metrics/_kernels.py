@@ -1,4 +1,4 @@
-"""Loops over voxels that the metrics are counted by, compiled by numba."""
+"""The metrics' loops over voxels, compiled by numba."""
 
 from __future__ import annotations
 

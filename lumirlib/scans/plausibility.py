@@ -1,4 +1,4 @@
-"""Whether what was prepared looks like a T1 brain: maps, masks, labels and other contrasts do not."""
+"""Whether a prepared scan looks like a T1 brain; maps, masks, labels and other contrasts do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method is, in one number: partial results of one are never taken for those of another."""
+"""Digest of a method, so that its partial results are never taken for those of another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite."""
+"""Stopping at a loss or gradient that is not finite."""
 
 from __future__ import annotations
 

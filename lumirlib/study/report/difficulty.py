@@ -1,4 +1,4 @@
-"""Why some pairs are hard: what is known of each pair before registration, against what registration reaches.
+"""Why some pairs are hard: facts of each pair before registration, against the figures after it.
 
 The paper's conclusion finds that Dice differs widely between pairs and asks for the reasons.
 """
