@@ -33,9 +33,10 @@ CONSISTENCY_MM = 4.0
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """What a network computes: the arguments of :class:`lumirlib.models.backbone.RegistrationNetwork`.
+    """What a network computes: its name, and the arguments of :class:`lumirlib.models.backbone.RegistrationNetwork`.
 
     Attributes:
+        name: Name as in the paper's Table 2, without "backbone+".
         start_channels: N, width of the encoder, the paper's 'sc'.
         head_channels: K, width of the flow estimators (27; the paper's 4ks is 108).
         cascade: "additive" or "compositional".
@@ -53,6 +54,7 @@ class NetworkOptions:
         refinements: REF, further passes of the finest level in registration, which training does without.
     """
 
+    name: str = "backbone"
     start_channels: int = 32
     head_channels: int = 27
     cascade: str = "additive"
@@ -124,13 +126,11 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
     The options are those of :class:`NetworkOptions`, :class:`TrainingOptions` and :class:`InferenceOptions`, and
 
     Attributes:
-        name: Name as in the paper's Table 2, without "backbone+".
         voxel_mm: edge of the network's voxels where `bilateral_window` and `bilateral_sigma` are in mm, and the weights
             of inverse and group consistency are of squared lengths of :data:`CONSISTENCY_MM`; 0 where all these count
             voxels. A preset in mm sets it.
     """
 
-    name: str = "backbone"
     voxel_mm: float = field(default=0.0, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
@@ -180,7 +180,9 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
 
     def build(self) -> RegistrationNetwork:
         """The network, with fresh weights."""
-        options = {option.name: getattr(self, option.name) for option in fields(NetworkOptions)}
+        options = {
+            option.name: getattr(self, option.name) for option in fields(NetworkOptions) if option.name != "name"
+        }
         if self.voxel_mm and self.bilateral_window:
             options["bilateral_window"] = max(5, nearest_odd(self.bilateral_window / self.voxel_mm))
             options["bilateral_sigma"] = self.bilateral_sigma / self.voxel_mm
