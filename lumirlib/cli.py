@@ -396,7 +396,7 @@ def run_many(
 ) -> int:
     """Many rows and seeds, here or on Slurm.
 
-    What is finished is skipped, so the same command goes on where it stopped; what broke is run again.
+    Finished runs are skipped, so the same command resumes where it stopped. Failed runs are run again.
     """
     import shlex
 
