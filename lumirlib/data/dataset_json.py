@@ -15,7 +15,7 @@ from lumirlib.data import embedded, frame
 from lumirlib.data.cohort import LUMIR_JSON, Cohort, Pair, Subject, block_affine, grid_orientation
 from lumirlib.data.entries import EntryReader, is_file
 from lumirlib.data.identity import checksums
-from lumirlib.data.nifti import read_grid
+from lumirlib.data.nifti import MIN_EDGE_MM, read_grid
 from lumirlib.files import read_json
 
 BRAINS_VARIABLE = "LUMIR_BRAINS"
@@ -218,8 +218,11 @@ def _grid(image: Path, resolution_mm: float | None) -> tuple[float, int, tuple[i
     if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
         raise ValueError(f"{image}: expected axes at right angles, got the affine {affine.round(4).tolist()}")
     own = float(spacing.mean())
-    if not own < 1000:
-        raise ValueError(f"{image}: expected voxels below 1000 mm, got {own:g} mm: does its unit fit its affine?")
+    if not MIN_EDGE_MM <= own < 1000:
+        raise ValueError(
+            f"{image}: expected voxels of {MIN_EDGE_MM} to 1000 mm, got {own:g} mm: does its unit (xyzt_units, without "
+            "which it is the millimetre) fit its affine?"
+        )
     wanted = own if resolution_mm is None else float(resolution_mm)
     if not 0 < wanted < 1000:
         raise ValueError(f"resolution_mm must be a voxel size in mm, got {resolution_mm}")

@@ -39,6 +39,8 @@ VOLUMES = (".nii.gz", ".nii")
 #: Endings of volumes, and of all that a key may lead to.
 _VOLUME = re.compile(r"\.(nii|nii\.gz|mgz|mgh|mha|nrrd|hdr|img)$", re.IGNORECASE)
 _FILE = re.compile(r"\.(nii|nii\.gz|mgz|mgh|mha|nrrd|hdr|img|json|csv|fcsv|txt)$", re.IGNORECASE)
+#: In a key of a dataset JSON these words say that it decides how scans are read or scored.
+_OF_SCANS = ("label", "classes", "intensit", "landmark", "keypoint")
 #: Names in a warning at most.
 _SHOWN = 10
 
@@ -234,7 +236,8 @@ class EntryReader:
         for key, value in self.content.items():
             lists_files = isinstance(value, list) and re.search(r"\.(nii|mgz|mgh|mha|nrrd)\b", str(value[:3]))
             close = difflib.get_close_matches(plain(key), known, 1, 0.85) if not plain(key).startswith("num") else []
-            if plain(key) not in known and (close or lists_files):
+            means_scans = any(word in plain(key) for word in _OF_SCANS) and not plain(key).startswith("num")
+            if plain(key) not in known and (close or lists_files or means_scans):
                 found.append(repr(key) + (f" (is it {close[0]!r}?)" if close else ""))
         found += self._unknown_folders()
         if found:
@@ -247,7 +250,7 @@ class EntryReader:
             )
 
     def _unknown_folders(self) -> list[str]:
-        """Folders beside those of images, unused, whose names or whose files' names are like those of labels."""
+        """Unused folders with names or files like those of labels: beside or in those of images, or in derivatives/."""
         people = self.subjects.values()
         used = {file.parent for one in people for file in (one.image, one.labels, one.landmarks, one.velocity) if file}
         stems = {stem for one in people for stem in (one.name, one.image.name.removesuffix(".gz").removesuffix(".nii"))}
@@ -255,14 +258,18 @@ class EntryReader:
         parts = {_part(folder) for folder in images} - {None}
         words = {f"{word}{part}" for word in (*LABELS, *LANDMARKS, SANITY_CHECK) for part in (*parts, "")}
         found = []
-        for root in sorted({folder if folder == self.root else folder.parent for folder in images}):
-            for folder in _folders(root):
-                if folder in used or folder.name.startswith(".") or plain(folder.name).startswith(IMAGES):
-                    continue
-                names = [name for name in sorted(self._names(folder)) if _FILE.search(name)]
-                alike = [name for name in names if _VOLUME.search(name) and _VOLUME.sub("", name) in stems]
-                if names and (alike or plain(folder.name) in words):
-                    found.append(f"the folder {folder.name!r} with {(alike or names)[0]!r}")
+        roots = sorted({folder if folder == self.root else folder.parent for folder in images}, reverse=True)
+        near = [folder for root in roots for folder in _folders(root)]
+        hosts = [one for one in near if one in images or plain(one.name) == "derivatives"]
+        within = [folder for one in hosts for folder in _folders(one)]
+        for folder in dict.fromkeys([*near, *within]):
+            if folder in used or folder.name.startswith(".") or plain(folder.name).startswith(IMAGES):
+                continue
+            names = [name for name in sorted(self._names(folder)) if _FILE.search(name)]
+            alike = [name for name in names if _VOLUME.search(name) and _VOLUME.sub("", name) in stems]
+            if names and (alike or plain(folder.name) in words):
+                place = next(folder.relative_to(root) for root in roots if folder.is_relative_to(root)).as_posix()
+                found.append(f"the folder {place!r} with {(alike or names)[0]!r}")
         return found
 
 
@@ -274,6 +281,7 @@ def _part(images: Path) -> str | None:
 
 
 def _folders(parent: Path) -> list[Path]:
-    with suppress(OSError):  # not to be listed
-        return sorted(one for one in parent.iterdir() if one.is_dir())
+    # scandir knows folders without a look at each file; of a link in a circle it raises where Path says no
+    with suppress(OSError), os.scandir(parent) as entries:  # not to be listed
+        return sorted(Path(one) for one in entries if (Path(one) if one.is_symlink() else one).is_dir())
     return []

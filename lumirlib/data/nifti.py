@@ -32,6 +32,9 @@ MAX_VOXELS = 2**30
 CHUNK = 1 << 24
 #: Bytes that a file may hold before its voxels (header and extensions), and behind them.
 MAX_OTHER_BYTES = 1 << 26
+#: Edges of a voxel below this are not of a scan of a head, nor of any MRI: those of a header that says metres by its
+#: numbers and names no unit are.
+MIN_EDGE_MM = 0.01
 #: Of the longer of the two fixed headers.
 HEADER_BYTES = 540
 
@@ -110,12 +113,14 @@ def _parse_header(content: bytes) -> Header:
     offset = float(header["vox_offset"])
     if not size + 4 <= offset <= MAX_OTHER_BYTES or offset % 1:  # four bytes say whether there are extensions
         raise ValueError(f"expected voxels from byte {size + 4} to {MAX_OTHER_BYTES}, got from {offset:g}")
-    affine, sform, qform, notes = _affines(header)
+    # nibabel makes 1 mm of an edge of zero; what was stored tells
+    no_edges = (kind(content[:size], endianness=order, check=False)["pixdim"][1:4] == 0).any()
+    affine, sform, qform, notes = _affines(header, bool(no_edges))
     return Header(shape, affine, sform, qform, dtype, int(offset), *header.get_slope_inter(), notes)
 
 
 def _affines(
-    header: nib.Nifti1Header,
+    header: nib.Nifti1Header, no_edges: bool
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, tuple[str, ...]]:
     """The affine to take, the sform and the qform (None where not coded or not usable), all in mm, and notes."""
     notes: list[str] = []
@@ -136,6 +141,8 @@ def _affines(
     if taken is None and broken:
         raise ValueError("; ".join(broken))
     notes = [f"{problem}; its {taken} is taken" for problem in [*notes, *broken]]
+    if no_edges and taken != "sform":
+        notes.append("an edge of 0 in its pixdim is taken for 1")
     # a code of 0 or one that the format does not know: millimetres, as other programs take it
     power = _TO_MM.get(int(header["xyzt_units"]) & 7, 0)
     sform, qform = (None if form is None else _in_mm(form, power) for form in forms.values())

@@ -35,8 +35,11 @@ NO_T1 = re.compile(
 #: Parts of a BIDS name that a processed copy of a scan has.
 DERIVED = re.compile(r"_(desc|space|res)-")
 PERSON = re.compile(r"(?:^|_)(sub-[A-Za-z0-9]+)")
+#: A session, by BIDS or as others write it: `ses-2`, `session_2`, `visit2`, OASIS's `MR2`.
+SESSION = r"(?:ses-[A-Za-z0-9]+|(?:ses|sess|session|visit|timepoint|tp|MR)[-_]?[0-9]+)(?![A-Za-z0-9])"
 #: What tells several scans of a person apart.
-REPEAT = re.compile(r"[_-](ses|run|acq|rec|echo|desc|space)-")
+REPEAT = re.compile(rf"[_-](?:(?:ses|run|acq|rec|echo|desc|space)-|{SESSION})", re.IGNORECASE)
+SESSION_FOLDER = re.compile(rf"ses-|{SESSION}$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def person_of(path: Path) -> str:
     if REPEAT.search(stem):
         return REPEAT.split(stem)[0]
     folders = path.parts[:-1]
-    sessions = [at for at, part in enumerate(folders) if part.startswith("ses-")]
+    sessions = [at for at, part in enumerate(folders) if SESSION_FOLDER.match(part)]
     return folders[sessions[0] - 1] if sessions and sessions[0] else ""
 
 
@@ -138,6 +141,8 @@ def _is_candidate(path: Path, folder: Path, skipped: dict[str, str]) -> bool:
     elif OTHER_FORMATS.search(path.name):
         skipped[str(place)] = "neither .nii nor .nii.gz: convert it"
     if not path.name.lower().endswith(ENDINGS):
+        if not path.suffix and path.is_symlink() and not path.exists():
+            skipped[str(place)] = "a link, of a folder perhaps, to what is not there"
         return False
     if path.name.startswith("."):
         why = "a hidden file"
@@ -185,5 +190,5 @@ def _processed(path: Path) -> int:
 
 def _sitting(place: Path) -> tuple[str, str]:
     """Person and session of a scan at a place below the folder."""
-    session = re.search(r"(?:^|[_/])(ses-[A-Za-z0-9]+)", place.as_posix())
+    session = re.search(rf"(?:^|[_/-])({SESSION})", place.as_posix(), re.IGNORECASE)
     return person_of(place), session[1] if session else ""

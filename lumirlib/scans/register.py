@@ -252,6 +252,9 @@ def _doubts(scans: Sequence[PreparedScan], measures: Mapping[str, float]) -> lis
         for prepared in scans
         if (doubts := likeness(prepared).doubts)
     ]
+    fixed, moving = (prepared.scan for prepared in scans)
+    if fixed.values.equal(moving.values) and np.allclose(fixed.affine, moving.affine, atol=1e-3):
+        found.append("both scans have the same voxels in the same place: are they one file?")
     if measures["ncc"] < MIN_NCC:
         found.append(f"the brains correlate {measures['ncc']:.3f} after the registration, below {MIN_NCC}")
     return found

@@ -16,7 +16,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from lumirlib import spatial
-from lumirlib.data.nifti import read_header, read_volume, scan_stem
+from lumirlib.data.nifti import MIN_EDGE_MM, read_header, read_volume, scan_stem
 
 #: Voxels of a head are below this; those of a header that says metres and means millimetres are not.
 MAX_EDGE_MM = 100
@@ -162,8 +162,11 @@ def read_scan(path: str | Path) -> Scan:
     edges = np.linalg.norm(affine[:3, :3], axis=0)
     if not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * edges.prod():
         raise ValueError(f"{path}: expected an invertible voxel-to-world matrix, got {affine.tolist()}")
-    if edges.max() > MAX_EDGE_MM:
-        raise ValueError(f"{path}: expected voxels below {MAX_EDGE_MM} mm, got {edges.max():g} mm: is its unit right?")
+    if edges.max() > MAX_EDGE_MM or edges.min() < MIN_EDGE_MM:
+        raise ValueError(
+            f"{path}: expected voxels of {MIN_EDGE_MM} to {MAX_EDGE_MM} mm, got "
+            f"{' x '.join(f'{edge:g}' for edge in edges)} mm: is its unit right?"
+        )
     if array.min() == array.max():
         raise ValueError(f"{path}: expected an image, got the constant {array.min():g}")
     return Scan(path, torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None], affine)

@@ -121,6 +121,8 @@ def test_lists_are_understood_in_every_spelling(tmp_path, keys):
         (lambda c: c["validation"][0].update(points="p.fcsv"), r"'points' in validation\[0\], 'p\.fcsv'"),
         (lambda c: c.update(trainings=c["training"]), "'trainings' .is it 'training'"),
         (lambda c: c.update(intensity_maximun=255), "'intensity_maximun' .is it 'intensitymaximum'"),
+        (lambda c: c.update(label_numbers=[2, 3]), "left out: 'label_numbers'"),
+        (lambda c: c.update(max_intensity=300), "left out: 'max_intensity'"),
         (lambda c: c.update(more=[{"image": "x.nii.gz"}]), "left out: 'more'"),
     ],
 )
@@ -140,11 +142,14 @@ def test_keys_that_are_not_understood_are_named_once(tmp_path, change, message):
     [
         ({"labels": "manualVal"}, "the folder 'manualVal' with 'SMALL_0100_0000.nii.gz'"),
         ({"labels": "manual", "label_name": "{}"}, "the folder 'manual' with 'SMALL_0100.nii.gz'"),
+        ({"labels": "derivatives/manual"}, "the folder 'derivatives/manual' with 'SMALL_0100_0000.nii.gz'"),
+        ({"labels": "imagesVal/manual"}, "the folder 'imagesVal/manual' with 'SMALL_0100_0000.nii.gz'"),
         ({"label_name": "labels-of-{}"}, "the folder 'labelsVal' with 'labels-of-SMALL_0100.nii.gz'"),
     ],
 )
 def test_folders_that_are_not_understood_are_named(tmp_path, layout, message):
     path = write_pair(tmp_path, **layout)
+    (tmp_path / "circle").symlink_to("circle")
     with pytest.warns(UserWarning, match=message):
         assert not load_cohort(path).has_labels
 

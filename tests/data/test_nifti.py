@@ -1,6 +1,7 @@
 """NIfTI headers as people have them: units, two orientations of which one is broken, and more than the voxels."""
 
 import gzip
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -74,16 +75,26 @@ def test_a_unit_that_makes_no_sense_is_told(tmp_path):
     path = write_small_cohort(tmp_path, training=2, validation=2)
     for file in path.parent.rglob("*.nii.gz"):
         save(file, np.eye(4), "meter", np.asarray(nib.load(file).dataobj))
-    with pytest.raises(ValueError, match=r"SMALL_0000_0000.nii.gz: expected voxels below 1000 mm, got 1000 mm"):
+    with pytest.raises(ValueError, match=r"SMALL_0000_0000.nii.gz: expected voxels of 0.01 to 1000 mm, got 1000 mm"):
         load_cohort(path)
 
 
 def test_a_scan_whose_header_says_metres_and_means_millimetres_is_told(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (8, 9, 10)).astype(np.uint8)
     assert read_scan(save(tmp_path / "small.nii", np.diag([0.001, 0.001, 0.001, 1]), "meter", image)).affine[0, 0] == 1
-    assert read_scan(save(tmp_path / "tiny.nii", np.eye(4), "micron", image)).affine[0, 0] == 0.001
-    with pytest.raises(ValueError, match=r"scan\.nii: expected voxels below 100 mm, got 1000 mm: is its unit right"):
-        read_scan(save(tmp_path / "scan.nii", np.eye(4), "meter", image))
+    assert read_scan(save(tmp_path / "mouse.nii", np.diag([10, 10, 10, 1]), "micron", image)).affine[0, 0] == 0.01
+    for unit, affine, edge in (("meter", np.eye(4), "1000"), ("unknown", np.diag([0.001, 0.001, 0.001, 1]), "0.001")):
+        expected = rf"scan\.nii: expected voxels of 0.01 to 100 mm, got {edge} x {edge} x {edge} mm: is its unit right"
+        with pytest.raises(ValueError, match=expected):
+            read_scan(save(tmp_path / "scan.nii", affine, unit, image))
+
+
+def test_metres_whose_unit_is_not_named_are_told_and_not_read_as_mm(tmp_path):
+    path = write_small_cohort(tmp_path, training=2, validation=2)
+    for file in path.parent.rglob("*.nii.gz"):
+        save(file, np.diag([0.001, 0.001, 0.001, 1]), "unknown", np.asarray(nib.load(file).dataobj))
+    with pytest.raises(ValueError, match=r"SMALL_0000_0000.nii.gz: expected voxels of 0.01 to 1000 mm, got 0.001 mm"):
+        load_cohort(path)
 
 
 def test_written_files_say_mm(tmp_path):
@@ -126,6 +137,21 @@ def test_a_quaternion_far_too_long_and_no_sform_is_refused(tmp_path):
     path = with_quaternion(tmp_path / "image.nii", 1.2, sform_code=0)
     with pytest.raises(ValueError, match=r"image\.nii as NIfTI .*expected a quaternion of length 1, got 1\.2"):
         read_grid(path)
+
+
+@pytest.mark.parametrize(("form", "told"), [("qform", 1), ("none", 1), ("sform", 0)])
+def test_an_edge_of_zero_is_told_where_it_counts(tmp_path, form, told):
+    path = save(tmp_path / "image.nii", np.diag([2.0, 2, 2, 1]), form="sform" if form == "none" else form)
+    content = bytearray(path.read_bytes())
+    content[84:88] = bytes(4)  # pixdim[2]
+    if form == "none":
+        content[254:256] = bytes(2)  # sform_code
+    path.write_bytes(content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        affine = read_volume(path)[1]
+    assert [str(one.message) for one in caught] == told * [f"{path}: an edge of 0 in its pixdim is taken for 1"]
+    assert np.linalg.norm(affine[:3, :3], axis=0).tolist() == ([2, 1, 2] if told else [2, 2, 2])
 
 
 def test_an_sform_of_zeros_beside_a_good_qform_is_told_and_the_qform_taken(tmp_path):

@@ -40,6 +40,7 @@ def test_links_in_a_circle_end_and_each_file_is_taken_once(tmp_path):
     (scans / "a").symlink_to(scans / "b")
     (scans / "again.nii.gz").symlink_to(scans / "c" / "two.nii.gz")
     (scans / "gone.nii.gz").symlink_to(tmp_path / "nothing.nii.gz")
+    (scans / "sub-03").symlink_to(tmp_path / "nothing")
     found = find_scans(scans, tmp_path / "out")
     assert found.files == {"one": scans / "b" / "one.nii.gz", "two": scans / "c" / "two.nii.gz"}
     assert found.skipped == {
@@ -47,6 +48,7 @@ def test_links_in_a_circle_end_and_each_file_is_taken_once(tmp_path):
         "again.nii.gz": "the same file as c/two.nii.gz",
         "b/up": "leads to a folder that is searched already",
         "gone.nii.gz": "a link to a file that is not there",
+        "sub-03": "a link, of a folder perhaps, to what is not there",
     }
 
 
@@ -110,6 +112,12 @@ def test_processed_copies_give_way_to_the_scan_itself(tmp_path):
         ("P01_ses-1_T1w.nii.gz", "P01"),
         ("P01_run-2.nii.gz", "P01"),
         ("P01/ses-1/t1.nii.gz", "P01"),
+        ("sub_15_ses_1_T1w.nii.gz", "sub_15"),
+        ("P01-session2.nii.gz", "P01"),
+        ("OAS1_0061_MR2.nii.gz", "OAS1_0061"),
+        ("P01/Visit_2/t1.nii.gz", "P01"),
+        ("P01/ses-2020_01/t1.nii.gz", "P01"),
+        ("P01_MRI.nii.gz", ""),
         ("BRAIN_0001_0000.nii.gz", ""),
         ("study/t1.nii.gz", ""),
     ],
