@@ -188,9 +188,12 @@ class EntryReader:
         tails: tuple[str, ...],
         endings: tuple[str, ...],
     ) -> Path | None:
-        for key in words:
-            if fields.get(key):
-                return self.resolve(fields[key], f"{key} of {what}")
+        given = [key for key in words if fields.get(key)]
+        for key in given[1:]:
+            if fields[key] != fields[given[0]]:
+                self.unknown.setdefault(key, f"{key!r} in {what}, {str(fields[key])[:80]!r}, beside {given[0]!r}")
+        if given:
+            return self.resolve(fields[given[0]], f"{given[0]} of {what}")
         # Learn2Reg's layout: imagesTr/NAME.nii.gz has its labels in labelsTr/NAME.nii.gz, nnU-Net's without _0000
         stem = image.name.removesuffix(".gz").removesuffix(".nii")
         stems = dict.fromkeys([stem, scan_stem(image)])

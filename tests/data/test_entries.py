@@ -121,6 +121,10 @@ def test_lists_are_understood_in_every_spelling(tmp_path, keys):
         (lambda c: c["validation"][0].update(points="p.fcsv"), r"'points' in validation\[0\], 'p\.fcsv'"),
         (lambda c: c.update(trainings=c["training"]), "'trainings' .is it 'training'"),
         (lambda c: c.update(intensity_maximun=255), "'intensity_maximun' .is it 'intensitymaximum'"),
+        (
+            lambda c: c["training"][0].update(seg=c["training"][0]["image"], label="other.nii.gz"),
+            r"'label' in training\[0\], 'other\.nii\.gz', beside 'seg'",
+        ),
         (lambda c: c.update(label_numbers=[2, 3]), "left out: 'label_numbers'"),
         (lambda c: c.update(max_intensity=300), "left out: 'max_intensity'"),
         (lambda c: c.update(more=[{"image": "x.nii.gz"}]), "left out: 'more'"),
