@@ -39,10 +39,11 @@ def score_displacement(
     """All that is known about one displacement on one pair of a cohort, at the cohort's resolution.
 
     Args:
-        cohort: Gives labels, landmarks and masks; :attr:`lumirlib.data.Cohort.at_own_resolution` for final figures.
+        cohort: Cohort that gives labels, landmarks and masks; :attr:`lumirlib.data.Cohort.at_own_resolution` for final
+            figures.
         pair: Pair of the cohort.
-        displacement: ``(1, 3, D, H, W)`` in voxels of the cohort's grid, on the CPU.
-        ndv_mask: "moving" (the 2024 task) or "fixed" (2025).
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels of the cohort's grid, on the CPU.
+        ndv_mask: Image whose mask the NDV takes: "moving" (the 2024 task) or "fixed" (2025).
 
     Returns:
         The four of :func:`evaluate_pair`, "tre_points_mm" (the textbook's form), "displacement_mm" (mean length
@@ -91,17 +92,17 @@ def evaluate_method(
     :func:`lumirlib.spatial.to_finer_grid` and scored there.
 
     Args:
-        method: ``method(fixed, moving) -> displacement``; a network is one.
+        method: Function ``method(fixed, moving) -> displacement``; a network is one.
         cohort: Cohort at the resolution that the method works at.
         pairs: Pairs of the cohort to take.
-        device: where the method runs; the scoring is on the CPU.
-        ndv_mask: "moving" or "fixed".
-        progress: show a progress bar.
-        description: of the progress bar.
-        consistency: register each pair the other way round too and add the metric "inverse_consistency_mm", see
-            :func:`lumirlib.metrics.inverse_consistency_error`.
-        at_own_resolution: False scores at the cohort's resolution instead, as results without "scored_mm" in their
-            provenance were.
+        device: Device that the method runs on; the scoring is on the CPU.
+        ndv_mask: Image whose mask the NDV takes: "moving" or "fixed".
+        progress: Whether to show a progress bar.
+        description: Text of the progress bar.
+        consistency: Whether to register each pair the other way round too and add the metric "inverse_consistency_mm",
+            see :func:`lumirlib.metrics.inverse_consistency_error`.
+        at_own_resolution: Whether to score at the files' own resolution; False scores at the cohort's resolution
+            instead, as results without "scored_mm" in their provenance were.
 
     Returns:
         Columns pair, fixed, moving, metric, value; one row per pair and metric of :func:`score_displacement`. Where
@@ -151,7 +152,7 @@ def summarize(table: pd.DataFrame) -> pd.DataFrame:
     """Mean, population standard deviation and number of pairs of each metric; NaN pairs are left out and not counted.
 
     Args:
-        table: as :func:`evaluate_method` gives it.
+        table: Table as :func:`evaluate_method` gives it.
 
     Returns:
         Index: metric; columns mean, std, pairs.

@@ -53,8 +53,8 @@ class StoredVolume:
     """A volume as it is stored, and how to read it.
 
     Attributes:
-        values: ``(1, 1, D, H, W)`` uint8, int16, float16 or float32, mapped from the file.
-        scale: the image is values / scale in float32; None for label numbers, which are taken as they are.
+        values: Stored values ``(1, 1, D, H, W)``, uint8, int16, float16 or float32, mapped from the file.
+        scale: Divisor: the image is values / scale in float32; None for label numbers, which are taken as they are.
     """
 
     values: torch.Tensor
@@ -74,9 +74,9 @@ def encode(image: torch.Tensor, dtype: str, block: int) -> tuple[StoredVolume, f
     """An image in the smallest form that `dtype` allows, and its largest rounding error.
 
     Args:
-        image: float32 in [0, 1].
-        dtype: "auto" (integers where they are exact, else float16), "float16" or "float32".
-        block: voxels of the scan in one of the image.
+        image: Image in float32 in [0, 1].
+        dtype: Form to store: "auto" (integers where they are exact, else float16), "float16" or "float32".
+        block: Number of the scan's voxels in one of the image.
     """
     if dtype == "auto":
         for integer, scale in ((torch.uint8, 255), (torch.int16, 255 * block)):
@@ -93,12 +93,12 @@ class Source:
     """A volume to be cached.
 
     Attributes:
-        kind: "images" or "labels".
-        file: the scan or label volume.
-        name: of the subject.
-        read: reads it, ``(1, 1, D, H, W)``, float32 in [0, 1] or int16.
-        content: checksum of the file, of :mod:`lumirlib.data.identity`.
-        white: what the image is divided by, where that is neither 1 nor 255.
+        kind: Kind of the volume, "images" or "labels".
+        file: Path of the scan or label volume.
+        name: Name of the subject.
+        read: Function that reads it, ``(1, 1, D, H, W)``, float32 in [0, 1] or int16.
+        content: Checksum of the file, of :mod:`lumirlib.data.identity`.
+        white: Divisor of the image, where that is neither 1 nor 255.
     """
 
     kind: str
@@ -144,12 +144,12 @@ class VolumeCache:
     """The cached volumes of one cohort at one resolution.
 
     Attributes:
-        folder: where the files are; files of other scans may lie there too.
-        sources: what is to be cached.
-        shape: sides (D, H, W) of a volume.
-        block: voxels of a scan in one of the volume.
-        dtype: "auto", "float16" or "float32": see :func:`encode`.
-        made: number of volumes that :meth:`build` has made.
+        folder: Folder of the files; files of other scans may lie there too.
+        sources: Volumes to be cached.
+        shape: Sides (D, H, W) of a volume.
+        block: Number of a scan's voxels in one of the volume.
+        dtype: Form to store, "auto", "float16" or "float32": see :func:`encode`.
+        made: Number of volumes that :meth:`build` has made.
     """
 
     def __init__(
@@ -199,10 +199,10 @@ class VolumeCache:
         Killed at any moment, the next call goes on. A second process that builds the same cache waits for the first.
 
         Args:
-            workers: threads that read scans; None takes one per core, at most 8.
-            progress: show progress bars.
-            verify: compare every checksum now, instead of when a volume is first read.
-            repair: as `verify`, but make anew what is damaged.
+            workers: Number of threads that read scans; None takes one per core, at most 8.
+            progress: Whether to show progress bars.
+            verify: Whether to compare every checksum now, instead of when a volume is first read.
+            repair: Whether to compare every checksum now and make anew what is damaged.
 
         Raises:
             ValueError: a scan that cannot be read, or a cached file that is truncated, damaged or foreign.

@@ -41,11 +41,11 @@ class Subject:
     """One scan of a cohort and what is known about it; the files are read on demand.
 
     Attributes:
-        name: the file name of the image without `.nii.gz` and without Learn2Reg's modality suffix `_0000`.
-        image: path of the image.
-        labels: path of the label volume, or None.
-        landmarks: path of the landmarks (label volume, or JSON of points), or None.
-        velocity: path of the simulated person's velocity, or None.
+        name: File name of the image without `.nii.gz` and without Learn2Reg's modality suffix `_0000`.
+        image: Path of the image.
+        labels: Path of the label volume, or None.
+        landmarks: Path of the landmarks (label volume, or JSON of points), or None.
+        velocity: Path of the simulated person's velocity, or None.
     """
 
     name: str
@@ -73,24 +73,24 @@ class Cohort:
     """Training scans, validation pairs and labels of one dataset JSON, at one resolution.
 
     Attributes:
-        name: the JSON's own name.
-        path: the JSON.
-        resolution_mm: edge of a voxel of everything that is loaded, in mm.
-        simulated: True for the embedded cohort; every table made from it says so.
-        train: subjects to train on; never one of a validation pair.
-        validation_pairs: the pairs to evaluate.
-        credit: who is to be named beside figures made from it.
-        downsampling: voxels of the files per voxel of the cohort, along each axis.
-        affine: voxel-to-world matrix of the cohort's grid, in mm.
-        shape: sides (D, H, W) of the cohort's grid.
+        name: Name that the JSON gives itself.
+        path: Path of the JSON.
+        resolution_mm: Edge of a voxel of everything that is loaded, in mm.
+        simulated: Whether the cohort is the embedded one; every table made from it says so.
+        train: Subjects to train on; never one of a validation pair.
+        validation_pairs: Pairs to evaluate.
+        credit: Those to be named beside figures made from it.
+        downsampling: Voxels of the files per voxel of the cohort, along each axis.
+        affine: Voxel-to-world matrix of the cohort's grid, in mm.
+        shape: Sides (D, H, W) of the cohort's grid.
         digest: 16 hexadecimal digits of the JSON and, for real scans, of the content of the files that it names. It
             names runs.
         content_digest: 16 hexadecimal digits of the content of the files alone, of simulated scans too.
-        cache: the memory-mapped volumes that are read in place of the files, or None: see :meth:`with_cache`.
-        intensity_maximum: what images are divided by, where the JSON says so; None for :mod:`lumirlib.data.scale`.
-        given_labels: the label numbers that the JSON gives to be scored, background first; None for LUMIR's.
-        listed_pairs: the pairs that the JSON itself lists, under "validation", or else under "test".
-        joined: the cohorts whose training scans it has, where they are of several; all else is that of the last.
+        cache: Memory-mapped volumes that are read in place of the files, or None: see :meth:`with_cache`.
+        intensity_maximum: Divisor of the images, where the JSON gives one; None for :mod:`lumirlib.data.scale`.
+        given_labels: Label numbers that the JSON gives to be scored, background first; None for LUMIR's.
+        listed_pairs: Pairs that the JSON itself lists, under "validation", or else under "test".
+        joined: Cohorts whose training scans it has, where they are of several; all else is that of the last.
         memory: Volumes read so far, the last used at the end; see :data:`MEMORY_BUDGET`.
     """
 
@@ -381,12 +381,12 @@ class Cohort:
         (:mod:`lumirlib.data.cache`). The digest stays.
 
         Args:
-            folder: where caches are kept; None takes the folder of the embedded cohort, see README.
-            dtype: "auto", or "float16" or "float32" for images whatever they hold.
-            workers: of :meth:`lumirlib.data.cache.VolumeCache.build`, as are the others.
-            progress: show progress bars.
-            verify: compare every checksum now.
-            repair: likewise, and make anew what is damaged.
+            folder: Folder where caches are kept; None takes the folder of the embedded cohort, see README.
+            dtype: Form to store images in: "auto", or "float16" or "float32" for images whatever they hold.
+            workers: Number of threads that read scans, as for :meth:`lumirlib.data.cache.VolumeCache.build`.
+            progress: Whether to show progress bars.
+            verify: Whether to compare every checksum now.
+            repair: Whether to compare every checksum now and make anew what is damaged.
         """
         if self.joined:
             parts = tuple(part.with_cache(folder, dtype, workers, progress, verify, repair) for part in self.joined)
@@ -474,7 +474,7 @@ def block_affine(factor: int) -> np.ndarray:
     """Matrix from voxels of block averages to the voxels that were averaged: centres at ``factor i + (factor - 1)/2``.
 
     Args:
-        factor: voxels along the edge of a block.
+        factor: Number of voxels along the edge of a block.
     """
     matrix = np.diag([factor, factor, factor, 1.0])
     matrix[:3, 3] = (factor - 1) / 2

@@ -42,10 +42,10 @@ def cohort_json(name_or_json: str | Path, resolution_mm: float | None, data_root
     """The dataset JSON that a cohort's name stands for.
 
     Args:
-        name_or_json: "embedded", "lumir" (`data_root`/LUMIR_dataset.json), "brains" (the folder named by the
-            environment variable LUMIR_BRAINS), or the path of a JSON.
-        resolution_mm: for "embedded", which is made for one resolution.
-        data_root: for "lumir", and for a JSON name relative to it.
+        name_or_json: Name or path: "embedded", "lumir" (`data_root`/LUMIR_dataset.json), "brains" (the folder named by
+            the environment variable LUMIR_BRAINS), or the path of a JSON.
+        resolution_mm: Voxel size in mm for "embedded", which is made for one resolution.
+        data_root: Folder for "lumir", and for a JSON name relative to it.
     """
     name = str(name_or_json)
     if name == "embedded":
@@ -89,11 +89,12 @@ def load_cohort(
     count as labelled ones. Nobody of the pairs that the JSON lists, those under "test" included, is trained on.
 
     Args:
-        name_or_json: "embedded", "lumir", "brains", or the path of a Learn2Reg dataset JSON; several of them joined by
-            "+", such as "brains+embedded", give the training scans of all, and the validation pairs of the last.
-        resolution_mm: voxel size to work at, a whole multiple of the files' own; None takes the files' own, and
+        name_or_json: Name or path: "embedded", "lumir", "brains", or the path of a Learn2Reg dataset JSON; several of
+            them joined by "+", such as "brains+embedded", give the training scans of all, and the validation pairs of
+            the last.
+        resolution_mm: Voxel size to work at, in mm, a whole multiple of the files' own; None takes the files' own, and
             4 mm for the embedded cohort.
-        data_root: folder that the JSON's paths are relative to; None takes the JSON's own folder. Of joined cohorts
+        data_root: Folder that the JSON's paths are relative to; None takes the JSON's own folder. Of joined cohorts
             it is for "lumir" and for JSONs.
 
     Returns:
@@ -139,11 +140,11 @@ class _Listed:
     """What a dataset JSON lists.
 
     Attributes:
-        training: scans under "training".
-        labelled: scans under "labelled".
-        people: scans under "validation" that are in no pair there, as the paper's authors list those with labels.
-        pairs: pairs under "validation".
-        test: pairs under "test" whose files are here.
+        training: Scans under "training".
+        labelled: Scans under "labelled".
+        people: Scans under "validation" that are in no pair there, as the paper's authors list those with labels.
+        pairs: Pairs under "validation".
+        test: Pairs under "test" whose files are here.
     """
 
     training: list[Subject]

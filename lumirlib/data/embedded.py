@@ -80,17 +80,17 @@ class EmbeddedPopulation:
     """How the simulated people differ; one value of this names one cohort.
 
     Attributes:
-        seed: of everything random; person n uses the seed (seed, n).
-        training: number of training people.
-        validation: number of validation people; every ordered pair of them is a validation pair.
-        grid_mm: spacings of the grids of Gaussian noise that are summed into the velocity field.
-        sigma_mm: standard deviation of the noise on each of these grids, in mm per unit time.
-        strength_sigma: spread of the logarithm of a factor on each person's whole velocity.
-        tissue_sigma: spread of the intensity of each tissue class between people, as a share of the white.
-        label_sigma: spread of the intensity of each atlas region around its tissue.
-        gamma_sigma: spread of the logarithm of the gamma exponent.
-        bias_sigma: strength of the multiplicative bias field (standard deviation of its logarithm).
-        noise_sigma: additive noise, as a share of the white.
+        seed: Random seed of everything; person n uses the seed (seed, n).
+        training: Number of training people.
+        validation: Number of validation people; every ordered pair of them is a validation pair.
+        grid_mm: Spacings of the grids of Gaussian noise that are summed into the velocity field.
+        sigma_mm: Standard deviation of the noise on each of these grids, in mm per unit time.
+        strength_sigma: Spread of the logarithm of a factor on each person's whole velocity.
+        tissue_sigma: Spread of the intensity of each tissue class between people, as a share of the white.
+        label_sigma: Spread of the intensity of each atlas region around its tissue.
+        gamma_sigma: Spread of the logarithm of the gamma exponent.
+        bias_sigma: Strength of the multiplicative bias field (standard deviation of its logarithm).
+        noise_sigma: Additive noise, as a share of the white.
     """
 
     seed: int = 2024
@@ -164,7 +164,7 @@ def person_transform(velocity: torch.Tensor) -> torch.Tensor:
     """Displacement from a person's image to the template.
 
     Args:
-        velocity: on the control grid, as :func:`control_velocity` gives it. Its negative gives the inverse.
+        velocity: Velocity on the control grid, as :func:`control_velocity` gives it. Its negative gives the inverse.
 
     Returns:
         ``(1, 3, 80, 112, 96)`` on the 2 mm grid of the frame, in voxels of that grid:
@@ -179,7 +179,7 @@ def person_transforms(velocity: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """Displacements from a person's image to the template and from the template to the person's image.
 
     Args:
-        velocity: as for :func:`person_transform`.
+        velocity: Velocity as for :func:`person_transform`.
 
     Returns:
         Two fields ``(1, 3, 80, 112, 96)`` in voxels of 2 mm. The second inverts the first at its own grid points
@@ -207,9 +207,9 @@ def true_displacement(
 
     Args:
         fixed_to_template: T_fixed as a displacement, the first of :func:`person_transforms`.
-        moving_to_template: T_moving, likewise.
-        moving_from_template: its inverse, the second of :func:`person_transforms`.
-        resolution_mm: voxel size of the result, 1, 2 or 4.
+        moving_to_template: T_moving as a displacement, the first of :func:`person_transforms`.
+        moving_from_template: Inverse of T_moving, the second of :func:`person_transforms`.
+        resolution_mm: Voxel size of the result, 1, 2 or 4.
 
     Returns:
         ``(1, 3, D, H, W)`` in voxels of that resolution. Solved on the 2 mm grid, there within 0.05 mm.
@@ -264,9 +264,9 @@ def make_person(
     """Image, labels, landmarks and control velocity of one simulated person.
 
     Args:
-        population: the recipe.
-        person: 0, 1, 2 ...; training people come first.
-        resolution_mm: voxel size, 1, 2 or 4.
+        population: Recipe of the population.
+        person: Number of the person: 0, 1, 2 ...; training people come first.
+        resolution_mm: Voxel size in mm: 1, 2 or 4.
 
     Returns:
         uint8 image with the 99.9th percentile of the brain at 255; uint8 labels (LUMIR's 133 numbers); landmark
@@ -328,10 +328,10 @@ def embedded_json(
     and the JSON last, so an interrupted call goes on where it stopped and two at once do no harm.
 
     Args:
-        resolution_mm: voxel size, 1, 2 or 4.
-        population: the recipe; None takes the project's own.
-        folder: where cohorts are kept; None takes :func:`cache_folder`.
-        progress: show a progress bar while making.
+        resolution_mm: Voxel size in mm: 1, 2 or 4.
+        population: Recipe of the population; None takes the project's own.
+        folder: Folder where cohorts are kept; None takes :func:`cache_folder`.
+        progress: Whether to show a progress bar while making.
 
     Returns:
         Path of `dataset.json`, beside imagesTr, imagesVal, labelsVal, landmarksVal and velocitiesVal.

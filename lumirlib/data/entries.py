@@ -62,9 +62,9 @@ class EntryReader:
     """Turns the entries of one dataset JSON into subjects and pairs.
 
     Attributes:
-        subjects: all that have been read, by their images; each mention may have added to what is known.
-        options: the JSON's content by :func:`plain` keys.
-        unknown: keys that lead to files and are not understood -> where one is.
+        subjects: Subjects read so far, by their images; each mention may have added to what is known.
+        options: Content of the JSON by :func:`plain` keys.
+        unknown: Keys that lead to files and are not understood -> where one is.
     """
 
     def __init__(self, path: Path, root: Path, content: dict) -> None:

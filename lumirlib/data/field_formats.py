@@ -48,9 +48,9 @@ def grid_sample_to_voxel(flow: torch.Tensor, align_corners: bool = True) -> torc
     """Displacement to be added to the normalized grid of ``torch.nn.functional.grid_sample``, in our convention.
 
     Args:
-        flow: ``(1, D, H, W, 3)``, the last axis being (along k, along j, along i); with aligned corners 2 is the
-            distance of the outermost voxels' centres, without it is the whole side.
-        align_corners: as in the call of ``grid_sample``.
+        flow: Displacement ``(1, D, H, W, 3)``, the last axis being (along k, along j, along i); with aligned corners 2
+            is the distance of the outermost voxels' centres, without it is the whole side.
+        align_corners: Value given in the call of ``grid_sample``.
 
     Returns:
         ``(1, 3, D, H, W)`` in voxels.
@@ -64,8 +64,8 @@ def itk_to_voxel(field: np.ndarray, affine: np.ndarray) -> torch.Tensor:
     """Displacement field of ITK or ANTs, in mm along the world axes of LPS, in voxels of the fixed image.
 
     Args:
-        field: ``(D, H, W, 3)``, or ``(D, H, W, 1, 3)`` as NIfTI stores vectors, on the fixed grid.
-        affine: 4 x 4 of the fixed image, voxels to RAS in mm, as nibabel gives it.
+        field: Displacement field ``(D, H, W, 3)``, or ``(D, H, W, 1, 3)`` as NIfTI stores vectors, on the fixed grid.
+        affine: Matrix 4 x 4 of the fixed image, voxels to RAS in mm, as nibabel gives it.
 
     Returns:
         ``(1, 3, D, H, W)`` float32 in voxels.

@@ -67,7 +67,7 @@ def template_in_frame(resolution_mm: int) -> torch.Tensor:
     """The template on the LUMIR frame's grid, ``(1, 1, D, H, W)`` in [0, 1], background 0; not to be changed.
 
     Args:
-        resolution_mm: voxel size, 1, 2 or 4.
+        resolution_mm: Voxel size in mm: 1, 2 or 4.
     """
     if resolution_mm not in RESOLUTIONS_MM:
         raise ValueError(f"resolution_mm must be one of {RESOLUTIONS_MM}, got {resolution_mm}")

@@ -41,8 +41,8 @@ def checksums(paths: Iterable[Path], memory: str) -> dict[Path, str]:
     """The checksum of each file.
 
     Args:
-        paths: of files.
-        memory: name under which hashes of large files are remembered in the cache folder until the files change.
+        paths: Paths of the files.
+        memory: Name under which hashes of large files are remembered in the cache folder until the files change.
     """
     files = list(dict.fromkeys(paths))
     place = cache_folder() / "checksums" / f"{hashlib.sha256(memory.encode()).hexdigest()[:16]}.json"

@@ -26,8 +26,8 @@ def draw_intensity_map(generator: torch.Generator, size: int = 256) -> torch.Ten
     """Values of a random intensity map at `size` equally spaced intensities from 0 to 1.
 
     Args:
-        generator: of random numbers, on the CPU.
-        size: of the table, from 2.
+        generator: Generator of random numbers, on the CPU.
+        size: Number of values in the table, from 2.
 
     Returns:
         ``(size,)`` float32 in [0, 1].
@@ -54,8 +54,8 @@ def randomize_intensity(image: torch.Tensor, generator: torch.Generator) -> torc
     One map for each image of the batch, linear between the values of :func:`draw_intensity_map`.
 
     Args:
-        image: ``(B, 1, D, H, W)`` in [0, 1], zero outside the brain.
-        generator: of random numbers, on the CPU; they are the same whatever the device.
+        image: Image ``(B, 1, D, H, W)`` in [0, 1], zero outside the brain.
+        generator: Generator of random numbers, on the CPU; they are the same whatever the device.
 
     Returns:
         ``(B, 1, D, H, W)`` in [0, 1], dtype and device of `image`.

@@ -24,9 +24,9 @@ class Batch:
     """One step's data.
 
     Attributes:
-        pairs: what is in it.
-        fixed: volumes of the fixed subjects, ``(B, 1, D, H, W)``, float32 images or integer labels.
-        moving: likewise.
+        pairs: Pairs in the batch.
+        fixed: Volumes of the fixed subjects, ``(B, 1, D, H, W)``, float32 images or integer labels.
+        moving: Volumes of the moving subjects, ``(B, 1, D, H, W)``, float32 images or integer labels.
     """
 
     pairs: tuple[Pair, ...]
@@ -43,17 +43,17 @@ class PairLoader:
     loses a few percent at most to a thread that decodes 1 mm volumes on the CPU (`benchmarks/loading.py`).
 
     Args:
-        read: volume of a subject: :meth:`lumirlib.data.Cohort.stored_image` (decoded on the device, so that uint8
-            crosses the bus), `image` or `label_volume`.
-        batches: the pairs of each batch; taken one after another, `depth` batches ahead of the step.
-        device: where the volumes go. With CUDA they go through pinned memory, on a stream of their own.
-        depth: batches read ahead.
-        workers: threads.
+        read: Function that reads a subject's volume: :meth:`lumirlib.data.Cohort.stored_image` (decoded on the device,
+            so that uint8 crosses the bus), `image` or `label_volume`.
+        batches: Pairs of each batch; taken one after another, `depth` batches ahead of the step.
+        device: Device that the volumes go to. With CUDA they go through pinned memory, on a stream of their own.
+        depth: Number of batches read ahead.
+        workers: Number of threads.
 
     Attributes:
-        waited: seconds that the consumer has waited for data.
-        total: seconds since the first batch was asked for.
-        batches_given: number of batches handed out.
+        waited: Seconds that the consumer has waited for data.
+        total: Seconds since the first batch was asked for.
+        batches_given: Number of batches handed out.
     """
 
     def __init__(

@@ -53,15 +53,16 @@ class Header:
     """What a header says, checked for sense.
 
     Attributes:
-        shape: sides in voxels, trailing sides of one included.
-        affine: 4 x 4, voxels to world in mm, whatever the file's unit: the sform, else the qform, else the spacing.
-        sform: likewise, None where the header has none or none that can be used.
-        qform: likewise.
-        dtype: of the stored numbers.
-        offset: of the voxels in bytes.
-        slope: stored numbers are multiplied by it; None where it is not set.
-        intercept: added then.
-        notes: what is wrong with it and did not keep it from being read.
+        shape: Sides in voxels, trailing sides of one included.
+        affine: Matrix 4 x 4, voxels to world in mm, whatever the file's unit: the sform, else the qform, else the
+            spacing.
+        sform: Matrix 4 x 4, voxels to world in mm; None where the header has none or none that can be used.
+        qform: Matrix 4 x 4, voxels to world in mm; None where the header has none or none that can be used.
+        dtype: Type of the stored numbers.
+        offset: Offset of the voxels in bytes.
+        slope: Factor on the stored numbers; None where it is not set.
+        intercept: Summand after that; None where it is not set.
+        notes: Faults of the header that did not keep it from being read.
     """
 
     shape: tuple[int, ...]
@@ -261,8 +262,8 @@ def read_nifti(path: str | Path, check: GridCheck | None = None) -> tuple[np.nda
     """Read a NIfTI volume and its affine.
 
     Args:
-        path: a `.nii` or `.nii.gz` file.
-        check: called with shape and affine before the voxels are read.
+        path: Path of a `.nii` or `.nii.gz` file.
+        check: Function called with shape and affine before the voxels are read.
 
     Returns:
         The array in its stored axis order (scaled by the header's slope and intercept where those are set) and
@@ -350,10 +351,10 @@ def write_nifti(
     """Write a NIfTI file atomically: a reader sees the whole file or none.
 
     Args:
-        path: where to, ending in `.nii` or `.nii.gz`; folders are made.
-        array: the voxels; the dtype is kept.
-        affine: 4 x 4 voxel-to-world matrix in mm.
-        intent: NIfTI's name for what the voxels are, "vector" for a displacement field of ITK.
+        path: Path to write to, ending in `.nii` or `.nii.gz`; missing folders are made.
+        array: Voxels; the dtype is kept.
+        affine: Matrix 4 x 4, voxels to world in mm.
+        intent: NIfTI's name for the kind of the voxels, "vector" for a displacement field of ITK.
         description: Text for the header's `descrip`, 79 characters at most.
 
     Returns:

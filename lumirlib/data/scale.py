@@ -39,10 +39,10 @@ def float_maxima(
     """The largest voxel of each image that does not hold whole numbers as they are stored.
 
     Args:
-        files: images.
-        read: gives the array of one.
-        memory: name under which those of large images are remembered in the cache folder, by their checksums.
-        threads: that read; None takes two per core, at most 8.
+        files: Paths of the images.
+        read: Function that gives the array of one.
+        memory: Name under which the maxima of large images are remembered in the cache folder, by their checksums.
+        threads: Number of threads that read; None takes two per core, at most 8.
     """
     pool_size = threads or min(8, 2 * (os.cpu_count() or 1))
     place = cache_folder() / "maxima" / f"{hashlib.sha256(memory.encode()).hexdigest()[:16]}.json"
@@ -71,8 +71,8 @@ def common_white(maxima: Mapping[Path, float], source: Path) -> float:
     """The white of images with these largest voxels.
 
     Args:
-        maxima: of each image, as :func:`float_maxima` gives them; not empty.
-        source: the dataset JSON, for messages.
+        maxima: Largest voxel of each image, as :func:`float_maxima` gives them; not empty.
+        source: Path of the dataset JSON, for messages.
 
     Returns:
         1, 255, or the largest of them.

@@ -28,7 +28,7 @@ class Row:
     """Base of :class:`lumirlib.Variant` and of the methods in :mod:`lumirlib.methods`, which are frozen dataclasses.
 
     Attributes:
-        name: as the table has it.
+        name: Name in the tables.
         trains_on: "images", "labels" (then training steps get label volumes instead of images), or "nothing": a
             method that is run as it is.
         optimizer: "adam" or "muon", see :func:`lumirlib.training.trainer.make_optimizer`.
@@ -75,12 +75,13 @@ class Row:
         """Loss of one training step.
 
         Args:
-            model: from :meth:`build`.
+            model: Network from :meth:`build`.
             fixed: ``(1, 1, D, H, W)`` image in [0, 1], or integer labels where the row trains on labels. For a row with
                 `trains_on_triplets` ``(2, 1, D, H, W)``: the images B and C of a triplet A, B, C.
-            moving: likewise; the images A and B of a triplet.
-            preset: as :meth:`training_preset` gives it.
-            generator: on the CPU, seeded for this step, for all that is random in it.
+            moving: Image or labels of the same shape; for a row with `trains_on_triplets` the images A and B of the
+                triplet.
+            preset: Preset as :meth:`training_preset` gives it.
+            generator: Generator on the CPU, seeded for this step, for all that is random in it.
 
         Returns:
             "total" (has gradients), "similarity" and "smoothness"; further terms of it are logged.
@@ -95,8 +96,8 @@ class Row:
         """What registers pairs with a trained network: itself, unless something is done behind it.
 
         Args:
-            model: from :meth:`build`, with trained weights.
-            preset: as :meth:`training_preset` gives it.
+            model: Network from :meth:`build`, with trained weights.
+            preset: Preset as :meth:`training_preset` gives it.
         """
         return model
 
@@ -110,9 +111,10 @@ class Baseline(Row):
     """A network of another team, retrained here with its own weights of the loss.
 
     Attributes:
-        smoothness_weight: beside a similarity of weight 1.
-        learning_rate_factor: times the preset's learning rate, which is that of the paper's own network.
-        coarse_learning_rate_factor: the same for presets that train at :data:`COARSE_MM` or more, a few hundred steps.
+        smoothness_weight: Weight of the smoothness, beside a similarity of weight 1.
+        learning_rate_factor: Factor on the preset's learning rate, which is that of the paper's own network.
+        coarse_learning_rate_factor: The same factor for presets that train at :data:`COARSE_MM` or more, a few hundred
+            steps.
     """
 
     smoothness_weight: float
@@ -143,8 +145,9 @@ class Tool(Row):
     """A program or algorithm that is run as it is, itself ``method(fixed, moving) -> displacement``.
 
     Attributes:
-        resolution_mm: edge of the voxels that it is given.
-        natural_resolution_mm: that of presets with stages, whose resolutions are those of a training.
+        resolution_mm: Edge of the voxels that it is given, in mm.
+        natural_resolution_mm: Edge of the voxels, in mm, for presets with stages, whose resolutions are those of a
+            training.
     """
 
     trains_on: ClassVar[str] = "nothing"
@@ -195,9 +198,9 @@ class Stage:
         resolution_mm: Voxel size.
         epochs: Passes over the training scans.
         steps_per_epoch: Most pairs of each pass.
-        learning_rate: Initial one; it falls over this stage's epochs.
-        smoothness_weight: lambda1.
-        window: NCC window, in the preset's unit.
+        learning_rate: Initial learning rate; it falls over this stage's epochs.
+        smoothness_weight: Weight lambda1 of the smoothness.
+        window: Side of the NCC window, in the preset's unit.
     """
 
     resolution_mm: float
@@ -252,32 +255,34 @@ class Preset:
     """How a variant is trained and evaluated.
 
     Attributes:
-        name: of the preset.
-        resolution_mm: voxel size that is worked at; with stages that of the last.
-        epochs: passes in which each training scan is the moving image once, a random other one the fixed image; with
-            stages those of all.
-        steps_per_epoch: stop each pass after so many pairs; None takes all scans.
-        channel_divisor: the variant's start channels are divided by this (32, 36, 64 become 8, 9, 16 for 4).
-        levels: pyramid levels; with stages those of the last, a coarser one has one less per doubling of the voxel.
-        learning_rate: initial one of Adam; falls as ``(1 - epoch / epochs) ** decay_power``.
-        decay_power: of that fall.
-        amsgrad: of Adam.
-        similarity_weight: lambda0.
-        smoothness_weight: lambda1, on velocities in voxels of the working resolution.
-        window: side of the NCC window, in `unit`; odd if that is voxels.
+        name: Name of the preset.
+        resolution_mm: Edge of the voxels worked on, in mm; with stages that of the last stage.
+        epochs: Passes in which each training scan is the moving image once, a random other one the fixed image; with
+            stages those of all stages together.
+        steps_per_epoch: Number of pairs after which each pass stops; None takes all scans.
+        channel_divisor: Divisor of the variant's start channels (32, 36, 64 become 8, 9, 16 for 4).
+        levels: Pyramid levels; with stages those of the last stage, a coarser one has one less per doubling of the
+            voxel.
+        learning_rate: Initial learning rate of the optimizer; falls as ``(1 - epoch / epochs) ** decay_power``.
+        decay_power: Exponent of the learning rate's fall.
+        amsgrad: Whether Adam is run in its AMSGrad form.
+        similarity_weight: Weight lambda0 of the similarity.
+        smoothness_weight: Weight lambda1 of the smoothness, on velocities in voxels of the working resolution.
+        window: Side of the NCC window, in `unit`; odd if that is voxels.
         similarity: "ncc" or "mse".
-        validation_pairs: how many pairs, spread evenly over the list, measure each epoch's Dice; None takes all.
-        evaluation_pairs: how many pairs the final evaluation takes, likewise; None takes all.
-        about: one line for the reader: what it is for.
-        batch_size: pairs per optimizer step, over all processes. An epoch's last batch is filled up with further pairs.
-        init: weights that training starts from, see :func:`lumirlib.training.weights.starting_weights`; empty for
+        validation_pairs: Number of pairs, spread evenly over the list, that measure each epoch's Dice; None takes all.
+        evaluation_pairs: Number of pairs, spread evenly over the list, that the final evaluation takes; None takes all.
+        about: One line for the reader: the preset's purpose.
+        batch_size: Pairs per optimizer step, over all processes. An epoch's last batch is filled up with further pairs.
+        init: Weights that training starts from, see :func:`lumirlib.training.weights.starting_weights`; empty for
             random ones.
-        divide_heads: `channel_divisor` divides the variant's head channels too (27 and 108 become 7 and 27 for 4).
-        pyramid_blur: of the images between two levels of the loss, one of :data:`lumirlib.losses.PYRAMID_BLURS`.
-        unit: "voxels" of the working resolution, or "mm": of the NCC window, of the variant's bilateral filter, and of
-            the lengths that its consistency losses weigh (see :attr:`lumirlib.Variant.voxel_mm`).
-        stages: a training from coarse to fine; empty for one at `resolution_mm`. Weights pass from one to the next, see
-            :func:`lumirlib.training.weights.to_finer_levels`.
+        divide_heads: Whether `channel_divisor` divides the variant's head channels too (27 and 108 become 7 and 27 for
+            4).
+        pyramid_blur: Blur of the images between two levels of the loss, one of :data:`lumirlib.losses.PYRAMID_BLURS`.
+        unit: "voxels" of the working resolution, or "mm": unit of the NCC window, of the variant's bilateral filter,
+            and of the lengths that its consistency losses weigh (see :attr:`lumirlib.Variant.voxel_mm`).
+        stages: Stages of a training from coarse to fine; empty for one at `resolution_mm`. Weights pass from one to the
+            next, see :func:`lumirlib.training.weights.to_finer_levels`.
     """
 
     name: str
@@ -346,7 +351,7 @@ class Preset:
         """The training of one stage, as a preset without stages; the preset itself where it has none.
 
         Args:
-            stage: from 0; -1 is the last, which the finished network is used at.
+            stage: Number of the stage, from 0; -1 is the last, which the finished network is used at.
         """
         if not self.stages:
             return self

@@ -35,13 +35,13 @@ class TrainingState:
     """Where a run stands.
 
     Attributes:
-        epoch: epochs completed.
-        step: steps completed within the epoch under way.
-        best: best validation figure so far (see :func:`lumirlib.training.validation.validate`).
-        best_epoch: epoch that reached it.
-        sums: running sums of the epoch under way.
+        epoch: Number of epochs completed.
+        step: Number of steps completed within the epoch under way.
+        best: Best validation figure so far (see :func:`lumirlib.training.validation.validate`).
+        best_epoch: Epoch that reached it.
+        sums: Running sums of the epoch under way.
         trained_by: "commit, device" of every session that took part.
-        history: one row per completed epoch, as in the CSV log; epoch 0 is zero displacement.
+        history: One row per completed epoch, as in the CSV log; epoch 0 is zero displacement.
     """
 
     epoch: int = 0

@@ -15,13 +15,13 @@ class RunConfig:
     """What names a run: the same configuration gives the same files, and resumes.
 
     Attributes:
-        row: at its final width, as :meth:`Preset.apply` gives it: a variant of the paper's network, or a
-            method of :mod:`lumirlib.methods`.
-        preset: how it is trained, as the row adapts it.
-        cohort: short name of the cohort, for file names.
-        cohort_digest: :attr:`lumirlib.data.Cohort.digest`.
-        seed: of the weights and of the order of pairs.
-        init_digest: of the weights that training starts from, where the preset's `init` names some.
+        row: Row at its final width, as :meth:`Preset.apply` gives it: a variant of the paper's network, or a method of
+            :mod:`lumirlib.methods`.
+        preset: Preset that it is trained with, as the row adapts it.
+        cohort: Short name of the cohort, for file names.
+        cohort_digest: Digest of the cohort, :attr:`lumirlib.data.Cohort.digest`.
+        seed: Random seed of the weights and of the order of pairs.
+        init_digest: Digest of the weights that training starts from, where the preset's `init` names some.
     """
 
     row: Row

@@ -24,11 +24,11 @@ def first_non_finite(row: Row, model: nn.Module, fixed: torch.Tensor, moving: to
     """Where the loss of one pair is first not finite, from the coarsest level: "the similarity of level 2".
 
     Args:
-        row: what `model` was built from.
-        model: its network.
-        fixed: ``(1, 1, D, H, W)``.
-        moving: likewise.
-        preset: as for :meth:`lumirlib.methods.base.Row.loss_terms`.
+        row: Row that `model` was built from.
+        model: Network of the row.
+        fixed: Fixed image, ``(1, 1, D, H, W)``.
+        moving: Moving image, ``(1, 1, D, H, W)``.
+        preset: Preset as for :meth:`lumirlib.methods.base.Row.loss_terms`.
 
     Returns:
         Empty where all is finite, or the row is no variant of the paper's network.
@@ -63,12 +63,12 @@ def what_is_not_finite(
     """What went wrong in a step, as the beginning of a sentence.
 
     Args:
-        row: what `model` was built from.
-        model: its network, with the gradients of the step.
-        fixed: ``(B, 1, D, H, W)``, of the step.
-        moving: likewise.
-        preset: as for :meth:`lumirlib.methods.base.Row.loss_terms`.
-        loss: of the step; where it is finite, a gradient is not.
+        row: Row that `model` was built from.
+        model: Network of the row, with the gradients of the step.
+        fixed: Fixed images of the step, ``(B, 1, D, H, W)``.
+        moving: Moving images of the step, ``(B, 1, D, H, W)``.
+        preset: Preset as for :meth:`lumirlib.methods.base.Row.loss_terms`.
+        loss: Loss of the step; where it is finite, a gradient is not.
     """
     if math.isfinite(loss):
         broken = [

@@ -72,17 +72,17 @@ class Engine:
     """How a run is computed. The same run on another engine has the same name, and goes on from its checkpoints.
 
     Attributes:
-        device: "auto", "cpu", "cuda", "cuda:1" ...
+        device: Device's name: "auto", "cpu", "cuda", "cuda:1" ...
         precision: "32-true", float32 throughout; "bf16-mixed", convolutions in bfloat16 while weights, integration,
             warping and losses stay float32; "auto", the latter on GPUs that have bfloat16, else the former.
-        processes: that share each batch; more than one are started by torchrun, see
+        processes: Number of processes that share each batch; more than one are started by torchrun, see
             :meth:`lumirlib.study.run.Run.train`.
-        compile: compile the network with ``torch.compile``.
-        checkpointing: recompute activations in the backward pass instead of keeping them.
-        cache: whether volumes are read from a cache on disk (:mod:`lumirlib.data.cache`), made first: "on", "off", or
-            "auto", where a cohort's scans exceed the memory that it may take.
-        readers: threads that read ahead.
-        deterministic: take no algorithm whose result depends on the order in which threads come: see
+        compile: Whether the network is compiled with ``torch.compile``.
+        checkpointing: Whether activations are recomputed in the backward pass instead of kept.
+        cache: Use of a cache of the volumes on disk (:mod:`lumirlib.data.cache`), made first: "on", "off", or "auto",
+            where a cohort's scans exceed the memory that it may take.
+        readers: Number of threads that read ahead.
+        deterministic: Whether algorithms are avoided whose result depends on the order in which threads come: see
             :meth:`reproducibly`.
     """
 
@@ -162,8 +162,8 @@ class Engine:
         """Network and optimizer as they are to be called in training; the given ones keep the weights and the state.
 
         Args:
-            model: on this engine's device.
-            optimizer: of its parameters.
+            model: Network on this engine's device.
+            optimizer: Optimizer of the network's parameters.
 
         Raises:
             ValueError: a network that cannot recompute its activations, where that is wanted.

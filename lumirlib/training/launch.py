@@ -32,16 +32,16 @@ class TrainingResult:
     """A finished training.
 
     Attributes:
-        model: the network with the weights of the best epoch, in evaluation mode, or what is run where nothing
+        model: The network with the weights of the best epoch, in evaluation mode, or what is run where nothing
             is trained.
-        history: of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, its terms
-            (similarity, smoothness ...) and seconds, means over the steps; val_dice, val_similarity, val_ndv_percent,
-            learning_rate.
-        best_epoch: whose weights these are.
+        history: History of the training, one row per epoch, the first being zero displacement: epoch, steps; loss, its
+            terms (similarity, smoothness ...) and seconds, means over the steps; val_dice, val_similarity,
+            val_ndv_percent, learning_rate.
+        best_epoch: Epoch whose weights these are.
         val_dice: Dice of `model` on the validation pairs that chose it, in [0, 1]; NaN without labels.
         trained_by: "commit, device" of every session that took part.
-        log: path of the CSV; None where nothing is trained.
-        checkpoint: path of the best weights; likewise.
+        log: Path of the CSV; None where nothing is trained.
+        checkpoint: Path of the best weights; None where nothing is trained.
     """
 
     model: nn.Module | Method
@@ -88,15 +88,15 @@ def train(
     checkpoint is taken, and filter and instance optimization are put behind its weights.
 
     Args:
-        config: from :func:`make_config`.
-        cohort: loaded at the preset's resolution.
-        out: results folder.
-        engine: how to compute it, or a device's name. Where torchrun started several processes, each calls this, on a
-            file system that they share.
-        resume: False starts anew and overwrites the run's checkpoints.
-        progress: show progress bars.
-        start: as for :class:`Trainer`.
-        coarser: likewise.
+        config: Configuration from :func:`make_config`.
+        cohort: Cohort loaded at the preset's resolution.
+        out: Results folder.
+        engine: Engine that computes it, or a device's name. Where torchrun started several processes, each calls this,
+            on a file system that they share.
+        resume: Whether to go on from the last checkpoint; False starts anew and overwrites the run's checkpoints.
+        progress: Whether to show progress bars.
+        start: Weights to start from, as for :class:`Trainer`.
+        coarser: The same cohort at the resolutions of the earlier stages, as for :class:`Trainer`.
 
     Returns:
         The network of the best epoch and the log.
@@ -146,12 +146,12 @@ def train_in_processes(
     for that.
 
     Args:
-        config: what `arguments` stand for.
-        out: results folder.
-        processes: how many.
-        arguments: of the run, for `lumirlib run`.
-        resume: False starts anew.
-        progress: show a progress bar.
+        config: Configuration that `arguments` stand for.
+        out: Results folder.
+        processes: Number of processes.
+        arguments: Arguments of the run, for `lumirlib run`.
+        resume: Whether to go on from the last checkpoint; False starts anew.
+        progress: Whether to show a progress bar.
 
     Raises:
         ChildProcessError: One of them broke; the message ends with what it said.

@@ -31,7 +31,7 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """A matrix with the same singular vectors and singular values between about 0.7 and 1.2 (Newton-Schulz iteration).
 
     Args:
-        matrix: ``(m, n)``; singular values below about a thousandth of its norm come out smaller.
+        matrix: Matrix ``(m, n)``; singular values below about a thousandth of its norm come out smaller.
 
     Returns:
         Likewise; zero where `matrix` is.
@@ -53,9 +53,9 @@ class Muon(torch.optim.Optimizer):
     for Adam can be kept.
 
     Args:
-        parameters: of a network.
-        lr: learning rate of both, above 0.
-        amsgrad: of Adam.
+        parameters: Parameters of a network.
+        lr: Learning rate of both, above 0.
+        amsgrad: Whether Adam is run in its AMSGrad form.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, amsgrad: bool = False) -> None:

@@ -40,11 +40,11 @@ def with_third(pair: Pair, train: tuple[Subject, ...], seed: int, epoch: int, pl
     """A pair that registers A to B, and one that registers B to C, a random third scan.
 
     Args:
-        pair: A is its moving scan, B its fixed one.
-        train: scans that C is drawn from.
-        seed: of the run.
-        epoch: under way.
-        place: of the pair in the epoch.
+        pair: Pair whose moving scan is A and whose fixed scan is B.
+        train: Scans that C is drawn from.
+        seed: Random seed of the run.
+        epoch: Number of the epoch, from 0.
+        place: Place of the pair in the epoch.
 
     Raises:
         ValueError: fewer than three scans.
@@ -62,12 +62,12 @@ def epoch_batches(
     """The batches of one epoch, over all processes: of each place its pair, or the two pairs of its triplet.
 
     Args:
-        row: to be trained.
-        train: scans.
-        seed: of the run.
-        epoch: from 0.
-        steps: batches of the epoch.
-        batch_size: places of each.
+        row: Row to be trained.
+        train: Training scans.
+        seed: Random seed of the run.
+        epoch: Number of the epoch, from 0.
+        steps: Number of batches in the epoch.
+        batch_size: Number of places in each batch.
     """
     pairs = epoch_pairs(train, seed, epoch, steps * batch_size)
     for step in range(steps):

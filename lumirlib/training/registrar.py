@@ -27,10 +27,10 @@ class Registrar:
     """What registers two brains in the LUMIR frame.
 
     Attributes:
-        name: for people.
-        resolution_mm: edge of the voxels that it works on.
-        method: images ``(1, 1, D, H, W)`` in [0, 1] -> displacement in voxels.
-        facts: where it comes from.
+        name: Name for people to read.
+        resolution_mm: Edge of the voxels that it works on, in mm.
+        method: Function of two images ``(1, 1, D, H, W)`` in [0, 1] that returns the displacement in voxels.
+        facts: Facts about its origin.
     """
 
     name: str
@@ -63,14 +63,14 @@ def choose_registrar(
     """The network of a checkpoint or of a run, pretrained weights, or a method that is not trained: exactly one.
 
     Args:
-        weights: path of a best.pt.
-        run: name of a run in the results folder.
-        method: a row of :data:`lumirlib.methods.BASELINES` that is not trained, or "affine".
-        results: folder; empty for :func:`lumirlib.provenance.results_folder`.
-        resolution_mm: voxels to work on, 1, 2 or 4; None takes 2 for `method`, and those that a network was trained
-            at, which can be made finer: see :func:`lumirlib.training.weights.to_finer_levels`.
-        device: of a network.
-        pretrained: name of weights that the package carries, see :func:`lumirlib.pretrained`.
+        weights: Path of a best.pt.
+        run: Name of a run in the results folder.
+        method: A row of :data:`lumirlib.methods.BASELINES` that is not trained, or "affine".
+        results: Results folder; empty for :func:`lumirlib.provenance.results_folder`.
+        resolution_mm: Edge of the voxels to work on, 1, 2 or 4; None takes 2 for `method`, and the edge that a network
+            was trained at, which can be made finer: see :func:`lumirlib.training.weights.to_finer_levels`.
+        device: Device that a network works on.
+        pretrained: Name of weights that the package carries, see :func:`lumirlib.pretrained`.
 
     Raises:
         ValueError: none or several of weights, run, method and pretrained; an unknown name; a network as method, with

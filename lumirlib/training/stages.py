@@ -17,13 +17,13 @@ class StageTraining:
     """What one stage of a run trains; a run without stages has one.
 
     Attributes:
-        preset: Of the stage, without stages.
-        row: On the stage's voxels.
-        cohort: Likewise.
+        preset: Preset of the stage, without stages.
+        row: Row on the stage's voxels.
+        cohort: Cohort on the stage's voxels.
         source: The cohort whose training people the row learns from.
         first: Epochs of the run before the stage.
         last: Epochs of the run at its end.
-        steps: Of an epoch, each with one batch.
+        steps: Steps of an epoch, each with one batch.
     """
 
     preset: Preset
@@ -39,8 +39,8 @@ class StageTraining:
         """A stage of a run.
 
         Args:
-            config: Of the run.
-            number: Of the stage, from 0.
+            config: Configuration of the run.
+            number: Number of the stage, from 0.
             cohorts: The run's cohort at the resolution of every stage.
 
         Raises:

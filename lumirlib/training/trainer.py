@@ -65,13 +65,13 @@ class Trainer:
     """Trains one run; see the module's docstring for its files.
 
     Args:
-        config: what to train.
-        cohort: loaded at the preset's resolution, which is that of its last stage.
-        out: the results folder.
-        engine: how to compute it; of several processes each has a trainer, the first one writes.
-        progress: show progress bars.
-        start: weights to start from, those that the configuration names; None for random ones.
-        coarser: the same cohort at the other resolutions of the preset's stages.
+        config: Configuration of the run.
+        cohort: Cohort loaded at the preset's resolution, which is that of its last stage.
+        out: The results folder.
+        engine: Engine that computes it; of several processes each has a trainer, the first one writes.
+        progress: Whether to show progress bars.
+        start: Weights to start from, those that the configuration names; None for random ones.
+        coarser: The same cohort at the other resolutions of the preset's stages.
 
     Raises:
         ValueError: a row that is not trained; a batch that cannot be shared among the processes; weights to start from

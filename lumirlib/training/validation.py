@@ -55,12 +55,13 @@ def validate(
     """Figures of one epoch, each a mean over `pairs`.
 
     Args:
-        method: network or function.
-        cohort: of the pairs.
-        pairs: to take.
-        device: where.
-        window: of the NCC.
-        engine: whose precision is taken, and whose processes share the pairs; None for plain float32 and one process.
+        method: Network or function.
+        cohort: Cohort of the pairs.
+        pairs: Pairs to take.
+        device: Device to work on.
+        window: Side of the NCC window, in voxels.
+        engine: Engine whose precision is taken, and whose processes share the pairs; None for plain float32 and one
+            process.
 
     Returns:
         "val_dice" (over the pairs that have labels in common, NaN if none has) and "val_similarity"

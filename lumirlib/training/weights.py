@@ -89,12 +89,12 @@ class Weights:
     """Trained weights, and what they are of.
 
     Attributes:
-        name: of the packaged weights, or of the run.
-        row: whose network they are of.
-        resolution_mm: voxel size that they were trained at.
-        config: of the run, as :meth:`lumirlib.training.config.RunConfig.as_dict` gives it.
-        tensors: by name, on the CPU.
-        facts: what the card says; empty for those of a checkpoint.
+        name: Name of the packaged weights, or of the run.
+        row: Row whose network they are of.
+        resolution_mm: Edge of the voxels that they were trained at, in mm.
+        config: Configuration of the run, as :meth:`lumirlib.training.config.RunConfig.as_dict` gives it.
+        tensors: Tensors by name, on the CPU.
+        facts: Facts that the card states; empty for those of a checkpoint.
     """
 
     name: str
@@ -161,9 +161,9 @@ def to_finer_levels(tensors: Mapping[str, torch.Tensor], row: Row, halvings: int
     they are.
 
     Args:
-        tensors: by name.
-        row: whose network they are of.
-        halvings: of the voxel's edge, 0 or more.
+        tensors: Tensors by name.
+        row: Row whose network they are of.
+        halvings: Number of halvings of the voxel's edge, 0 or more.
 
     Returns:
         By name; what is unchanged is not copied.
@@ -239,8 +239,8 @@ def check_facts(path: str | Path, facts: dict[str, Any]) -> None:
     """Raise ValueError unless facts have the names and types of :data:`FACTS`.
 
     Args:
-        path: File that they are of, for the message.
-        facts: As the file has them.
+        path: File that holds the facts, for the message.
+        facts: Facts as the file has them.
     """
 
     def check(where: str, given: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
@@ -285,10 +285,10 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
     """The network with the weights of a name, ready for ``model(fixed, moving)``.
 
     Args:
-        name: one of :func:`lumirlib.training.weights.names`; it says the voxel size that the weights were trained at,
-            and images are to have.
-        device: "auto", "cpu", "cuda" ...
-        resolution_mm: finer voxels that images are to have instead, see :func:`to_finer_levels`.
+        name: Name of the weights, one of :func:`lumirlib.training.weights.names`; it says the voxel size that the
+            weights were trained at, and images are to have.
+        device: Device's name: "auto", "cpu", "cuda" ...
+        resolution_mm: Edge of finer voxels that images are to have instead, in mm, see :func:`to_finer_levels`.
 
     Returns:
         A module in evaluation mode: images ``(B, 1, D, H, W)`` in [0, 1], in LUMIR's frame, to displacement
@@ -311,10 +311,11 @@ def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | Non
     """The weights that a run starts from; coarser ones are passed on by :func:`to_finer_levels`.
 
     Args:
-        init: empty or "random" for random ones; a name of :func:`names`; "pretrained" for the packaged ones of this
-            very network, those of the same row and then the same voxels first; or the path of a best.pt.
-        row: to be trained, at its final width.
-        resolution_mm: that it is trained at.
+        init: Choice of the weights: empty or "random" for random ones; a name of :func:`names`; "pretrained" for the
+            packaged ones of this very network, those of the same row and then the same voxels first; or the path of a
+            best.pt.
+        row: Row to be trained, at its final width.
+        resolution_mm: Edge of the voxels that it is trained at, in mm.
 
     Returns:
         None for random ones.
@@ -360,10 +361,10 @@ def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> n
     """The trained network of a best.pt, ready for ``model(fixed, moving)``.
 
     Args:
-        path: of the checkpoint.
-        device: "auto", "cpu", "cuda" ...
-        bilateral: `bilateral_window`, `bilateral_sigma` and `bilateral_sigma_range` of :class:`Variant`, to put a
-            bilateral filter with these widths behind a network that was trained without one.
+        path: Path of the checkpoint.
+        device: Device's name: "auto", "cpu", "cuda" ...
+        bilateral: Options `bilateral_window`, `bilateral_sigma` and `bilateral_sigma_range` of :class:`Variant`, to put
+            a bilateral filter with these widths behind a network that was trained without one.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`lumirlib.training.checkpoints.load_checkpoint`; weights that do not
@@ -390,9 +391,9 @@ def method_of_weights(config: RunConfig, checkpoint: str | Path, device: torch.d
     """What a run is evaluated by: the network of a checkpoint with what its row puts behind it.
 
     Args:
-        config: of the run; its row may be one that uses another's weights, such as "BF-post" or "IO".
-        checkpoint: best.pt of the row that is trained.
-        device: where it works.
+        config: Configuration of the run; its row may be one that uses another's weights, such as "BF-post" or "IO".
+        checkpoint: Path of the best.pt of the row that is trained.
+        device: Device that the method works on.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_model`.
