@@ -47,9 +47,9 @@ class FoundScans:
     """What :func:`find_scans` has found.
 
     Attributes:
-        files: Name of a scan -> its file.
-        people: Name of a scan -> whose it is.
-        skipped: File or folder, relative to the one that was searched -> why it is not taken.
+        files: File of each scan, by the scan's name.
+        people: Person of each scan, by the scan's name.
+        skipped: Reason why a file or folder is not taken, by its path relative to the folder that was searched.
     """
 
     files: dict[str, Path]
@@ -64,7 +64,7 @@ def find_scans(folder: str | Path, out: str | Path) -> FoundScans:
     not name T1w, processed copies (`desc-`, `space-`) of a scan that is there, and other formats.
 
     Args:
-        folder: With `.nii` or `.nii.gz` files (capitals too), at any depth.
+        folder: Folder with `.nii` or `.nii.gz` files (capitals too), at any depth.
         out: Folder below it that is not searched.
 
     Raises:

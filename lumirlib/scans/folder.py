@@ -40,11 +40,12 @@ class PreparedFolder:
     """What :func:`prepare_folder` has made.
 
     Attributes:
-        path: Of dataset.json.
-        broken: Scan that could not be prepared -> why; left out.
-        implausible: Scan that is hardly a T1 brain -> why; left out unless it was to be kept.
-        skipped: File that was not taken for a scan -> why.
-        remarks: Scan -> what was told while it was read and prepared.
+        path: Path of dataset.json.
+        broken: Reason why a scan could not be prepared, by the scan; such scans are left out.
+        implausible: Reason why a scan is hardly a T1 brain, by the scan; such scans are left out unless they were to be
+            kept.
+        skipped: Reason why a file was not taken for a scan, by the file.
+        remarks: Remarks made while a scan was read and prepared, by the scan.
     """
 
     path: Path
@@ -184,15 +185,15 @@ def prepare_folder(
     scans of a person stand on one side of the split.
 
     Args:
-        folder: With `.nii` or `.nii.gz` files, at any depth; see :func:`lumirlib.scans.find.find_scans`.
-        out: Where the cohort goes: dataset.json, imagesTr, prepared (a record per scan), qc.csv, qc_*.png and .pdf.
-        skip: Steps as for :func:`prepare_scan`, of all scans.
-        jobs: Scans at a time, each in a process of its own with its share of the processor.
-        validation: How many people, the last by name, are held out: the ordered pairs of scans of two of them are the
-            validation pairs. None takes a tenth, 2 to 10, where there are at least 4 people.
+        folder: Folder with `.nii` or `.nii.gz` files, at any depth; see :func:`lumirlib.scans.find.find_scans`.
+        out: Folder of the cohort: dataset.json, imagesTr, prepared (a record per scan), qc.csv, qc_*.png and .pdf.
+        skip: Steps to skip for all scans, as for :func:`prepare_scan`.
+        jobs: Number of scans at a time, each in a process of its own with its share of the processor.
+        validation: Number of people, the last by name, that are held out: the ordered pairs of scans of two of them are
+            the validation pairs. None takes a tenth, 2 to 10, where there are at least 4 people.
         name: Name of the cohort; the folder's if empty.
-        device: Where skulls are stripped.
-        progress: Show a progress bar.
+        device: Device that skulls are stripped on.
+        progress: Whether to show a progress bar.
         keep_implausible: Whether scans that are hardly a T1 brain stay in the cohort; they are named in either case.
 
     Returns:

@@ -28,9 +28,9 @@ class Likeness:
 
     Attributes:
         template_correlation: Pearson correlation with the template, -1 to 1.
-        brain_ml: Volume of what was taken for brain, in the scan.
-        dark_share: Of the template's brain, darker than a tenth of the 99.9th percentile, 0 to 1.
-        flat_share: Of the voxels above zero, with the most frequent of 255 values, 0 to 1.
+        brain_ml: Volume of what was taken for brain in the scan, in ml.
+        dark_share: Share of the template's brain that is darker than a tenth of the 99.9th percentile, 0 to 1.
+        flat_share: Share of the voxels above zero that have the most frequent of 255 values, 0 to 1.
     """
 
     template_correlation: float

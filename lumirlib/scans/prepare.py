@@ -144,8 +144,8 @@ def above_zero(scan: Scan, mask: torch.Tensor) -> torch.Tensor:
     Z-scores are shifted, so that their lowest is a little above zero. Single negative voxels are made as dark as that.
 
     Args:
-        scan: As it lies in its file.
-        mask: Of the brain, ``(1, 1, D, H, W)`` bool.
+        scan: Scan as it lies in its file.
+        mask: Mask of the brain, ``(1, 1, D, H, W)`` bool.
 
     Returns:
         ``(1, 1, D, H, W)`` float32; the scan's own values where none in the brain is negative.
@@ -205,10 +205,10 @@ def affine_to_frame(values: torch.Tensor, mask: torch.Tensor, affine: np.ndarray
     Starts from the header's orientation, with centres of mass and volumes made equal.
 
     Args:
-        values: ``(1, 1, D, H, W)``.
-        mask: of the brain, same shape, bool.
-        affine: of the scan's voxels to its world, in mm.
-        name: for the message.
+        values: Values of the scan, ``(1, 1, D, H, W)``.
+        mask: Mask of the brain, same shape, bool.
+        affine: Matrix 4 x 4 from the scan's voxels to its world, in mm.
+        name: Name of the scan, for the message.
 
     Returns:
         4 x 4: world of the frame in mm to world of the scan in mm.
@@ -262,12 +262,12 @@ class PreparedScan:
     """A scan with what has been found out about it; nothing is interpolated until it is asked for.
 
     Attributes:
-        scan: as it lies in its file.
-        corrected: its values without bias field, not negative, on its own grid, ``(1, 1, D, H, W)`` float32.
-        mask: of the brain, likewise, bool.
-        to_scan: 4 x 4, world of the frame in mm to world of the scan in mm.
-        skipped: steps that were not done.
-        seconds: of each step.
+        scan: Scan as it lies in its file.
+        corrected: Values of the scan without bias field, not negative, on its own grid, ``(1, 1, D, H, W)`` float32.
+        mask: Mask of the brain, ``(1, 1, D, H, W)`` bool, on the scan's own grid.
+        to_scan: Matrix 4 x 4, world of the frame in mm to world of the scan in mm.
+        skipped: Steps that were not done.
+        seconds: Seconds of each step.
     """
 
     scan: Scan
@@ -299,7 +299,7 @@ class PreparedScan:
         """The brain, ``(1, 1, 160, 224, 192)`` float32 in the scan's units, where a function puts the frame's points.
 
         Args:
-            places: world points of the frame ``(1, 3, ...)`` -> world points of the scan.
+            places: Function from world points of the frame ``(1, 3, ...)`` to world points of the scan.
         """
         values = torch.empty(1, 1, *FRAME_SHAPE)
         for planes, points in world_slabs(FRAME_SHAPE, frame_affine(1)):
@@ -327,11 +327,11 @@ def prepare_scan(
     """Find brain, bias field and place in the LUMIR frame of a T1 scan.
 
     Args:
-        path: of a NIfTI file, any orientation and spacing.
-        skip: steps of :data:`STEPS` that have been done before: "strip" (its background is constant), "bias", "affine"
+        path: Path of a NIfTI file, any orientation and spacing.
+        skip: Steps of :data:`STEPS` that have been done before: "strip" (its background is constant), "bias", "affine"
             (its world coordinates are those of the frame, on whatever grid).
-        device: where the skull is stripped.
-        progress: show a progress bar.
+        device: Device that the skull is stripped on.
+        progress: Whether to show a progress bar.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_scan`; a step that fails.

@@ -48,9 +48,9 @@ def prepared_figures(scans: Sequence[tuple[dict, Path]], out: str | Path, title:
     """The QC sheet of a prepared folder: three planes of each scan with the template's contours, the worst first.
 
     Args:
-        scans: record of each (name, template_correlation, brain_ml, doubts) and its image in the frame.
-        out: folder for `qc_1.png`, `qc_1.pdf` and so on, :data:`SCANS_PER_PAGE` scans a page.
-        title: of the pages.
+        scans: Record of each scan (name, template_correlation, brain_ml, doubts) and its image in the frame.
+        out: Folder for `qc_1.png`, `qc_1.pdf` and so on, :data:`SCANS_PER_PAGE` scans a page.
+        title: Title of the pages.
 
     Returns:
         The PNGs.
@@ -111,12 +111,12 @@ def registration_figure(
     """The QC page of a registration, in the LUMIR frame.
 
     Args:
-        fixed: ``(1, 1, 160, 224, 192)``, 0 ... 255.
-        moving: likewise, after the affine alone.
-        warped: likewise, after the whole map.
-        displacement: ``(1, 3, 160, 224, 192)`` in voxels of 1 mm.
-        determinant: of its Jacobian, ``(1, 1, 160, 224, 192)``.
-        title: of the page.
+        fixed: Fixed image, ``(1, 1, 160, 224, 192)``, 0 ... 255.
+        moving: Moving image after the affine alone, ``(1, 1, 160, 224, 192)``, 0 ... 255.
+        warped: Moving image after the whole map, ``(1, 1, 160, 224, 192)``, 0 ... 255.
+        displacement: Displacement ``(1, 3, 160, 224, 192)`` in voxels of 1 mm.
+        determinant: Determinant of the displacement's Jacobian, ``(1, 1, 160, 224, 192)``.
+        title: Title of the page.
     """
     use_style()
     names = (

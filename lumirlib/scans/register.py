@@ -50,10 +50,10 @@ class ScanMap:
     """The whole map from the world of a fixed scan to that of a moving one: affine, displacement, affine.
 
     Attributes:
-        fixed_to_frame: 4 x 4, in mm.
-        displacement: ``(1, 3, D, H, W)`` in voxels of `resolution_mm`, on the frame's grid.
-        resolution_mm: 1, 2 or 4.
-        frame_to_moving: 4 x 4, in mm.
+        fixed_to_frame: Matrix 4 x 4 from the fixed scan's world to the frame, in mm.
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels of `resolution_mm`, on the frame's grid.
+        resolution_mm: Edge of the displacement's voxels in mm: 1, 2 or 4.
+        frame_to_moving: Matrix 4 x 4 from the frame to the moving scan's world, in mm.
     """
 
     fixed_to_frame: np.ndarray
@@ -120,13 +120,13 @@ class Registration:
     """What :func:`register` has found.
 
     Attributes:
-        map: from the fixed scan's world to the moving scan's.
-        files: what was written, by kind: warped, displacement, transform, qc, report.
-        measures: ncc_* (Pearson correlation of the two brains inside the fixed one, by the headers alone, after the
-            affine, and after the whole map), local_ncc_* (1 - the paper's NCC loss, likewise, without headers),
-            ndv_percent, jacobian_min and jacobian_max.
-        seconds: of each part.
-        remarks: what was told on the way, and what about the scans or the result is hardly right.
+        map: Map from the fixed scan's world to the moving scan's.
+        files: Paths that were written, by kind: warped, displacement, transform, qc, report.
+        measures: Measures by name: ncc_* (Pearson correlation of the two brains inside the fixed one, by the headers
+            alone, after the affine, and after the whole map), local_ncc_* (1 - the paper's NCC loss, after the affine
+            and after the whole map), ndv_percent, jacobian_min and jacobian_max.
+        seconds: Seconds of each part.
+        remarks: Remarks made on the way, and on what about the scans or the result is hardly right.
     """
 
     map: ScanMap
@@ -165,20 +165,20 @@ def register(
 
     Args:
         fixed: NIfTI file of a T1 head, any orientation and spacing.
-        moving: likewise.
-        out: folder; it is made.
-        weights: see :func:`choose_registrar`, as for `run`, `method`, `results` and `resolution_mm`.
-        run: name of a run.
-        method: name of one that is not trained.
-        results: folder of `run`.
-        resolution_mm: of `method`.
-        skip: steps of :func:`lumirlib.scans.prepare.prepare_scan` to skip for both scans.
-        skip_fixed: for the fixed scan besides.
-        skip_moving: for the moving scan besides.
-        device: "auto", "cpu", "cuda" ...
-        progress: show progress bars.
-        command: for the provenance.
-        pretrained: see :func:`choose_registrar`.
+        moving: NIfTI file of another T1 head, any orientation and spacing.
+        out: Folder of the results; it is made.
+        weights: Path of a best.pt, see :func:`choose_registrar`, as for `run`, `method`, `results` and `resolution_mm`.
+        run: Name of a run.
+        method: Name of a method that is not trained.
+        results: Results folder of `run`.
+        resolution_mm: Edge of the voxels to work on, 1, 2 or 4, see :func:`choose_registrar`.
+        skip: Steps of :func:`lumirlib.scans.prepare.prepare_scan` to skip for both scans.
+        skip_fixed: Steps to skip for the fixed scan besides.
+        skip_moving: Steps to skip for the moving scan besides.
+        device: Device's name: "auto", "cpu", "cuda" ...
+        progress: Whether to show progress bars.
+        command: Command for the provenance.
+        pretrained: Name of weights that the package carries, see :func:`choose_registrar`.
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: as :func:`choose_registrar` and

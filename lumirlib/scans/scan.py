@@ -83,12 +83,12 @@ def as_scanned(
     """A volume as another scanner would have stored it, to try things out: turned, shifted, on another grid.
 
     Args:
-        image: ``(1, 1, D, H, W)``, floating point.
-        affine: its voxels to its world, in mm.
-        rotation_degrees: of the head about the world's three axes.
-        shift_mm: of the head.
-        orientation: of the new array's axes, as nibabel names it.
-        spacing_mm: of the new grid.
+        image: Image ``(1, 1, D, H, W)``, floating point.
+        affine: Matrix 4 x 4 from the image's voxels to its world, in mm.
+        rotation_degrees: Rotation of the head about the world's three axes, in degrees.
+        shift_mm: Shift of the head, in mm.
+        orientation: Orientation of the new array's axes, as nibabel names it.
+        spacing_mm: Spacing of the new grid, in mm.
 
     Returns:
         Array float32 that holds the whole volume, its 4 x 4 affine, and the pose: old world to new world, 4 x 4.
@@ -115,9 +115,9 @@ class Scan:
     """A scan as it lies in its file.
 
     Attributes:
-        path: of the file.
-        values: ``(1, 1, D, H, W)`` float32, in the file's own order of axes.
-        affine: 4 x 4, voxels to world in mm, RAS.
+        path: Path of the file.
+        values: Values ``(1, 1, D, H, W)`` float32, in the file's own order of axes.
+        affine: Matrix 4 x 4, voxels to world in mm, RAS.
     """
 
     path: Path

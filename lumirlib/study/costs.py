@@ -67,8 +67,8 @@ def multiply_adds(row: Row, shape: tuple[int, ...]) -> float:
     Warping, integration, normalization and the bilateral filter are not among them.
 
     Args:
-        row: at its final width.
-        shape: sides of the images in voxels.
+        row: Row at its final width.
+        shape: Sides of the images in voxels.
 
     Returns:
         A whole number; NaN for a method that is no network.
@@ -159,11 +159,11 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
     """Cost of one row, in this process.
 
     Args:
-        row: at its final width.
-        preset: gives the size of the images and the loss.
-        device: "cpu", "cuda" ...
-        repeats: of each timing.
-        training: measure training steps too.
+        row: Row at its final width.
+        preset: Preset that gives the size of the images and the loss.
+        device: Device's name: "cpu", "cuda" ...
+        repeats: Number of repeats of each timing.
+        training: Whether to measure training steps too.
 
     Returns:
         "seconds_per_pair" and "seconds_per_step", medians, and "inference_mib" and "training_mib", peaks with the
@@ -213,9 +213,9 @@ def in_own_process(what: str, work: Callable[..., Any], *arguments: object) -> A
     """Result of `work` in a fresh process, whose memory holds nothing of another measurement's.
 
     Args:
-        what: is measured, for the message.
-        work: a function that can be imported.
-        arguments: of `work`.
+        what: Name of what is measured, for the message.
+        work: Function that can be imported.
+        arguments: Arguments of `work`.
 
     Raises:
         MemoryError: the process was killed, most often for memory.
@@ -239,13 +239,13 @@ def measure_all(
     """Costs of several rows, each round one process after another; after each round all so far.
 
     Args:
-        rows: names for :func:`lumirlib.methods.parse_row`.
-        preset: gives widths, size of the images and the loss.
-        device: "auto", "cpu", "cuda" ...
-        rounds: how often every row is measured.
-        repeats: of each timing within a round.
-        training: measure training steps too.
-        progress: show a progress bar.
+        rows: Names for :func:`lumirlib.methods.parse_row`.
+        preset: Preset that gives widths, size of the images and the loss.
+        device: Device's name: "auto", "cpu", "cuda" ...
+        rounds: Number of times that every row is measured.
+        repeats: Number of repeats of each timing within a round.
+        training: Whether to measure training steps too.
+        progress: Whether to show a progress bar.
 
     Yields:
         One row per method and round: variant, start_channels, round, resolution_mm, what :func:`measure` gives,
@@ -312,12 +312,12 @@ def measure_rows(
     Args:
         rows: Names for :func:`lumirlib.study.paper.table_rows`.
         preset: Name of the preset that gives widths and size of the images.
-        device: "auto", "cpu", "cuda" ...
-        rounds: How often every row is measured, from 1.
-        repeats: Repeats of each timing within a round, from 1.
+        device: Device's name: "auto", "cpu", "cuda" ...
+        rounds: Number of times that every row is measured, from 1.
+        repeats: Number of repeats of each timing within a round, from 1.
         training: Whether training steps are measured too.
         out: Results folder; empty for :func:`lumirlib.provenance.results_folder`.
-        command: What was called, for the provenance.
+        command: Call that made the table, for the provenance.
 
     Returns:
         The table of :func:`measure_all`, and the path that it was written to.
@@ -362,10 +362,10 @@ class Budget:
     """What the rows of both tables cost at the preset `paper`.
 
     Attributes:
-        rows: one line a row: table, row, parameters, multiply_adds (of a registration), and, NaN where no GPU has
-            measured them, seconds_per_step, seconds_per_pair, training_mib, gpu_hours (one seed).
-        measured: for each table with GPU figures a sentence that says where they come from.
-        missing: the commands that measure the others.
+        rows: Table with one line a row: table, row, parameters, multiply_adds (of a registration), and, NaN where no
+            GPU has measured them, seconds_per_step, seconds_per_pair, training_mib, gpu_hours (one seed).
+        measured: Sentences that say where the figures come from, one for each table with GPU figures.
+        missing: Commands that measure the others.
     """
 
     rows: pd.DataFrame
@@ -382,7 +382,7 @@ def load_budget(folder: str | Path) -> Budget:
     """What the measured costs in a results folder make of the full reproduction.
 
     Args:
-        folder: results folder, with `costs/`.
+        folder: Results folder, with `costs/`.
 
     Raises:
         FileNotFoundError: a table without any measured costs, not even a CPU's.

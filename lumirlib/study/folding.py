@@ -41,13 +41,13 @@ def amplified_folding(
     """NDV of amplified velocities under both cascades.
 
     Args:
-        model: trained :class:`lumirlib.models.RegistrationNetwork` without a bilateral filter.
-        cohort: gives the images.
-        pairs: of the cohort.
-        factors: what the velocities of all levels are multiplied by.
-        device: where it is computed.
-        progress: show a progress bar.
-        description: of the progress bar.
+        model: Trained :class:`lumirlib.models.RegistrationNetwork` without a bilateral filter.
+        cohort: Cohort that gives the images.
+        pairs: Pairs of the cohort.
+        factors: Factors that the velocities of all levels are multiplied by.
+        device: Device to work on.
+        progress: Whether to show a progress bar.
+        description: Text of the progress bar.
 
     Returns:
         Columns pair, cascade, factor, ndv_percent (inside the moving brain), displacement_mm (mean length there).
@@ -93,14 +93,14 @@ def measure_rows(
 
     Args:
         rows: Names of rows whose trained weights are used.
-        seeds: Seeds of each.
+        seeds: Random seeds of each row.
         preset: Preset that they were trained with.
         cohort: Cohort that they were trained and are evaluated on.
         data_root: Folder that the cohort's paths are relative to; empty for its own.
         factors: Factors of the velocities.
         out: Results folder, where the checkpoints are too; empty for :func:`lumirlib.provenance.results_folder`.
-        device: "auto", "cpu", "cuda" ...
-        command: What was called, for the provenance.
+        device: Device's name: "auto", "cpu", "cuda" ...
+        command: Call that made the table, for the provenance.
 
     Returns:
         The table, with the columns variant, seed and those of :func:`amplified_folding`, and its path.

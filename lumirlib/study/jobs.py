@@ -62,14 +62,14 @@ class SweepRun:
     """One run of a row with a seed.
 
     Attributes:
-        notebook: what is executed.
-        output: where the executed notebook goes, or what `lumirlib run --no-notebook` printed.
-        parameters: what papermill injects.
-        options: what it injects as the notebook's parameter of that name.
-        launcher: one of :data:`LAUNCHERS`.
-        engine: arguments of :class:`lumirlib.training.engine.Engine` that are not at their default. A run that is
+        notebook: Path of the notebook that is executed.
+        output: Path of the executed notebook, or of what `lumirlib run --no-notebook` printed.
+        parameters: Parameters that papermill injects.
+        options: Options that papermill injects as the notebook's parameter of that name.
+        launcher: Name of the launcher, one of :data:`LAUNCHERS`.
+        engine: Arguments of :class:`lumirlib.training.engine.Engine` that are not at their default. A run that is
             finished is so whatever it was computed on.
-        resume: whether it goes on from its last checkpoint.
+        resume: Whether it goes on from its last checkpoint.
     """
 
     notebook: Path
@@ -159,9 +159,10 @@ class SweepRun:
         """Run it; the empty string, or what went wrong. The output appears only when it is whole.
 
         Args:
-            threads: of the processor, for each process.
-            started: is given the process, for :meth:`stop`.
-            shielded: keep signals that are sent to this process and its group away from the run. Not for threads.
+            threads: Number of the processor's threads for each process.
+            started: Function that is given the process, for :meth:`stop`.
+            shielded: Whether to keep signals that are sent to this process and its group away from the run. Not for
+                threads.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -223,17 +224,17 @@ def plan(
     """The runs of a sweep, row by row, each with all its seeds; those that use another's weights last.
 
     Args:
-        rows: names for :func:`lumirlib.methods.parse_row`; "table1", "table2" and "beyond" as in
+        rows: Names for :func:`lumirlib.methods.parse_row`; "table1", "table2" and "beyond" as in
             :func:`table_rows`.
-        seeds: of each.
-        preset: of all.
-        cohort: as for :func:`lumirlib.load_cohort`.
-        data_root: as the notebook's parameter.
-        out: results folder; empty for the usual one.
-        options: of variant and preset to set in every run.
-        launcher: one of :data:`LAUNCHERS`.
-        engine: arguments of :class:`lumirlib.training.engine.Engine` for each run.
-        resume: whether runs go on from their last checkpoint.
+        seeds: Random seeds of each row.
+        preset: Name of the preset of all runs.
+        cohort: Cohort's name or path, as for :func:`lumirlib.load_cohort`.
+        data_root: Folder of the data, as the notebook's parameter.
+        out: Results folder; empty for the usual one.
+        options: Options of variant and preset to set in every run.
+        launcher: Name of the launcher, one of :data:`LAUNCHERS`.
+        engine: Arguments of :class:`lumirlib.training.engine.Engine` for each run.
+        resume: Whether runs go on from their last checkpoint.
 
     Raises:
         ValueError: an unknown variant, preset, option or launcher, or a value that does not fit it.

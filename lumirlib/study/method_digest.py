@@ -31,7 +31,8 @@ def method_digest(method: Method) -> str:
     dictionaries of the scope around it, which it may fill while it works.
 
     Args:
-        method: ``method(fixed, moving) -> displacement``: a network, a row, a function, or any object that is called.
+        method: Function ``method(fixed, moving) -> displacement``: a network, a row, a function, or any object that is
+            called.
     """
     content = hashlib.sha256(provenance.source_digest().encode())
     for part in _parts(method, {}):

@@ -59,15 +59,15 @@ def export(
     before registration, go to `<results>/pretrained/<name>.csv`, with provenance.
 
     Args:
-        run: name of a run that was trained and evaluated; its files in checkpoints/, metrics/ and logs/ are read.
-        name: of the weights: lower case, with the voxel size ("4mm") and, if they were trained on a CPU, "cpu" among
-            its parts.
-        results: folder; empty for :func:`lumirlib.provenance.results_folder`.
-        cohort: to evaluate on, all its pairs.
-        data_root: of the cohort.
-        device: to evaluate on.
-        progress: show progress bars.
-        command: for the provenance.
+        run: Name of a run that was trained and evaluated; its files in checkpoints/, metrics/ and logs/ are read.
+        name: Name of the weights: lower case, with the voxel size ("4mm") and, if they were trained on a CPU, "cpu"
+            among its parts.
+        results: Results folder; empty for :func:`lumirlib.provenance.results_folder`.
+        cohort: Cohort to evaluate on, all its pairs.
+        data_root: Folder that the cohort's paths are relative to.
+        device: Device to evaluate on.
+        progress: Whether to show progress bars.
+        command: Command for the provenance.
 
     Returns:
         Path of the packaged file.
@@ -175,7 +175,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """The card of packaged weights, as Markdown.
 
     Args:
-        facts: as :func:`export` stores them.
+        facts: Facts as :func:`export` stores them.
     """
     size, done, figures = f"{facts['resolution_mm']:g} mm", facts["evaluation"], facts["figures"]
     scored = f"scored at {done.get('scored_mm') or facts['resolution_mm']:g} mm"

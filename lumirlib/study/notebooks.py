@@ -29,8 +29,8 @@ def check_parameters(notebook: dict[str, object]) -> None:
     that is not among them, and the notebook would run with its defaults.
 
     Args:
-        notebook: ``globals()`` of the notebook. A list or dictionary that was given as text, JSON or YAML, is replaced
-            by what the text says.
+        notebook: Names and values of the notebook, its ``globals()``. A list or dictionary that was given as text, JSON
+            or YAML, is replaced by what the text says.
 
     Raises:
         ValueError: a parameter that the notebook does not have, with those that are spelt alike, or a value of another

@@ -150,7 +150,7 @@ def paper_table(table: int | None = None) -> pd.DataFrame:
     """The numbers of the paper's Tables 1 and 2, from the CSV that the package carries.
 
     Args:
-        table: 1 or 2; None takes both.
+        table: Number of the table, 1 or 2; None takes both.
 
     Returns:
         Columns table, method, sc, val_dice, dice, dice_std (percent), tre_mm, ndv_percent, hd95_mm; NaN where the

@@ -27,9 +27,9 @@ def write_results(table: pd.DataFrame, path: str | Path, about: dict) -> Path:
     SHA-256, so that :func:`read_results` tells a damaged one.
 
     Args:
-        table: as :func:`evaluate_method` gives it.
-        path: of the CSV.
-        about: provenance: commit, command, seed, cohort, preset ...; time and versions are added here.
+        table: Table as :func:`evaluate_method` gives it.
+        path: Path of the CSV.
+        about: Provenance: commit, command, seed, cohort, preset ...; time and versions are added here.
 
     Returns:
         `path`.
@@ -67,9 +67,10 @@ def read_table(path: str | Path, about: Mapping[str, object], columns: Sequence[
     """The table that :func:`write_results` wrote.
 
     Args:
-        path: of the CSV.
-        about: its provenance; the first results have no checksum there.
-        columns: that it must have. With those of a table of metrics, each pair and metric comes once, with a number.
+        path: Path of the CSV.
+        about: Provenance of the table; the first results have no checksum there.
+        columns: Columns that it must have. With those of a table of metrics, each pair and metric comes once, with a
+            number.
 
     Raises:
         FileNotFoundError: no such file.
@@ -111,12 +112,12 @@ def data_title(cohort: str, name: str, simulated: bool, resolution_mm: float, sc
     """What data a table or figure is of, for its title: says "simulated" where it is, and what is not LUMIR.
 
     Args:
-        cohort: short name of the cohort; of joined ones the last is what is evaluated, and all are trained on.
-        name: its own name.
-        simulated: whether it is.
-        resolution_mm: Edge of a voxel of the images that are registered.
-        scored_mm: Edge of a voxel of the labels that are scored; None for that of the images. Where it is that of the
-            images, the title has one number for both.
+        cohort: Short name of the cohort; of joined ones the last is what is evaluated, and all are trained on.
+        name: Name that the cohort gives itself.
+        simulated: Whether the cohort is simulated.
+        resolution_mm: Edge of a voxel of the images that are registered, in mm.
+        scored_mm: Edge of a voxel of the labels that are scored, in mm; None for that of the images. Where it is that
+            of the images, the title has one number for both.
     """
     evaluated = cohort.split("+")[-1]
     trained = "" if evaluated == cohort else f"; trained on {cohort.replace('+', ' and ')}"
@@ -141,7 +142,7 @@ def check_scored_alike(folder: Path, facts: Sequence[Mapping[str, object]], comm
 
     Args:
         folder: Folder of the results, for the message.
-        facts: Provenance of each.
+        facts: Provenance of each result.
         command: Command that makes such results.
     """
     runs: dict[float, list[str]] = {}
@@ -243,7 +244,7 @@ def studies(folder: str | Path) -> pd.DataFrame:
     """What a results folder holds: one line for each cohort, preset and set of other options that was run.
 
     Args:
-        folder: results folder, with `metrics/`.
+        folder: Results folder, with `metrics/`.
 
     Returns:
         Columns cohort, preset, set_besides ("name=value, ..."; empty where nothing was), resolution_mm, scored_mm,
@@ -297,12 +298,12 @@ def find_runs(
     """CSV and provenance of each finished run of a row, with any seed.
 
     Args:
-        folder: results folder, with `metrics/`.
-        row: as :func:`lumirlib.methods.parse_row` gives it.
-        preset: name of the preset.
-        cohort: short name of the cohort.
-        options: what was set besides.
-        kind: part of the folder that is looked in: "metrics", or "robustness".
+        folder: Results folder, with `metrics/`.
+        row: Row as :func:`lumirlib.methods.parse_row` gives it.
+        preset: Name of the preset.
+        cohort: Short name of the cohort.
+        options: Options that were set besides.
+        kind: Part of the folder that is searched: "metrics", or "robustness".
     """
     chosen, for_row = split_options(preset, row, options)
     wanted = replace(chosen.apply(row), **for_row)
@@ -318,9 +319,9 @@ class Measured:
     """What :mod:`lumirlib.study.costs` or :mod:`lumirlib.study.folding` wrote.
 
     Attributes:
-        table: the CSV; None where it has not been measured.
-        about: its provenance.
-        how: what a reader is told where it is missing.
+        table: Table of the CSV; None where it has not been measured.
+        about: Provenance of the table.
+        how: Words that a reader is told where the table is missing.
     """
 
     table: pd.DataFrame | None

@@ -52,7 +52,7 @@ def invert_contrast(image: torch.Tensor) -> torch.Tensor:
     Learn2Reg 2025, where other contrasts are registered without training on them.
 
     Args:
-        image: ``(1, 1, D, H, W)`` in [0, 1], zero outside the brain.
+        image: Image ``(1, 1, D, H, W)`` in [0, 1], zero outside the brain.
 
     Returns:
         Likewise; the brain keeps its smallest and its largest intensity, so none of it becomes background.
@@ -68,8 +68,8 @@ def change_gamma(image: torch.Tensor, gamma: float) -> torch.Tensor:
     """The image to the power of `gamma`, as RandomGamma of TorchIO (Pérez-García et al., CMPB 208, 2021) draws it.
 
     Args:
-        image: ``(1, 1, D, H, W)`` in [0, 1].
-        gamma: above 0; below 1 brightens.
+        image: Image ``(1, 1, D, H, W)`` in [0, 1].
+        gamma: Exponent above 0; below 1 brightens.
     """
     check_image(image, "image", channels=1)
     if not gamma > 0:
@@ -84,8 +84,8 @@ def thicken_slices(image: torch.Tensor, voxels: int = SLICE_VOXELS) -> torch.Ten
     simulate clinical scans. In the plane nothing is lost.
 
     Args:
-        image: ``(1, 1, D, H, W)``.
-        voxels: that a slice spans, from 1.
+        image: Image ``(1, 1, D, H, W)``.
+        voxels: Number of voxels that a slice spans, from 1.
 
     Returns:
         On the same grid.
@@ -107,9 +107,9 @@ def remove_tissue(image: torch.Tensor, name: str, resolution_mm: float) -> torch
     the center is any voxel of the brain, the semi-axes are uniform in :data:`HOLE_MM`, and their directions random.
 
     Args:
-        image: ``(1, 1, D, H, W)``, zero outside the brain.
-        name: of the pair, which seeds all that is random: every method meets the same hole.
-        resolution_mm: edge of a voxel.
+        image: Image ``(1, 1, D, H, W)``, zero outside the brain.
+        name: Name of the pair, which seeds all that is random: every method meets the same hole.
+        resolution_mm: Edge of a voxel, in mm.
     """
     check_image(image, "image", channels=1)
     generator = np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
@@ -154,9 +154,9 @@ def evaluate_altered(method: Method, run: Run, pair: Pair) -> pd.DataFrame:
     """Figures of one pair under every alteration.
 
     Args:
-        method: ``method(fixed, moving) -> displacement``, on the run's device.
-        run: gives cohort and device.
-        pair: of the cohort.
+        method: Function ``method(fixed, moving) -> displacement``, on the run's device.
+        run: Run that gives cohort and device.
+        pair: Pair of the cohort.
 
     Returns:
         A line per alteration: pair, fixed, moving, alteration, and a column for each figure of
@@ -194,10 +194,10 @@ def measure(run: Run, command: str, pairs: int | None = None, progress: bool = T
     Interrupted, it leaves what it has in `<run>.unfinished` beside the table, and goes on from there.
 
     Args:
-        run: whose checkpoint is there.
-        command: for the provenance.
-        pairs: how many, spread evenly over those of the run; None takes all. A table with more is left as it is.
-        progress: show a progress bar.
+        run: Run whose checkpoint is there.
+        command: Command for the provenance.
+        pairs: Number of pairs, spread evenly over those of the run; None takes all. A table with more is left as it is.
+        progress: Whether to show a progress bar.
 
     Returns:
         Path of the table.
@@ -268,14 +268,14 @@ def measure_rows(
 
     Args:
         rows: Names of rows whose trained weights are used.
-        seeds: Seeds of each.
+        seeds: Random seeds of each row.
         preset: Preset that they were trained with.
         cohort: Cohort that they are evaluated on.
         data_root: Folder that the cohort's paths are relative to; empty for its own.
         out: Results folder, where the checkpoints are too; empty for :func:`lumirlib.provenance.results_folder`.
-        device: "auto", "cpu", "cuda" ...
+        device: Device's name: "auto", "cpu", "cuda" ...
         pairs: Number of pairs, spread evenly; None takes all.
-        command: What was called, for the provenance.
+        command: Call that made the tables, for the provenance.
 
     Yields:
         Path of each run's table, as soon as it is written.

@@ -49,16 +49,16 @@ class Run:
     """A row of Table 1 or 2, to be trained (where there is something to train) and evaluated on a cohort.
 
     Attributes:
-        config: what is trained.
-        cohort: on what.
-        out: the results folder.
-        engine: how it is computed.
-        options: what was set besides the variant's and the preset's own values.
-        command: how it can be repeated.
-        commit: of the code when the run was prepared; that it was trained by stands in the checkpoint.
-        arguments: the same run for `lumirlib run`.
-        start: what its training starts from; None for random weights.
-        coarser: the cohort at the other resolutions of the preset's stages.
+        config: Configuration of what is trained.
+        cohort: Cohort that it is trained and evaluated on.
+        out: Path of the results folder.
+        engine: Engine that computes it.
+        options: Options that were set besides the variant's and the preset's own values.
+        command: Command that repeats it.
+        commit: Commit of the code when the run was prepared; that it was trained by stands in the checkpoint.
+        arguments: Arguments for `lumirlib run` that give the same run.
+        start: Weights that its training starts from; None for random ones.
+        coarser: The cohort at the other resolutions of the preset's stages.
     """
 
     config: RunConfig
@@ -88,17 +88,17 @@ class Run:
         """Check all parameters and open the cohort; nothing is trained yet.
 
         Args:
-            variant: a name for :func:`lumirlib.methods.parse_row`.
-            preset: a name of :data:`lumirlib.methods.presets.PRESETS`.
-            cohort: as for :func:`lumirlib.load_cohort`.
-            seed: of weights and pairs, 0 or more.
-            data_root: folder the JSON's paths are relative to; empty for its own.
-            out: results folder; empty for :func:`lumirlib.provenance.results_folder`.
-            engine: how to compute it, or a device's name: "auto", "cpu", "cuda" ...
-            options: of :class:`lumirlib.methods.base.Preset` and of the row to set besides, such as
+            variant: Name for :func:`lumirlib.methods.parse_row`.
+            preset: Name of a preset in :data:`lumirlib.methods.presets.PRESETS`.
+            cohort: Cohort's name or path, as for :func:`lumirlib.load_cohort`.
+            seed: Random seed of weights and pairs, 0 or more.
+            data_root: Folder that the JSON's paths are relative to; empty for its own.
+            out: Results folder; empty for :func:`lumirlib.provenance.results_folder`.
+            engine: Engine that computes it, or a device's name: "auto", "cpu", "cuda" ...
+            options: Options of :class:`lumirlib.methods.base.Preset` and of the row to set besides, such as
                 ``{"start_channels": 16, "smoothness_weight": 0.5}``; None as a value leaves the option as it is. A
                 `start_channels` counts as it is, the preset's divisor is not applied to it.
-            command: What was called; the notebook with these parameters if empty.
+            command: Call that prepared it; the notebook with these parameters if empty.
 
         Raises:
             ValueError: an unknown variant, preset or option, with the choices listed; a seed below 0; a cohort that
@@ -263,9 +263,9 @@ class Run:
         """Inverse consistency on `count` pairs, spread evenly, before training and after.
 
         Args:
-            result: of :meth:`train`.
-            count: number of pairs.
-            progress: show a progress bar.
+            result: Result of :meth:`train`.
+            count: Number of pairs.
+            progress: Whether to show a progress bar.
 
         Returns:
             Columns when, error_voxels (mean distance of both directions composed to the identity), displacement_voxels
@@ -313,9 +313,10 @@ class Run:
         """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table.
 
         Args:
-            result: of :meth:`train`.
-            progress: show a progress bar.
-            consistency: measure inverse consistency on every pair; None does so for rows trained on both directions.
+            result: Result of :meth:`train`.
+            progress: Whether to show a progress bar.
+            consistency: Whether to measure inverse consistency on every pair; None does so for rows trained on both
+                directions.
         """
         name = self.config.row.name
         if consistency is None:

@@ -103,9 +103,9 @@ class Queue:
     """The jobs of a results folder.
 
     Args:
-        folder: for logs and the ids of jobs.
-        executor: of submitit: "slurm", or "local" (processes of this machine).
-        poll_seconds: between two looks at the jobs while waiting.
+        folder: Folder for logs and the ids of jobs.
+        executor: Name of submitit's executor: "slurm", or "local" (processes of this machine).
+        poll_seconds: Seconds between two looks at the jobs while waiting.
 
     Raises:
         ClusterError: submitit is not installed.
@@ -196,9 +196,9 @@ class Queue:
         A run that filters another's weights ("BF-post") is queued behind that other's job, where it has one.
 
         Args:
-            runs: of a sweep.
-            options: of each job, by submitit's names.
-            jobs: how many may be at work at a time; None for no limit.
+            runs: Runs of a sweep.
+            options: Options of each job, by submitit's names.
+            jobs: Largest number of jobs at work at a time; None for no limit.
 
         Raises:
             ValueError: an option that cannot be used.

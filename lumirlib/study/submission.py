@@ -89,13 +89,13 @@ def write_submission(
     another method, or this one on other images, has left there is made anew.
 
     Args:
-        method: ``method(fixed, moving) -> displacement``; a network is one.
+        method: Function ``method(fixed, moving) -> displacement``; a network is one.
         cohort: Cohort at the resolution that the method works at. The displacements are written on the files' own
             voxels, 1 mm for LUMIR, carried there by :func:`lumirlib.spatial.to_finer_grid`.
-        path: of the zip.
-        pairs: which; all of :attr:`lumirlib.data.Cohort.submission_pairs` if None.
-        device: where the method runs.
-        progress: show a progress bar.
+        path: Path of the zip.
+        pairs: Pairs to register; all of :attr:`lumirlib.data.Cohort.submission_pairs` if None.
+        device: Device that the method runs on.
+        progress: Whether to show a progress bar.
 
     Returns:
         `path`.
@@ -276,11 +276,11 @@ class Problem:
     """Something about a submission that its author should know.
 
     Attributes:
-        file: name in the zip; empty for the zip itself.
-        kind: "missing", "extra", "name", "duplicate", "unreadable", "shape", "dtype", "not finite", "transposed",
-            "normalized", "millimetres", "direction", "worse than nothing" or "too large".
-        message: what is wrong, what was expected, what came.
-        fatal: False for a remark.
+        file: Name in the zip; empty for the zip itself.
+        kind: Kind of the problem: "missing", "extra", "name", "duplicate", "unreadable", "shape", "dtype", "not
+            finite", "transposed", "normalized", "millimetres", "direction", "worse than nothing" or "too large".
+        message: Message that says what is wrong, what was expected, what came.
+        fatal: Whether it makes the submission unfit; False for a remark.
     """
 
     file: str
@@ -298,10 +298,10 @@ def validate_submission(
     image with the fixed one clearly better than the field as it is, that mistake is named.
 
     Args:
-        path: of the zip.
-        cohort: that it is for.
-        pairs: which it should hold; all of :attr:`lumirlib.data.Cohort.submission_pairs` if None.
-        progress: show a progress bar.
+        path: Path of the zip.
+        cohort: Cohort that it is for.
+        pairs: Pairs that it should hold; all of :attr:`lumirlib.data.Cohort.submission_pairs` if None.
+        progress: Whether to show a progress bar.
 
     Returns:
         Findings, none if all is well.
@@ -366,8 +366,8 @@ def misreadings(displacement: torch.Tensor, affine: np.ndarray) -> dict[tuple[st
     """A field as it would have to be read if its author had made a mistake: (kind, words) -> displacement in voxels.
 
     Args:
-        displacement: ``(1, 3, D, H, W)``, as it stands in the file.
-        affine: 4 x 4 of the fixed image, voxels to RAS in mm.
+        displacement: Displacement ``(1, 3, D, H, W)``, as it stands in the file.
+        affine: Matrix 4 x 4 of the fixed image, voxels to RAS in mm.
     """
     sides = displacement.shape[2:]
     found: dict[tuple[str, str], torch.Tensor] = {}

@@ -40,8 +40,8 @@ def with_measured_step_times(runs: Runs, costs: Measured) -> Runs:
     Runs that were made beside other work took longer than they cost. Rows that were not measured have no time then.
 
     Args:
-        runs: of any rows.
-        costs: of the same preset.
+        runs: Runs of any rows.
+        costs: Measured costs of the same preset.
     """
     seconds = pd.Series(dtype=float)
     if costs.table is not None:
@@ -275,8 +275,8 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
       made at different times, decide nothing.
 
     Args:
-        runs: of :data:`RECIPES` and :data:`REFERENCES`, as many as there are.
-        costs: of the same preset.
+        runs: Runs of :data:`RECIPES` and :data:`REFERENCES`, as many as there are.
+        costs: Measured costs of the same preset.
 
     Returns:
         One line per target: target, row, value, low, high (of the interval, the seeds or the rounds), unit, outcome,
@@ -413,11 +413,11 @@ def load_robustness(
     """What :mod:`lumirlib.study.robustness` measured of some rows.
 
     Args:
-        folder: results folder, with `robustness/`.
-        rows: names.
-        preset: of the runs.
-        cohort: its short name.
-        seeds: none given takes all.
+        folder: Results folder, with `robustness/`.
+        rows: Names of the rows.
+        preset: Name of the runs' preset.
+        cohort: Short name of the cohort.
+        seeds: Random seeds to take; none given takes all.
 
     Returns:
         A table with the columns variant, seed, pair, fixed, moving, alteration and one for each figure; `about` says of

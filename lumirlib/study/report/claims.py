@@ -63,9 +63,9 @@ class Evidence:
     """What claims are judged from.
 
     Attributes:
-        runs: of the rows of Tables 1 and 2, as many as are there.
-        mse: runs of the backbone trained with MSE, by lambda1.
-        folding: as :mod:`lumirlib.study.folding` measured it.
+        runs: Runs of the rows of Tables 1 and 2, as many as are there.
+        mse: Runs of the backbone trained with MSE, by lambda1.
+        folding: Folding as :mod:`lumirlib.study.folding` measured it.
         draws: Draws of the bootstrap of each comparison.
     """
 
@@ -184,9 +184,9 @@ def load_study(folder: str | Path, cohort: str = "brains", preset: str = "real-c
     """The study of a results folder.
 
     Args:
-        folder: with `metrics/`, `logs/` and, if measured, `folding/`.
-        cohort: short name.
-        preset: of all runs.
+        folder: Results folder with `metrics/`, `logs/` and, if measured, `folding/`.
+        cohort: Short name of the cohort.
+        preset: Name of the preset of all runs.
 
     Raises:
         FileNotFoundError: no run of any row.
@@ -208,12 +208,12 @@ class Check:
     """One comparison of a claim: what it says about `row` minus `reference` on a metric.
 
     Attributes:
-        row: of ours.
-        reference: that it is compared with.
-        metric: of the challenge.
-        expect: "better"; "kept", not worse by more than the margin within which rows match; or "alike", different by
-            no more than that.
-        at_least: size of the improvement that is claimed, in the paper's units; 0 for any, and then the paper's own
+        row: Name of the row that the claim is about.
+        reference: Name of the row that it is compared with.
+        metric: Metric of the challenge.
+        expect: Outcome that the claim expects: "better"; "kept", not worse by more than the margin within which rows
+            match; or "alike", different by no more than that.
+        at_least: Size of the improvement that is claimed, in the paper's units; 0 for any, and then the paper's own
             improvement is what the runs must exclude for a contradiction.
     """
 
@@ -233,8 +233,8 @@ class Check:
         Differences and intervals are in the paper's units.
 
         Args:
-            study: What is judged from.
-            comparisons: How many the claim has, each of which could contradict it by chance.
+            study: Evidence that the comparison is judged from.
+            comparisons: Number of the claim's comparisons, each of which could contradict it by chance.
         """
         factor = METRICS[self.metric].factor
         found: dict[str, object] = {
@@ -320,14 +320,14 @@ class Verdict:
     """A claim with its verdict.
 
     Attributes:
-        key: short name.
-        claim: the paper's words in brief.
-        rule: when it is supported.
-        verdict: "supported", "not supported" or "cannot be told".
-        paper: what the paper's own tables say, in words.
-        ours: our figures, in words.
-        checks: the comparisons, one line each; empty for a rule of its own.
-        values: what a figure of it shows, where it is not the comparisons.
+        key: Short name.
+        claim: The paper's words in brief.
+        rule: Rule that says when the claim is supported.
+        verdict: Verdict: "supported", "not supported" or "cannot be told".
+        paper: Figures of the paper's own tables, in words.
+        ours: Our figures, in words.
+        checks: The comparisons, one line each; empty for a rule of its own.
+        values: Values that a figure of it shows, where they are not the comparisons.
     """
 
     key: str
@@ -404,10 +404,10 @@ class Claim:
     """A claim that comparisons decide.
 
     Attributes:
-        key: short name.
-        words: the paper's words in brief.
-        checks: all of which must hold.
-        note: added to the rule.
+        key: Short name.
+        words: The paper's words in brief.
+        checks: Comparisons, all of which must hold.
+        note: Words added to the rule.
     """
 
     key: str
@@ -510,7 +510,7 @@ def at_equal_displacement(folding: pd.DataFrame) -> pd.DataFrame:
     the shortest additive field counts as free of folds.
 
     Args:
-        folding: As :mod:`lumirlib.study.folding` writes it.
+        folding: Table as :mod:`lumirlib.study.folding` writes it.
 
     Returns:
         Columns variant, seed, pair, factor (of the compositional field), displacement_mm, additive and compositional

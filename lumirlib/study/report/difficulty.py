@@ -36,10 +36,10 @@ def pair_table(cohort: Cohort, before: pd.DataFrame, after: pd.DataFrame, progre
     """One row per labelled pair, hardest first.
 
     Args:
-        cohort: of the pairs.
-        before: long table of zero displacement.
-        after: long table of one or more runs of a method; several values of a pair are averaged.
-        progress: show a progress bar.
+        cohort: Cohort of the pairs.
+        before: Long table of zero displacement.
+        after: Long table of one or more runs of a method; several values of a pair are averaged.
+        progress: Show a progress bar.
 
     Returns:
         Columns pair, dice (after, percent), gain (points), dice_before (percent), brain_ratio and ventricle_ratio
@@ -91,7 +91,7 @@ def explain(table: pd.DataFrame) -> pd.DataFrame:
     Pairs share people, so no p-value is given.
 
     Args:
-        table: as :func:`pair_table` gives it.
+        table: Table as :func:`pair_table` gives it.
 
     Returns:
         One row per feature: feature, dice, gain (each in [-1, 1], NaN where a column is constant or has fewer than

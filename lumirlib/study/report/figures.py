@@ -36,10 +36,11 @@ def synthesis_figure(
     """A label map and images synthesized from it, middle axial slices in one row, as training sees them.
 
     Args:
-        labels: ``(1, 1, D, H, W)`` integers.
-        generator: of random numbers, on the CPU.
-        n: number of images.
-        options: see :class:`lumirlib.methods.synthesis.SynthesisOptions`; its `resolution_mm` must be that of `labels`.
+        labels: Label map ``(1, 1, D, H, W)``, integers.
+        generator: Generator of random numbers, on the CPU.
+        n: Number of images.
+        options: Options, see :class:`lumirlib.methods.synthesis.SynthesisOptions`; their `resolution_mm` must be that
+            of `labels`.
 
     Returns:
         The figure; each image has its own deformation and contrast.
@@ -66,10 +67,11 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
     are the means over pairs of each seed. The dashed line is the mean before registration.
 
     Args:
-        runs: what is drawn.
-        differences: as :func:`lumirlib.study.report.tables.paired_differences` gives them, in the units of the axes.
-        title: of the figure.
-        reference: what the lower row is set beside.
+        runs: Runs to draw.
+        differences: Differences as :func:`lumirlib.study.report.tables.paired_differences` gives them, in the units of
+            the axes.
+        title: Title of the figure.
+        reference: Row that the lower row of panels is compared with.
     """
     order = list(runs.variants)
     others = [name for name in order if name != reference]
@@ -129,10 +131,10 @@ def time_figure(runs: Runs, costs: pd.DataFrame, title: str, device: str) -> Fig
     """Dice against the time that a method takes for a pair, a mark per row.
 
     Args:
-        runs: what is drawn; the bars are the standard deviation over pairs.
-        costs: as :mod:`lumirlib.study.costs` measures them, with the same names; rows without are left out.
-        title: of the figure.
-        device: on which the costs were measured.
+        runs: Runs to draw; the bars are the standard deviation over pairs.
+        costs: Costs as :mod:`lumirlib.study.costs` measures them, with the same names; rows without are left out.
+        title: Title of the figure.
+        device: Device that the costs were measured on.
     """
     figure, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     seconds = costs.groupby("variant")["seconds_per_pair"].median()
@@ -167,9 +169,9 @@ def folding_figure(folding: pd.DataFrame, title: str) -> Figure:
     Lines are means over pairs and seeds, bands span the seeds' means; the paper's NDV of LC-1 and LC-2 are dashed.
 
     Args:
-        folding: columns variant, seed, pair, cascade, factor, ndv_percent, displacement_mm, as
+        folding: Table with the columns variant, seed, pair, cascade, factor, ndv_percent, displacement_mm, as
             :mod:`lumirlib.study.folding` writes them.
-        title: of the figure.
+        title: Title of the figure.
     """
     variants = list(dict.fromkeys(folding["variant"]))
     paper = paper_table(2).set_index("method")["ndv_percent"]
@@ -219,9 +221,9 @@ def histories_figure(runs: Runs, title: str, columns: int = 6) -> Figure:
     Thin lines are seeds, the thick one their mean. Losses of different methods have different scales; Dice shares one.
 
     Args:
-        runs: what is drawn; rows without a training are left out.
-        title: of the figure.
-        columns: rows of the study beside each other.
+        runs: Runs to draw; rows without a training are left out.
+        title: Title of the figure.
+        columns: Number of the study's rows beside each other.
 
     Raises:
         ValueError: no run has a log.
@@ -270,7 +272,7 @@ def claim_figure(finding: Verdict) -> Figure | None:
     """The comparisons behind a claim: our difference with its interval beside the paper's, a panel per metric.
 
     Args:
-        finding: with comparisons.
+        finding: Verdict with comparisons.
 
     Returns:
         The figure; None where nothing of the claim could be compared.
@@ -295,8 +297,8 @@ def plot_differences(ax: Axes, checks: pd.DataFrame) -> Axes:
     """Differences of rows on one metric with their intervals, and the paper's own as open diamonds.
 
     Args:
-        ax: to draw on.
-        checks: columns row, reference, metric, difference, low, high, paper, in the paper's units.
+        ax: Axes to draw on.
+        checks: Table with the columns row, reference, metric, difference, low, high, paper, in the paper's units.
     """
     places = np.arange(len(checks))[::-1]
     margin = METRICS[checks["metric"].iloc[0]].shown_margin
@@ -329,9 +331,9 @@ def study_figure(runs: Runs, comparable: pd.DataFrame, title: str) -> Figure:
     Left: Dice minus that of zero displacement; right: Dice minus the backbone's, as :func:`plot_differences` draws it.
 
     Args:
-        runs: of all rows.
-        comparable: the comparisons of the schemes with the backbone, as in :func:`plot_differences`.
-        title: of the figure.
+        runs: Runs of all rows.
+        comparable: Comparisons of the schemes with the backbone, as in :func:`plot_differences`.
+        title: Title of the figure.
     """
     dice = runs.values[runs.values["metric"] == "dice"].groupby(["variant", "seed"])["value"].mean() * 100
     ours = dice.groupby("variant").mean() - dice[BEFORE].mean()
@@ -364,9 +366,9 @@ def equal_time_figure(runs: Runs, title: str, reference: str = beyond.REFERENCES
     reference, in the mean over its seeds, was trained.
 
     Args:
-        runs: what is drawn; rows without a training of their own are left out.
-        title: of the figure.
-        reference: whose time is marked, if it has been run.
+        runs: Runs to draw; rows without a training of their own are left out.
+        title: Title of the figure.
+        reference: Row whose time is marked, if it has been run.
 
     Raises:
         ValueError: no run has a log.
@@ -402,8 +404,8 @@ def robustness_figure(measured: pd.DataFrame, title: str) -> Figure:
     """Dice of every row under every alteration of the moving image: seeds as ticks, their mean as a disc.
 
     Args:
-        measured: the table of :func:`lumirlib.study.report.beyond.load_robustness`.
-        title: of the figure.
+        measured: Table of :func:`lumirlib.study.report.beyond.load_robustness`.
+        title: Title of the figure.
     """
     names, kinds = (list(dict.fromkeys(measured[column])) for column in ("variant", "alteration"))
     seeds = 100 * measured.groupby(["alteration", "variant", "seed"])["dice"].mean()
@@ -431,10 +433,10 @@ def alterations_figure(cohort, pair, title: str, method=None) -> Figure:
     them by, put to the unaltered moving image, and the Dice that this gives.
 
     Args:
-        cohort: gives images and labels.
-        pair: of the cohort.
-        title: of the figure.
-        method: ``method(fixed, moving) -> displacement``, or None.
+        cohort: Cohort that gives images and labels.
+        pair: Pair of the cohort.
+        title: Title of the figure.
+        method: Function ``method(fixed, moving) -> displacement``, or None.
     """
     fixed, moving = cohort.image(pair.fixed), cohort.image(pair.moving)
     missing = moving - robustness.remove_tissue(moving, pair.name, cohort.resolution_mm)
@@ -467,8 +469,8 @@ def difficulty_figure(table: pd.DataFrame, title: str) -> Figure:
     """Dice after registration and gain against each feature, a dot per pair, with the rank correlation.
 
     Args:
-        table: as :func:`pair_table` gives it.
-        title: of the figure.
+        table: Table as :func:`pair_table` gives it.
+        title: Title of the figure.
     """
     correlations = explain(table).set_index("feature")
     figure, axes = plt.subplots(

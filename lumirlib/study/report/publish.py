@@ -33,8 +33,9 @@ def readable_table(table: pd.DataFrame, bold: str = "**{}**") -> pd.DataFrame:
     Figures of ours that rest on too few people for a verdict are never bold.
 
     Args:
-        table: as :func:`lumirlib.study.report.tables.table1` or :func:`lumirlib.study.report.tables.table2` gives it.
-        bold: pattern of a bold figure, ``"**{}**"`` for Markdown.
+        table: Table as :func:`lumirlib.study.report.tables.table1` or :func:`lumirlib.study.report.tables.table2` gives
+            it.
+        bold: Pattern of a bold figure, ``"**{}**"`` for Markdown.
     """
     schemes = table[table["variant"] != BEFORE]
     best = {}
@@ -100,7 +101,8 @@ def brief_table(table: pd.DataFrame) -> pd.DataFrame:
     Where there are several seeds, ± is the sample standard deviation over them.
 
     Args:
-        table: as :func:`lumirlib.study.report.tables.table1` or :func:`lumirlib.study.report.tables.table2` gives it.
+        table: Table as :func:`lumirlib.study.report.tables.table1` or :func:`lumirlib.study.report.tables.table2` gives
+            it.
     """
     rows = []
     for method, part in table.groupby("method", sort=False):
@@ -186,13 +188,13 @@ def publish(
     """Write a table as `<stem>.csv` (numbers), `.md`, `.tex` and, with where it comes from, `.json`.
 
     Args:
-        stem: path without ending.
-        numbers: tidy, for programs.
-        shown: as text, bold as Markdown has it.
-        title: says "simulated" where the numbers are.
-        note: what the signs mean.
-        about: provenance; time and versions are added.
-        latex: as `shown`, bold as LaTeX has it; other characters are escaped here. None takes `shown`.
+        stem: Path without ending.
+        numbers: Tidy table of numbers, for programs.
+        shown: Table as text, bold as Markdown has it.
+        title: Title, which says "simulated" where the numbers are.
+        note: Note on the meaning of the signs.
+        about: Provenance; time and versions are added.
+        latex: Table as `shown`, bold as LaTeX has it; other characters are escaped here. None takes `shown`.
         lead: Paragraph before the table.
 
     Returns:
@@ -352,10 +354,10 @@ def publish_difficulty(pairs: pd.DataFrame, runs: Runs, stem: str | Path, shown:
     """:func:`publish` which pairs are hard, `<stem>_pairs`, and what goes with it, `<stem>_explained`; the Markdown.
 
     Args:
-        pairs: as :func:`lumirlib.study.report.difficulty.pair_table` gives it.
-        runs: of the method.
-        stem: path without ending.
-        shown: how many of the hardest and of the easiest pairs the text lists; the CSV has all.
+        pairs: Table as :func:`lumirlib.study.report.difficulty.pair_table` gives it.
+        runs: Runs of the method.
+        stem: Path without ending.
+        shown: Number of the hardest and of the easiest pairs that the text lists; the CSV has all.
     """
     words = {"dice": "Dice after (%)", "gain": "gain (points)", **difficulty.FEATURES}
     columns = {"pair": "pair", **words}

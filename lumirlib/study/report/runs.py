@@ -53,16 +53,17 @@ class Runs:
     """Finished runs of several variants and seeds, with one preset on one cohort.
 
     Attributes:
-        variants: names, in the order of the table.
-        preset: of all runs.
-        options: what was set besides in all runs.
-        values: columns variant, seed, pair, fixed, moving, metric, value; the variant "Before Reg", seed 0, is zero
-            displacement.
-        facts: one row per run: variant, seed, run, val_dice, val_dice_before, scored_mm and the rest of its provenance.
-        history: one row per run and epoch: variant, seed and the columns of its log; a row that only filters another's
-            result has the history of that one, a row that is not trained has none.
-        missing: variants without a run.
-        command: the sweep that makes what is missing.
+        variants: Names of the variants, in the order of the table.
+        preset: Preset of all runs.
+        options: Options that were set besides in all runs.
+        values: Table with the columns variant, seed, pair, fixed, moving, metric, value; the variant "Before Reg", seed
+            0, is zero displacement.
+        facts: Table with one row per run: variant, seed, run, val_dice, val_dice_before, scored_mm and the rest of its
+            provenance.
+        history: Table with one row per run and epoch: variant, seed and the columns of its log; a row that only filters
+            another's result has the history of that one, a row that is not trained has none.
+        missing: Variants without a run.
+        command: Sweep command that makes what is missing.
     """
 
     variants: tuple[str, ...]
@@ -139,11 +140,11 @@ def load_runs(
     """The finished runs of a results folder that were made with one preset and cohort.
 
     Args:
-        folder: results folder, with `metrics/`.
-        variants: names for :func:`lumirlib.methods.parse_row`, in the order of the table.
-        preset: name of the preset.
-        cohort: short name of the cohort.
-        options: what was set besides in these runs, as for :meth:`lumirlib.study.run.Run.prepare`.
+        folder: Results folder, with `metrics/`.
+        variants: Names for :func:`lumirlib.methods.parse_row`, in the order of the table.
+        preset: Name of the preset.
+        cohort: Short name of the cohort.
+        options: Options that were set besides in these runs, as for :meth:`lumirlib.study.run.Run.prepare`.
 
     Returns:
         :class:`Runs`; variants that have no run are in its `missing`.

@@ -81,8 +81,8 @@ def mean_over_people(differences: pd.Series, seed_variances: Sequence[tuple[floa
     the seeds is the variance of the rows' means over seeds; the degrees of freedom are Satterthwaite's.
 
     Args:
-        differences: By (fixed, moving).
-        seed_variances: Of each row that has seeds: variance over seeds of its mean, and the number of seeds.
+        differences: Differences by (fixed, moving).
+        seed_variances: Variance over seeds of its mean, and the number of seeds, for each row that has seeds.
     """
     people, places = np.unique(np.array([list(pair) for pair in differences.index]), return_inverse=True)
     places, values = places.reshape(len(differences), 2), differences.to_numpy()
@@ -151,10 +151,10 @@ def bootstrap_over_people(first: pd.DataFrame, second: pd.DataFrame, draws: int 
     people's draws says. The seeds of each row are drawn with replacement too.
 
     Args:
-        first: values by (fixed, moving) and seed.
-        second: likewise, with the same pairs in the same order.
-        draws: number of draws.
-        seed: of the draws.
+        first: Values of the first row by (fixed, moving) and seed.
+        second: Values of the second row by (fixed, moving) and seed, with the same pairs in the same order.
+        draws: Number of draws.
+        seed: Random seed of the draws.
 
     Returns:
         The 2.5th and the 97.5th percentile of first - second, with their Monte-Carlo errors.
@@ -174,12 +174,12 @@ def verdict(difference: float, low: float, high: float, p_holm: float, seeds_sd:
     """Whether a row is "better" or "worse", "matches" or "cannot be told", as docs/protocol.md defines them.
 
     Args:
-        difference: of the first row from the second.
-        low: lower end of its interval.
-        high: upper end.
-        p_holm: adjusted p-value.
-        seeds_sd: the larger of both rows' standard deviations over seeds; NaN (one seed) proves nothing better.
-        metric: one of the challenge's.
+        difference: Difference of the first row from the second.
+        low: Lower end of the difference's interval.
+        high: Upper end of the difference's interval.
+        p_holm: Adjusted p-value.
+        seeds_sd: The larger of both rows' standard deviations over seeds; NaN (one seed) proves nothing better.
+        metric: Metric of the challenge.
     """
     check_choice(metric, CHALLENGE, "metric")
     told = p_holm < ALPHA and (low > 0 or high < 0) and abs(difference) > 2 * seeds_sd
@@ -202,14 +202,14 @@ def compare_rows(
     """Rows against one of them on one metric.
 
     Args:
-        table: long table with the columns variant, seed, fixed, moving, metric, value, as the `values` of
+        table: Long table with the columns variant, seed, fixed, moving, metric, value, as the `values` of
             :class:`lumirlib.study.report.runs.Runs`.
-        rows: to compare.
-        reference: the row that they are compared with.
-        metric: one of the challenge's.
-        draws: of :func:`bootstrap_over_people`.
-        seed: likewise.
-        deterministic: rows without random numbers, whose one run has no spread over seeds.
+        rows: Rows to compare.
+        reference: Row that they are compared with.
+        metric: Metric of the challenge.
+        draws: Number of draws of :func:`bootstrap_over_people`.
+        seed: Random seed of :func:`bootstrap_over_people`.
+        deterministic: Rows without random numbers, whose one run has no spread over seeds.
 
     Returns:
         One line per row: row, reference, metric, difference (mean of row - reference), low and high (its interval),
@@ -275,7 +275,7 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     """p-values adjusted for all of them being looked at (Holm, 1979): the k-th smallest of n times n - k + 1.
 
     Args:
-        p_values: ``(n,)`` in [0, 1]; one that is NaN counts, and stays NaN.
+        p_values: Values ``(n,)`` in [0, 1]; one that is NaN counts, and stays NaN.
 
     Returns:
         ``(n,)`` in [0, 1], in the same order.
@@ -312,9 +312,9 @@ def compare(tables: Mapping[str, pd.DataFrame], alpha: float = ALPHA) -> pd.Data
     has that, the signs of the pairs' differences are tested.
 
     Args:
-        tables: method -> long table (pair, fixed, moving, metric, value), as
+        tables: Long table (pair, fixed, moving, metric, value) of each method by name, as
             :func:`lumirlib.evaluation.evaluate_method` gives it.
-        alpha: level of significance.
+        alpha: Level of significance.
 
     Returns:
         Columns metric, first, second, difference (mean of first - second), pairs (that both have), p, p_holm, better
@@ -359,8 +359,8 @@ def rank(tables: Mapping[str, pd.DataFrame], alpha: float = 0.05) -> pd.DataFram
     """Ranks by significance: a method's rank on a metric is one plus the number of methods significantly better.
 
     Args:
-        tables: as :func:`compare`.
-        alpha: level of significance.
+        tables: Long table of each method by name, as for :func:`compare`.
+        alpha: Level of significance.
 
     Returns:
         One row per method, best first: a rank per metric, and "weighted", their mean by the final weights, without
@@ -380,9 +380,9 @@ def snapshot_scores(tables: Mapping[str, pd.DataFrame], cohort: str = "", with_p
     """The challenge's snapshot score: metrics normalized from the worst (0) to the best (1), weighted.
 
     Args:
-        tables: method -> long table.
-        cohort: short name of the cohort the tables were computed on.
-        with_published: rank ours among the published rows; only for results computed on LUMIR.
+        tables: Long table of each method by name.
+        cohort: Short name of the cohort the tables were computed on.
+        with_published: Whether to rank ours among the published rows; only for results computed on LUMIR.
 
     Returns:
         One row per method, best first: the means, "published" (True for rows that were not computed here) and

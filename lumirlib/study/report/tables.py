@@ -40,11 +40,11 @@ def compare_with_paper(
     """A row beside the paper's, with the row before registration beside the paper's too.
 
     Args:
-        name: of the row, as :func:`lumirlib.methods.parse_row` gives it.
-        table: long table of the run, as `<out>/metrics/<run>.csv`.
-        before: long table of zero displacement on the same pairs as `table`.
+        name: Name of the row, as :func:`lumirlib.methods.parse_row` gives it.
+        table: Long table of the run, as `<out>/metrics/<run>.csv`.
+        before: Long table of zero displacement on the same pairs as `table`.
         val_dice: Dice on the pairs that choose the best epoch, in [0, 1]; for variants, whose Table 2 has it.
-        val_dice_before: of zero displacement, on the pairs of `val_dice`.
+        val_dice_before: Dice of zero displacement, on the pairs of `val_dice`.
 
     Returns:
         One row each for before registration (paper, ours), the row (paper, ours, ours - paper, and how many pairs
@@ -151,8 +151,8 @@ def paired_differences(runs: Runs, reference: str = "backbone") -> pd.DataFrame:
     """Each pair's figure minus that of the reference with the same seed, in the paper's units.
 
     Args:
-        runs: with the reference among them.
-        reference: a variant.
+        runs: Runs with the reference among them.
+        reference: Name of a variant.
 
     Returns:
         Columns variant, metric (dice, tre_mm, ndv_percent, hd95_mm), seed, pair, difference.
