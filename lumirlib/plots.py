@@ -84,9 +84,9 @@ def plot_metric_before_after(ax: Axes, before: pd.DataFrame, after: pd.DataFrame
     """One metric of every pair before and after registration, each pair a line, means as diamonds.
 
     Args:
-        ax: to draw on.
-        before: long table of zero displacement.
-        after: long table of a method, same pairs.
+        ax: Axes to draw on.
+        before: Long table of zero displacement.
+        after: Long table of a method, same pairs.
         metric: Name of one of the challenge's metrics.
     """
     label = MEASURES[metric].heading
@@ -121,7 +121,7 @@ def representative_pairs(before: pd.DataFrame) -> list[str]:
     """Names of an easy, a median and a hard pair, by Dice before registration (fewer if there are fewer pairs).
 
     Args:
-        before: long table of zero displacement. Without Dice the first, middle and last pair are taken.
+        before: Long table of zero displacement. Without Dice the first, middle and last pair are taken.
     """
     dice = before[before["metric"] == "dice"].set_index("pair")["value"]
     ranked = dice.sort_values(ascending=False, kind="stable").index.tolist()
@@ -152,11 +152,11 @@ def plot_motion(ax: Axes, displacement: torch.Tensor, fixed: torch.Tensor, slice
     """Streamlines of the in-plane displacement inside the fixed brain, coloured by its length in mm.
 
     Args:
-        ax: to draw on.
-        displacement: ``(1, 3, D, H, W)`` in voxels.
-        fixed: ``(1, 1, D, H, W)``, drawn faintly below; its voxels > 0 are the brain.
-        slice_index: k of the slice.
-        spacing_mm: edge of a voxel.
+        ax: Axes to draw on.
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels.
+        fixed: Fixed image ``(1, 1, D, H, W)``, drawn faintly below; its voxels > 0 are the brain.
+        slice_index: Index k of the slice.
+        spacing_mm: Edge of a voxel, in mm.
     """
     plane = _plane(fixed, slice_index)
     along_i, along_j = (_plane(displacement[:, axis : axis + 1], slice_index) for axis in (0, 1))
@@ -186,10 +186,10 @@ def plot_grid(ax: Axes, displacement: torch.Tensor, slice_index: int, every: int
     """The fixed image's grid as the displacement moves it, in the plane of an axial slice.
 
     Args:
-        ax: to draw on.
-        displacement: ``(1, 3, D, H, W)`` in voxels.
-        slice_index: k of the slice.
-        every: draw each so-manieth grid line.
+        ax: Axes to draw on.
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels.
+        slice_index: Index k of the slice.
+        every: Distance of the grid lines that are drawn, in grid lines.
     """
     sides = displacement.shape[2:4]
     points = spatial.identity_grid(displacement.shape[2:])[0] + displacement[0].detach().cpu()
@@ -212,13 +212,13 @@ def plot_pair(
     """The five columns of the paper's Fig. 3: moving, fixed, warped, motion streamlines, deformation grid.
 
     Args:
-        axes: five of them.
-        fixed: ``(1, 1, D, H, W)`` in [0, 1].
-        moving: same shape.
-        displacement: ``(1, 3, D, H, W)`` in voxels.
-        spacing_mm: edge of a voxel.
-        slice_index: k of the slice; None takes the one at 45 % of the height.
-        titles: head the columns.
+        axes: Five axes to draw on.
+        fixed: Fixed image ``(1, 1, D, H, W)`` in [0, 1].
+        moving: Moving image, same shape.
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels.
+        spacing_mm: Edge of a voxel, in mm.
+        slice_index: Index k of the slice; None takes the one at 45 % of the height.
+        titles: Whether to head the columns.
     """
     chosen = int(0.45 * fixed.shape[4]) if slice_index is None else slice_index
     plot_slice(axes[0], moving, chosen)
@@ -270,10 +270,10 @@ def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
     """The paper's Fig. 3 for one network: five columns, a row for each pair.
 
     Args:
-        model: ``model(fixed, moving) -> displacement``.
-        cohort: gives the images.
-        names: names of validation pairs of the cohort.
-        title: of the figure.
+        model: Function ``model(fixed, moving) -> displacement``.
+        cohort: Cohort that gives the images.
+        names: Names of validation pairs of the cohort.
+        title: Title of the figure.
     """
     by_name = {pair.name: pair for pair in cohort.validation_pairs}
     figure, axes = plt.subplots(
@@ -334,10 +334,10 @@ def maps_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
     and after.
 
     Args:
-        model: ``model(fixed, moving) -> displacement``.
-        cohort: gives images, labels and, if it is simulated, true displacements.
-        names: names of validation pairs of the cohort.
-        title: of the figure.
+        model: Function ``model(fixed, moving) -> displacement``.
+        cohort: Cohort that gives images, labels and, if it is simulated, true displacements.
+        names: Names of validation pairs of the cohort.
+        title: Title of the figure.
     """
     by_name = {pair.name: pair for pair in cohort.validation_pairs}
     pairs = [by_name[name] for name in names]

@@ -65,12 +65,12 @@ def _window_sums(ring, y, window, doubled, total):  # pragma: no cover (compiled
     Nothing is subtracted, as a running sum would, so that zeros add up to zero whatever was beside them.
 
     Args:
-        ring: ``(levels, 2**(levels - 1) + 1, n)``; ``ring[level, y % (2**level + 1)]`` holds the sum of ``2**level``
-            rows up to row y. Row y itself is given, at level 0; the other levels are filled in here.
-        y: number of the row, from 0; before the first one all are zero.
-        window: odd.
-        doubled: ``(levels, n)``, scratch.
-        total: ``(n - window + 1,)``, filled.
+        ring: Ring buffer ``(levels, 2**(levels - 1) + 1, n)``; ``ring[level, y % (2**level + 1)]`` holds the sum of
+            ``2**level`` rows up to row y. Row y itself is given, at level 0; the other levels are filled in here.
+        y: Number of the row, from 0; before the first one all are zero.
+        window: Side of the window, odd.
+        doubled: Scratch array ``(levels, n)``.
+        total: Array of the sums ``(n - window + 1,)``, filled.
     """
     levels = ring.shape[0]
     row = doubled[0]
@@ -160,14 +160,14 @@ def ncc_planes(warped, fixed, window, scale, correlations, gradient, first, last
     p, q and the third field are kept for as many planes as the window is wide, and no longer.
 
     Args:
-        warped: ``(D, H, W)`` floats.
-        fixed: the same.
-        window: side of the window in voxels, odd.
-        scale: factor of the gradient.
-        correlations: ``(D,)`` float64, filled.
-        gradient: ``(D, H, W)``, filled; or of size 0, if none is wanted.
-        first: plane to begin with.
-        last: plane to end before.
+        warped: Warped image ``(D, H, W)``, floats.
+        fixed: Fixed image ``(D, H, W)``, floats.
+        window: Side of the window in voxels, odd.
+        scale: Factor of the gradient.
+        correlations: Sums of each plane ``(D,)`` float64, filled.
+        gradient: Gradient ``(D, H, W)``, filled; or of size 0, if none is wanted.
+        first: Plane to begin with.
+        last: Plane to end before.
     """
     depth, height, width = warped.shape
     radius, count = window // 2, float(window**3)
@@ -266,11 +266,11 @@ def convolve_planes(image, kernels, smooth, first, last):  # pragma: no cover (c
     """Convolution with a symmetric kernel along each axis, zeros outside.
 
     Args:
-        image: ``(D, H, W)`` floats.
-        kernels: ``(3, n)`` of the same dtype, n odd: those along i, j and k.
-        smooth: like `image`, filled.
-        first: plane to begin with.
-        last: plane to end before.
+        image: Image ``(D, H, W)``, floats.
+        kernels: Kernels ``(3, n)`` of the same dtype, n odd: those along i, j and k.
+        smooth: Result, like `image`, filled.
+        first: Plane to begin with.
+        last: Plane to end before.
     """
     depth, height, width = image.shape
     size, radius = kernels.shape[1], kernels.shape[1] // 2
@@ -311,10 +311,10 @@ def squared_differences(field, squares, first, last):  # pragma: no cover (compi
     """Squared forward differences along each of the three axes, summed over each plane.
 
     Args:
-        field: ``(D, H, W)`` floats.
-        squares: ``(D, 3)`` float64, filled.
-        first: plane to begin with.
-        last: plane to end before.
+        field: Field ``(D, H, W)``, floats.
+        squares: Sums of each plane and axis ``(D, 3)`` float64, filled.
+        first: Plane to begin with.
+        last: Plane to end before.
     """
     depth, height, width = field.shape
     sums = np.empty((3, width))
@@ -334,11 +334,11 @@ def curvatures(field, scales, weighted, first, last):  # pragma: no cover (compi
     """Negative second differences along the three axes, weighted and added: half the gradient of squared differences.
 
     Args:
-        field: ``(D, H, W)`` floats.
-        scales: ``(3,)`` float64 weights of the axes.
-        weighted: like `field`, filled.
-        first: plane to begin with.
-        last: plane to end before.
+        field: Field ``(D, H, W)``, floats.
+        scales: Weights of the axes ``(3,)`` float64.
+        weighted: Result, like `field`, filled.
+        first: Plane to begin with.
+        last: Plane to end before.
     """
     depth, height, width = field.shape
     total = np.empty(width)

@@ -30,8 +30,8 @@ def inverse_consistency_loss(forward: torch.Tensor, backward: torch.Tensor) -> t
     leaves in the grid; the measure that is reported is :func:`lumirlib.metrics.inverse_consistency_error`.
 
     Args:
-        forward: f, displacement ``(B, 3, D, H, W)`` in voxels that carries a moving image onto a fixed one.
-        backward: b, that of the same images with their roles exchanged.
+        forward: Displacement f ``(B, 3, D, H, W)`` in voxels that carries a moving image onto a fixed one.
+        backward: Displacement b of the same images with their roles exchanged.
 
     Returns:
         A scalar, 0 or more, in voxels^2.
@@ -51,9 +51,9 @@ def group_consistency_loss(first: torch.Tensor, second: torch.Tensor, direct: to
     ``mean |s(p) + f(p + s(p)) - d(p)|^2`` over the voxels p of C that the second displacement leaves in the grid.
 
     Args:
-        first: f, displacement ``(B, 3, D, H, W)`` in voxels that carries the moving image A onto B.
-        second: s, that carries B onto C.
-        direct: d, that carries A onto C.
+        first: Displacement f ``(B, 3, D, H, W)`` in voxels that carries the moving image A onto B.
+        second: Displacement s that carries B onto C.
+        direct: Displacement d that carries A onto C.
 
     Returns:
         A scalar, 0 or more, in voxels^2.

@@ -60,9 +60,9 @@ def gaussian_smooth(
     """Gaussian filter with a kernel of `size` voxels along each axis, zeros outside.
 
     Args:
-        image: ``(B, C, D, H, W)``.
-        sigma: standard deviation in voxels, or those along i, j and k; infinity for a box.
-        size: odd kernel side in voxels.
+        image: Image ``(B, C, D, H, W)``.
+        sigma: Standard deviation in voxels, or those along i, j and k; infinity for a box.
+        size: Odd kernel side in voxels.
 
     Returns:
         ``(B, C, D, H, W)``.
@@ -89,9 +89,9 @@ def gaussian_pyramid(
     """The image at each level: level 0 as it is, each further one smoothed (sigma 1, 5 voxels) and resampled.
 
     Args:
-        image: ``(B, 1, D, H, W)``.
-        shapes: the sides of each level, finest first; `shapes[0]` is the image's own.
-        blur: one of :data:`PYRAMID_BLURS`.
+        image: Image ``(B, 1, D, H, W)``.
+        shapes: Sides of each level, finest first; `shapes[0]` is the image's own.
+        blur: Name of the blur, one of :data:`PYRAMID_BLURS`.
 
     Returns:
         One image per level, float32 or better.
@@ -126,16 +126,17 @@ def registration_loss(
     displacement is compared, and all velocities count.
 
     Args:
-        moving: ``(B, 1, D, H, W)``.
-        fixed: ``(B, 1, D, H, W)``.
-        displacements: one per level and pass, finest and last first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the level.
-        velocities: same shapes.
-        similarity_weight: lambda0.
-        smoothness_weight: lambda1.
-        window: NCC window in voxels, the same at every level.
-        similarity: "ncc" or "mse".
-        passes: entries per level.
-        pyramid_blur: one of :data:`PYRAMID_BLURS`.
+        moving: Moving image ``(B, 1, D, H, W)``.
+        fixed: Fixed image ``(B, 1, D, H, W)``.
+        displacements: Displacements, one per level and pass, finest and last first, ``(B, 3, D_l, H_l, W_l)`` in voxels
+            of the level.
+        velocities: Stationary velocities, same shapes.
+        similarity_weight: Weight lambda0 of the similarity.
+        smoothness_weight: Weight lambda1 of the smoothness.
+        window: Side of the NCC window in voxels, the same at every level.
+        similarity: Name of the similarity, "ncc" or "mse".
+        passes: Number of entries per level.
+        pyramid_blur: Name of the blur, one of :data:`PYRAMID_BLURS`.
 
     Returns:
         Scalars "total" (to be minimized), "similarity" and "smoothness" (weighted sums over levels, without the

@@ -28,7 +28,7 @@ def _determinants(at: Callable[[tuple[int, ...]], torch.Tensor]) -> Iterator[tor
     """The ten determinants of some voxels, one after the other.
 
     Args:
-        at: displacement of the voxels' neighbours at an offset, three components in its second dimension.
+        at: Displacement of the voxels' neighbours at an offset, three components in its second dimension.
     """
     here = at((0, 0, 0))
 
@@ -103,7 +103,7 @@ def ndv_loss(displacement: torch.Tensor) -> torch.Tensor:
     voxels that do alone; slabs with many of them are computed again in the backward pass instead of being kept.
 
     Args:
-        displacement: ``(B, 3, D, H, W)`` in voxels, sides of at least 3.
+        displacement: Displacement ``(B, 3, D, H, W)`` in voxels, sides of at least 3.
 
     Returns:
         A scalar, 0 or more: 0 for a diffeomorphism, 1 for a flipped axis; float32 or better.

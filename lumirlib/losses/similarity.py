@@ -148,9 +148,9 @@ def ncc_loss(warped: torch.Tensor, fixed: torch.Tensor, window: int = 9) -> torc
     requires them, together with the loss, and can be differentiated no further.
 
     Args:
-        warped: ``(B, 1, D, H, W)``, the warped moving image.
-        fixed: ``(B, 1, D, H, W)``.
-        window: side of the cubic window in voxels, odd.
+        warped: Warped moving image ``(B, 1, D, H, W)``.
+        fixed: Fixed image ``(B, 1, D, H, W)``.
+        window: Side of the cubic window in voxels, odd.
 
     Returns:
         A scalar in [0, 1]; 0 where both images agree up to an affine map of intensities in every window.

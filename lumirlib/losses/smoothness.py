@@ -58,7 +58,7 @@ def diffusion_loss(field: torch.Tensor) -> torch.Tensor:
     """Mean squared forward difference of a field, averaged over the three axes (the paper's eq. 3).
 
     Args:
-        field: ``(B, 3, D, H, W)`` in voxels: a displacement, or a velocity.
+        field: Displacement or velocity ``(B, 3, D, H, W)`` in voxels.
 
     Returns:
         A scalar, 0 or more, in (voxels per voxel)^2; 0 for a translation.

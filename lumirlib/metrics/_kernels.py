@@ -55,9 +55,9 @@ def surface_elements(padded, count):  # pragma: no cover (compiled)
     """Surface elements of all labels of a volume, grouped by label, within a label in C order.
 
     Args:
-        padded: ``(D + 2, H + 2, W + 2)`` index of each voxel's label, from 0, or below 0 for what is not scored; one
+        padded: Index of each voxel's label ``(D + 2, H + 2, W + 2)``, from 0, or below 0 for what is not scored; one
             voxel around the volume is below 0.
-        count: of labels.
+        count: Number of labels.
 
     Returns:
         ``(count + 1,)`` where each label's elements begin, ``(n, 3)`` int32 corners in voxels and ``(n,)`` uint8
@@ -101,10 +101,10 @@ def nearest_squared(points, surface, offsets, squares):  # pragma: no cover (com
     """Squared distance of each point to the nearest of a surface, or -1 where none lies within the offsets.
 
     Args:
-        points: ``(n, 3)`` int32 places in voxels.
-        surface: ``(m, 3)`` int32, m from 1.
-        offsets: ``(r, 3)`` int32 steps to try, in ascending order of their length.
-        squares: ``(r,)`` int32 squared lengths of them.
+        points: Places ``(n, 3)`` int32 in voxels.
+        surface: Places of the surface ``(m, 3)`` int32, m from 1.
+        offsets: Steps to try ``(r, 3)`` int32, in ascending order of their length.
+        squares: Squared lengths of the steps ``(r,)`` int32.
 
     Returns:
         ``(n,)`` int32.
@@ -152,12 +152,12 @@ def folded_volume(displacement, mask, volumes, counts, first, last):  # pragma: 
     """Non-diffeomorphic volume and voxels of the mask in each slice along the first axis; the border is left out.
 
     Args:
-        displacement: ``(3, D, H, W)`` floats in voxels.
-        mask: ``(D, H, W)`` bool.
-        volumes: ``(D,)`` float64, where the sums are written.
-        counts: ``(D,)`` int64, likewise.
-        first: slice to begin with, from 1.
-        last: slice to end before, at most D - 1.
+        displacement: Displacement ``(3, D, H, W)``, floats in voxels.
+        mask: Mask ``(D, H, W)`` bool.
+        volumes: Array ``(D,)`` float64 that the volumes are written to.
+        counts: Array ``(D,)`` int64 that the numbers of voxels are written to.
+        first: Slice to begin with, from 1.
+        last: Slice to end before, at most D - 1.
     """
     height, width = mask.shape[1:]
     for i in range(first, last):

@@ -16,9 +16,9 @@ def inverse_consistency_error(forward: torch.Tensor, backward: torch.Tensor, mov
     of the displacement too.
 
     Args:
-        forward: ``(B, 3, D, H, W)`` in voxels, on the fixed grid.
-        backward: likewise, on the moving grid.
-        moving: image ``(B, 1, D, H, W)``; the brain is where it is above zero.
+        forward: Displacement ``(B, 3, D, H, W)`` in voxels, on the fixed grid.
+        backward: Displacement of the other direction ``(B, 3, D, H, W)`` in voxels, on the moving grid.
+        moving: Moving image ``(B, 1, D, H, W)``; the brain is where it is above zero.
 
     Returns:
         0 or more, lower is better.

@@ -40,8 +40,8 @@ def ndv_volume(displacement: torch.Tensor, mask: torch.Tensor | None = None) -> 
     left out.
 
     Args:
-        displacement: ``(1, 3, D, H, W)`` in voxels, sides of at least 3.
-        mask: ``(1, 1, D, H, W)``, voxels to count where it is not zero; None counts all.
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels, sides of at least 3.
+        mask: Mask ``(1, 1, D, H, W)``, not zero where voxels count; None counts all.
 
     Returns:
         The volume (0 or more) and the voxels of the mask without the border.
@@ -132,7 +132,7 @@ def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
     For maps to look at: it misses folds that :func:`ndv_percent` counts.
 
     Args:
-        displacement: ``(B, 3, D, H, W)`` in voxels.
+        displacement: Displacement ``(B, 3, D, H, W)`` in voxels.
 
     Returns:
         ``(B, 1, D, H, W)``: 1 where volume is kept, above where it grows, 0 and below where the map folds.

@@ -45,7 +45,7 @@ def other_protocol(people: Mapping[str, Collection[int]]) -> str:
     """Who of a cohort has label numbers of another protocol than LUMIR's, and which; empty where nobody has.
 
     Args:
-        people: name of each label volume -> its numbers; 0 does not count.
+        people: Label numbers of each label volume, by its name; 0 does not count.
 
     Returns:
         A line for each such volume.

@@ -21,9 +21,9 @@ def landmark_volume(points: Points, shape: Sequence[int], radius: int = 1) -> to
     the first layer where it is free.
 
     Args:
-        points: name -> (i, j, k) in voxels; the n-th point gets label n + 1.
-        shape: sides (D, H, W) of the grid.
-        radius: of a ball in voxels; 1 is a voxel and its six neighbours.
+        points: Place (i, j, k) of each landmark in voxels, by name; the n-th point gets label n + 1.
+        shape: Sides (D, H, W) of the grid.
+        radius: Radius of a ball in voxels; 1 is a voxel and its six neighbours.
 
     Returns:
         ``(1, L, D, H, W)`` int16, L the number of layers.
@@ -58,10 +58,10 @@ def tre_per_landmark_mm(
     The challenge's form: landmarks are small labels, warped by nearest neighbour like any other.
 
     Args:
-        warped_landmarks: ``(1, L, D, H, W)`` integers, each label a landmark, 0 none; L layers as
+        warped_landmarks: Warped label volume ``(1, L, D, H, W)``, integers, each label a landmark, 0 none; L layers as
             :func:`landmark_volume` makes them, 1 for the challenge's own files.
-        fixed_landmarks: ``(1, L', D, H, W)``.
-        spacing_mm: edge of a voxel.
+        fixed_landmarks: Fixed label volume ``(1, L', D, H, W)``, integers.
+        spacing_mm: Edge of a voxel, in mm.
 
     Returns:
         One distance per landmark of the fixed volume, in ascending order of its label; NaN where the warping lost it.
@@ -109,10 +109,10 @@ def tre_points_mm(
     Sub-voxel, unlike :func:`tre_mm`, which goes through label volumes; the two are not to be mixed in one table.
 
     Args:
-        displacement: ``(1, 3, D, H, W)`` in voxels.
-        fixed_points: name -> (i, j, k) in voxels.
-        moving_points: same names.
-        spacing_mm: edge of a voxel.
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels.
+        fixed_points: Place (i, j, k) of each fixed landmark in voxels, by name.
+        moving_points: Place (i, j, k) of each moving landmark in voxels, by the same names.
+        spacing_mm: Edge of a voxel, in mm.
 
     Returns:
         0 or more, lower is better.

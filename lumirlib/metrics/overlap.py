@@ -40,9 +40,9 @@ def label_counts(
     """How many voxels carry each of `labels`; numbers outside the list are not counted.
 
     Args:
-        volume: integers from 0, any shape.
-        labels: label numbers.
-        agreeing_with: same shape; counts only the voxels where both carry the same label.
+        volume: Integers from 0, any shape.
+        labels: Label numbers.
+        agreeing_with: Second volume of the same shape, to count only the voxels where both carry the same label.
     """
     size = max(labels) + 1
     if volume.device.type == "cpu":
@@ -63,11 +63,11 @@ def dice_per_label(
     """Dice coefficient of each label, ``2 |A and B| / (|A| + |B|)``, as the LUMIR challenge scores it.
 
     Args:
-        warped_labels: moving labels warped by nearest neighbour, ``(1, 1, D, H, W)``, integers from 0.
-        fixed_labels: same shape.
-        moving_labels: the moving labels before warping. A label absent from them, or from the fixed ones, is NaN; one
-            that only the warping lost is 0. None takes the warped ones.
-        labels: label numbers to score.
+        warped_labels: Moving labels warped by nearest neighbour, ``(1, 1, D, H, W)``, integers from 0.
+        fixed_labels: Fixed labels, same shape.
+        moving_labels: Moving labels before warping. A label absent from them, or from the fixed ones, is NaN; one that
+            only the warping lost is 0. None takes the warped ones.
+        labels: Label numbers to score.
 
     Returns:
         One value in [0, 1] or NaN per label, higher is better.

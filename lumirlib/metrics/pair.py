@@ -63,15 +63,17 @@ def evaluate_pair(
     """The challenge's four metrics of one pair.
 
     Args:
-        displacement: ``(1, 3, D, H, W)`` in voxels, on the fixed grid.
-        fixed_labels: ``(1, 1, D, H, W)`` integers; None leaves Dice and HD95 NaN, without both label volumes.
-        moving_labels: same shape, before warping.
-        fixed_landmarks: ``(1, L, D, H, W)`` integers as :func:`lumirlib.metrics.landmark_volume` draws them; None
-            leaves TRE NaN, without both.
-        moving_landmarks: likewise, before warping.
-        mask: ``(1, 1, D, H, W)``, where NDV counts (the moving image > 0 in 2024); None counts everywhere.
-        spacing_mm: edge of a voxel.
-        labels: label numbers to score.
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels, on the fixed grid.
+        fixed_labels: Fixed labels ``(1, 1, D, H, W)``, integers; None leaves Dice and HD95 NaN, which need both label
+            volumes.
+        moving_labels: Moving labels before warping, same shape.
+        fixed_landmarks: Fixed landmarks ``(1, L, D, H, W)``, integers as :func:`lumirlib.metrics.landmark_volume` draws
+            them; None leaves TRE NaN, which needs both.
+        moving_landmarks: Moving landmarks before warping, drawn by :func:`lumirlib.metrics.landmark_volume` too.
+        mask: Mask ``(1, 1, D, H, W)`` of the voxels where NDV counts (the moving image > 0 in 2024); None counts
+            everywhere.
+        spacing_mm: Edge of a voxel, in mm.
+        labels: Label numbers to score.
 
     Returns:
         "dice" in [0, 1], "tre_mm", "ndv_percent", "hd95_mm".

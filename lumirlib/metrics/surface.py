@@ -44,8 +44,8 @@ def _surface_elements(volume: np.ndarray, labels: Sequence[int]) -> list[tuple[n
     not; its code has a bit for each that does, in the order of `surface_distance`.
 
     Args:
-        volume: ``(D, H, W)`` label numbers from 0.
-        labels: to find.
+        volume: Label numbers ``(D, H, W)`` from 0.
+        labels: Label numbers to find.
 
     Returns:
         For each label ``(n, 3)`` positions in voxels and ``(n,)`` areas in squared voxels.
@@ -83,12 +83,12 @@ def hd95_per_label_mm(
     trying the places around each element, the nearest first, instead of by distance transforms of volumes.
 
     Args:
-        warped_labels: moving labels warped by nearest neighbour, ``(1, 1, D, H, W)``, integers from 0.
-        fixed_labels: same shape.
-        moving_labels: the moving labels before warping. A label absent from them, or from the fixed ones, is NaN; one
-            that only the warping lost is infinite. None takes the warped ones.
-        spacing_mm: edge of a voxel.
-        labels: label numbers to score.
+        warped_labels: Moving labels warped by nearest neighbour, ``(1, 1, D, H, W)``, integers from 0.
+        fixed_labels: Fixed labels, same shape.
+        moving_labels: Moving labels before warping. A label absent from them, or from the fixed ones, is NaN; one that
+            only the warping lost is infinite. None takes the warped ones.
+        spacing_mm: Edge of a voxel, in mm.
+        labels: Label numbers to score.
 
     Returns:
         One value per label, 0 or more, infinite or NaN; lower is better.

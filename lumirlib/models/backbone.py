@@ -31,8 +31,8 @@ class Fields(NamedTuple):
     """What a registration network predicts, one entry per level, or per pass of a level, finest and last first.
 
     Attributes:
-        displacements: ``(B, 3, D_l, H_l, W_l)`` in voxels of level l; entry 0 is the result.
-        velocities: the stationary velocities before integration, same shapes.
+        displacements: Displacements ``(B, 3, D_l, H_l, W_l)`` in voxels of level l; entry 0 is the result.
+        velocities: Stationary velocities before integration, same shapes.
     """
 
     displacements: list[torch.Tensor]
@@ -43,8 +43,8 @@ def upsample_displacement(displacement: torch.Tensor, shape: tuple[int, ...]) ->
     """A level's displacement on the next finer level's grid, its length times the ratio of the sides.
 
     Args:
-        displacement: ``(B, 3, d, h, w)`` in voxels of the coarser level.
-        shape: sides of the finer level; the same ones leave it as it is.
+        displacement: Displacement ``(B, 3, d, h, w)`` in voxels of the coarser level.
+        shape: Sides of the finer level; the same ones leave it as it is.
     """
     if tuple(shape) == tuple(displacement.shape[2:]):
         return displacement
@@ -56,9 +56,9 @@ def join_levels(own: torch.Tensor, coarser: torch.Tensor | None, cascade: str) -
     """A level's displacement from its own field w and the upsampled coarser one U.
 
     Args:
-        own: ``(B, 3, D, H, W)`` in voxels.
-        coarser: same shape; None at the coarsest level, where the result is `own`.
-        cascade: "additive", ``w + U``, or "compositional", ``w(p) + U(p + w(p))``.
+        own: Field of the level itself, ``(B, 3, D, H, W)`` in voxels.
+        coarser: Upsampled coarser displacement, same shape; None at the coarsest level, where the result is `own`.
+        cascade: Way of joining: "additive", ``w + U``, or "compositional", ``w(p) + U(p + w(p))``.
     """
     if coarser is None:
         return own
@@ -69,9 +69,10 @@ def join_velocities(velocities: Sequence[torch.Tensor], cascade: str, squarings:
     """Displacement of every level from the levels' stationary velocities, finest first.
 
     Args:
-        velocities: one per level (or pass of it), finest first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the level.
-        cascade: "additive" or "compositional".
-        squarings: of each level's integration.
+        velocities: Velocities, one per level (or pass of it), finest first, ``(B, 3, D_l, H_l, W_l)`` in voxels of the
+            level.
+        cascade: Way of joining: "additive" or "compositional".
+        squarings: Number of squarings of each level's integration.
     """
     found: list[torch.Tensor] = []
     for velocity in reversed(velocities):
@@ -102,8 +103,8 @@ class Encoder(nn.Module):
     """Three blocks 1 -> N -> 2N -> N at full resolution.
 
     Args:
-        channels: N, the paper's 'sc'.
-        large_kernel: kernel side k of :class:`LargeKernelBlock` in place of each convolution; 0 for plain ones.
+        channels: Number N of channels, the paper's 'sc'.
+        large_kernel: Kernel side k of :class:`LargeKernelBlock` in place of each convolution; 0 for plain ones.
     """
 
     def __init__(self, channels: int, large_kernel: int = 0) -> None:
@@ -144,8 +145,8 @@ class FlowEstimator(nn.Module):
     """Velocity of one level from the sum and the difference of fixed and warped moving features.
 
     Args:
-        feature_channels: N.
-        head_channels: K, the width of the second convolution.
+        feature_channels: Number N of feature channels.
+        head_channels: Width K of the second convolution.
     """
 
     def __init__(self, feature_channels: int, head_channels: int) -> None:
@@ -181,23 +182,24 @@ class RegistrationNetwork(nn.Module):
     interpolation with aligned corners; nothing is padded or cropped.
 
     Args:
-        start_channels: N, width of the encoder (the paper's 'sc').
-        head_channels: K, width of the flow estimators.
-        cascade: how a level's own field w and the upsampled coarser one U are joined: "additive", ``w + U``, or
-            "compositional", ``w(p) + U(p + w(p))``.
-        levels: number of pyramid levels; 5 in the paper.
-        squarings: squarings of the integration at every level.
-        large_kernel: LK, kernel side k (5 in LKU-Net) of the encoder's parallel blocks; 0 for plain convolutions.
-        co_attention_levels: CA, number of coarsest levels with co-attention; 0 for none.
-        bilateral_window: BF, window of the joint bilateral filter of the result in voxels; 0 for none.
-        bilateral_sigma: its initial width along every axis in voxels.
-        bilateral_sigma_range: its initial width in intensities of the fixed image.
-        correlation_window: CORR, side of the window of local correlations at every level; 0 for none.
-        correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
-        passes: REC, how often each level's estimator is applied, each time to the moving features as warped by all
-            that was found before, and its field joined to that as a finer level's would be.
-        refinements: REF, further passes of the finest level where the network is called, not in :meth:`fields`, and so
-            in no loss: the network is not trained for them.
+        start_channels: Width N of the encoder (the paper's 'sc').
+        head_channels: Width K of the flow estimators.
+        cascade: Way in which a level's own field w and the upsampled coarser one U are joined: "additive", ``w + U``,
+            or "compositional", ``w(p) + U(p + w(p))``.
+        levels: Number of pyramid levels; 5 in the paper.
+        squarings: Number of squarings of the integration at every level.
+        large_kernel: Kernel side k (LK; 5 in LKU-Net) of the encoder's parallel blocks; 0 for plain convolutions.
+        co_attention_levels: Number of coarsest levels with co-attention (CA); 0 for none.
+        bilateral_window: Window of the joint bilateral filter of the result (BF), in voxels; 0 for none.
+        bilateral_sigma: Initial width of the filter along every axis, in voxels.
+        bilateral_sigma_range: Initial width of the filter in intensities of the fixed image.
+        correlation_window: Side of the window of local correlations at every level (CORR); 0 for none.
+        correlation_mode: Use of the correlations: "channels", which the flow estimators read, or "attention", added to
+            the velocity.
+        passes: Number of times that each level's estimator is applied (REC), each time to the moving features as warped
+            by all that was found before, and its field joined to that as a finer level's would be.
+        refinements: Number of further passes of the finest level where the network is called (REF), not in
+            :meth:`fields`, and so in no loss: the network is not trained for them.
     """
 
     def __init__(
@@ -283,9 +285,9 @@ class RegistrationNetwork(nn.Module):
         """Displacement and velocity of every level, as the loss with deep supervision needs them.
 
         Args:
-            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
-            moving: ``(B, 1, D, H, W)``, same shape.
-            both_directions: register the fixed image to the moving one too, from the same features.
+            fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1].
+            moving: Moving image ``(B, 1, D, H, W)``, intensities in [0, 1].
+            both_directions: Whether to register the fixed image to the moving one too, from the same features.
 
         Returns:
             :class:`Fields`, float32; with both directions of batch size 2B, those of the other direction last.
@@ -331,8 +333,8 @@ class RegistrationNetwork(nn.Module):
         """Displacement of every level from given velocities, as :meth:`fields` makes them from its own.
 
         Args:
-            velocities: as :class:`Fields` has them.
-            fixed: ``(B, 1, D, H, W)``, guides the bilateral filter where there is one.
+            velocities: Velocities as :class:`Fields` has them.
+            fixed: Fixed image ``(B, 1, D, H, W)``, which guides the bilateral filter where there is one.
         """
         found = join_velocities(velocities, self.cascade, self.squarings)
         if self.bilateral_filter is not None:

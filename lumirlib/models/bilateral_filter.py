@@ -80,11 +80,11 @@ def joint_bilateral_filter(
     the weights of the neighbours inside the image are normalized to one.
 
     Args:
-        displacement: ``(B, 3, D, H, W)`` in voxels.
-        guide: ``(B, 1, D, H, W)``, the fixed image, in [0, 1]; takes no gradient.
-        sigma: ``(4,)``, positive: s_i, s_j, s_k in voxels and s_r in units of the guide; takes a gradient. Values
-            below :data:`MIN_SIGMA` act as that; spatial widths of zero give the identity.
-        window: odd side of the neighbourhood in voxels.
+        displacement: Displacement ``(B, 3, D, H, W)`` in voxels.
+        guide: Guiding image ``(B, 1, D, H, W)``, the fixed image, in [0, 1]; takes no gradient.
+        sigma: Widths ``(4,)``, positive: s_i, s_j, s_k in voxels and s_r in units of the guide; takes a gradient.
+            Values below :data:`MIN_SIGMA` act as that; spatial widths of zero give the identity.
+        window: Odd side of the neighbourhood in voxels.
 
     Returns:
         ``(B, 3, D, H, W)`` in voxels.
@@ -106,9 +106,9 @@ class JointBilateralFilter(nn.Module):
     """:func:`joint_bilateral_filter` with trainable widths, kept positive through their logarithms.
 
     Args:
-        window: odd side of the neighbourhood in voxels, at least 5; about five times the spatial widths.
-        spatial_sigma: initial s_i = s_j = s_k in voxels.
-        range_sigma: initial s_r.
+        window: Odd side of the neighbourhood in voxels, at least 5; about five times the spatial widths.
+        spatial_sigma: Initial s_i = s_j = s_k in voxels.
+        range_sigma: Initial s_r.
     """
 
     def __init__(self, window: int = 5, spatial_sigma: float = 1.0, range_sigma: float = 0.1) -> None:

@@ -16,7 +16,7 @@ class CoAttention(nn.Module):
     starts as the one without attention.
 
     Args:
-        channels: N, of both streams.
+        channels: Number N of channels of both streams.
     """
 
     def __init__(self, channels: int) -> None:

@@ -16,9 +16,9 @@ class LargeKernelBlock(nn.Module):
     folded into one k^3 convolution for inference.
 
     Args:
-        in_channels: of the features.
-        out_channels: of the result; the input is added where both are equal.
-        kernel_size: k, odd, above 3.
+        in_channels: Number of channels of the features.
+        out_channels: Number of channels of the result; the input is added where both are equal.
+        kernel_size: Side k of the kernel, odd, above 3.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 5) -> None:

@@ -150,8 +150,8 @@ def instance_norm_prelu(features: torch.Tensor, slope: torch.Tensor) -> torch.Te
     elsewhere. The statistics are float32 or better for every dtype.
 
     Args:
-        features: ``(B, C, D, H, W)``.
-        slope: ``(1,)``, takes a gradient.
+        features: Features ``(B, C, D, H, W)``.
+        slope: Slope ``(1,)`` of the PReLU, takes a gradient.
 
     Returns:
         ``(B, C, D, H, W)``, dtype and memory layout of `features`.
@@ -205,9 +205,9 @@ def place(model: nn.Module, device: torch.device | str, channels_last: bool = Tr
     oneDNN's 3-D convolutions on the CPU ran 1.3 to 6 times faster so; benchmarks/train_step.py measures a GPU's.
 
     Args:
-        model: any network.
-        device: "cpu", "cuda" ...
-        channels_last: False keeps PyTorch's default layout.
+        model: Any network.
+        device: Device's name: "cpu", "cuda" ...
+        channels_last: Whether the weights take channels_last_3d; False keeps PyTorch's default layout.
 
     Returns:
         `model` itself.
@@ -223,8 +223,8 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> nn.Module:
     compiler.
 
     Args:
-        model: any network.
-        backend: of ``torch.compile``.
+        model: Any network.
+        backend: Backend of ``torch.compile``.
 
     Returns:
         `model` itself.

@@ -34,9 +34,9 @@ def local_correlation(fixed: torch.Tensor, moving: torch.Tensor, window: int = 3
     ``c_o(p) = F(p) . M(p + o) / (|F(p)| |M(p + o)|)`` for each offset o of the window; 0 where ``p + o`` lies outside.
 
     Args:
-        fixed: features ``(B, N, D, H, W)``.
-        moving: likewise.
-        window: odd side of the window in voxels.
+        fixed: Fixed features ``(B, N, D, H, W)``.
+        moving: Moving features ``(B, N, D, H, W)``.
+        window: Odd side of the window in voxels.
 
     Returns:
         ``(B, window**3, D, H, W)`` in [-1, 1], in the order of :func:`window_offsets`; float32 or better.
@@ -74,8 +74,8 @@ class CorrelationChannels(nn.Module):
     that the network starts as the one without correlations.
 
     Args:
-        window: side of the window in voxels.
-        width: channels of the convolution that they are added to.
+        window: Side of the window in voxels.
+        width: Number of channels of the convolution that they are added to.
     """
 
     def __init__(self, window: int, width: int) -> None:
@@ -97,7 +97,7 @@ class CorrelationAttention(nn.Module):
     network starts as the one without correlations.
 
     Args:
-        window: side of the window in voxels.
+        window: Side of the window in voxels.
     """
 
     def __init__(self, window: int) -> None:
