@@ -11,9 +11,9 @@ def check_image(image: torch.Tensor, name: str = "image", channels: int | None =
     """Raise unless `image` is a finite-typed tensor of shape (B, C, D, H, W).
 
     Args:
-        image: the tensor to look at.
-        name: how the caller names it, for the message.
-        channels: the number of channels C that is required, any if None.
+        image: Tensor to look at.
+        name: Name that the caller gives it, for the message.
+        channels: Number of channels C that is required, any if None.
 
     Raises:
         TypeError: not a tensor, or not of a floating-point dtype.
@@ -92,8 +92,8 @@ def check_option_types(defaults: object, overrides: Mapping[str, object]) -> dic
     """Overrides with whole numbers made floats where the option is one.
 
     Args:
-        defaults: a dataclass instance; options that are None take whole numbers or None.
-        overrides: options of it by name.
+        defaults: Instance of a dataclass; options that are None take whole numbers or None.
+        overrides: Options of it by name.
 
     Raises:
         ValueError: a value that has not the type of that option's default.

@@ -138,13 +138,13 @@ def _kernels(count):
         """Add to ``image_gradient[first:last]`` what points give to its voxels: the gradient of warping in the image.
 
         Args:
-            displacement: ``(D, H, W, 3)``.
-            gradient: ``(D, H, W, C)``, of the warped image.
-            image_gradient: ``(D, H, W, C)``.
-            low: ``(D,)``, from :func:`_reach`.
-            high: ``(D,)``, likewise.
-            first: plane to begin with.
-            last: plane to end before.
+            displacement: Displacement ``(D, H, W, 3)``.
+            gradient: Gradient of the warped image ``(D, H, W, C)``.
+            image_gradient: Gradient of the image ``(D, H, W, C)``.
+            low: Lower bounds ``(D,)``, from :func:`_reach`.
+            high: Upper bounds ``(D,)``, from :func:`_reach`.
+            first: Plane to begin with.
+            last: Plane to end before.
         """
         shape, channels = displacement.shape[:3], np.uint64(count or gradient.shape[3])
         given, into = gradient.reshape(-1), image_gradient.reshape(-1)
@@ -295,8 +295,8 @@ def warp(image: torch.Tensor, displacement: torch.Tensor) -> torch.Tensor:
     """``image(p + displacement(p))``, trilinear, zero outside and where a displacement is not finite.
 
     Args:
-        image: ``(B, C, D, H, W)``, float32 or float64, on the CPU.
-        displacement: ``(B, 3, D, H, W)`` in voxels, of the same dtype.
+        image: Image ``(B, C, D, H, W)``, float32 or float64, on the CPU.
+        displacement: Displacement ``(B, 3, D, H, W)`` in voxels, of the same dtype.
 
     Returns:
         ``(B, C, D, H, W)`` in channels_last_3d.
@@ -332,8 +332,8 @@ def integrate(velocity: torch.Tensor, steps: int) -> torch.Tensor:
     """Scaling and squaring, which keeps for the backward pass the field before each squaring and nothing else.
 
     Args:
-        velocity: ``(B, 3, D, H, W)`` in voxels, float32 or float64, on the CPU.
-        steps: the number of squarings.
+        velocity: Velocity ``(B, 3, D, H, W)`` in voxels, float32 or float64, on the CPU.
+        steps: Number of squarings.
 
     Returns:
         ``(B, 3, D, H, W)`` in voxels, in channels_last_3d.
@@ -346,11 +346,11 @@ def warp_nearest(volumes, displacement, warped, first, last):  # pragma: no cove
     """Fill ``warped[:, first:last]`` with the voxels of `volumes` nearest to ``p + displacement(p)``, 0 outside.
 
     Args:
-        volumes: ``(C, D, H, W)``, any dtype.
-        displacement: ``(3, D, H, W)`` floats in voxels; added to p in float64.
-        warped: like `volumes`.
-        first: slice along the first axis to begin with.
-        last: slice to end before.
+        volumes: Volumes ``(C, D, H, W)``, any dtype.
+        displacement: Displacement ``(3, D, H, W)``, floats in voxels; added to p in float64.
+        warped: Result, like `volumes`.
+        first: Slice along the first axis to begin with.
+        last: Slice to end before.
     """
     channels, depth, height, width = volumes.shape
     for i in range(first, last):

@@ -25,8 +25,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Call `write` on a temporary file beside `path`, then move it into place.
 
     Args:
-        path: the file to make; its folder is made too.
-        write: writes to the path it is given. If it raises, or the disk is full, `path` stays as it was.
+        path: Path of the file to make; its folder is made too.
+        write: Function that writes to the path it is given. If it raises, or the disk is full, `path` stays as it was.
 
     Returns:
         `path`.

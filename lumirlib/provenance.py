@@ -33,9 +33,9 @@ def results_folder(out: str | Path = "") -> Path:
     What the study has committed and what a user makes are two places, so that a run never overwrites a committed file.
 
     Args:
-        out: "study" for what the study has committed, `results/` of the checkout; empty for one's own results, which
-            are in the folder named by LUMIRLIB_RESULTS, or else in `runs/` of the checkout, or else, where there is no
-            checkout, in `lumirlib-results/` of the current folder; otherwise a path.
+        out: Name or path of the folder: "study" for what the study has committed, `results/` of the checkout; empty for
+            one's own results, which are in the folder named by LUMIRLIB_RESULTS, or else in `runs/` of the checkout, or
+            else, where there is no checkout, in `lumirlib-results/` of the current folder; otherwise a path.
 
     Raises:
         FileNotFoundError: "study" where there is no checkout.

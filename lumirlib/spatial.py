@@ -82,9 +82,9 @@ def identity_grid(
     """Voxel coordinates of every voxel centre.
 
     Args:
-        shape: the three sides (D, H, W) in voxels.
-        device: where the grid is made.
-        dtype: a floating-point dtype.
+        shape: Three sides (D, H, W) in voxels.
+        device: Device that the grid is made on.
+        dtype: Floating-point dtype.
 
     Returns:
         ``(1, 3, D, H, W)`` in voxels, channel 0 along i; a fresh tensor.
@@ -102,8 +102,8 @@ def voxel_to_normalized(points: torch.Tensor, shape: Sequence[int]) -> torch.Ten
     """Convert voxel coordinates (last axis i, j, k) to normalized ones (last axis k, j, i).
 
     Args:
-        points: ``(..., 3)`` in voxels.
-        shape: the sides (D, H, W) of the image that the points lie in.
+        points: Points ``(..., 3)`` in voxels.
+        shape: Sides (D, H, W) of the image that the points lie in.
 
     Returns:
         ``(..., 3)``, -1 at the first and +1 at the last voxel centre, axes reversed.
@@ -116,8 +116,8 @@ def sample(image: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Trilinear values of an image at arbitrary voxel coordinates, zero outside.
 
     Args:
-        image: ``(B, C, D, H, W)``, floating point. float16 and bfloat16 images are interpolated in float32.
-        points: ``(B, 3, d, h, w)`` in voxels of `image`, channel 0 along i.
+        image: Image ``(B, C, D, H, W)``, floating point. float16 and bfloat16 images are interpolated in float32.
+        points: Points ``(B, 3, d, h, w)`` in voxels of `image`, channel 0 along i.
 
     Returns:
         ``(B, C, d, h, w)`` in the dtype of `image`.
@@ -155,10 +155,10 @@ def warp(image: torch.Tensor, displacement: torch.Tensor, mode: str = "bilinear"
     """Warp a moving image by a displacement: ``warped(p) = image(p + displacement(p))``.
 
     Args:
-        image: the moving image, ``(B, C, D, H, W)``; any dtype for "nearest", floating point for "bilinear".
-        displacement: ``(B, 3, D, H, W)`` in voxels, on the fixed grid.
-        mode: "bilinear" (trilinear in 3-D, zero outside, for images) or "nearest" (for labels, as SciPy's
-            ``map_coordinates(order=0)`` does it).
+        image: Moving image ``(B, C, D, H, W)``; any dtype for "nearest", floating point for "bilinear".
+        displacement: Displacement ``(B, 3, D, H, W)`` in voxels, on the fixed grid.
+        mode: Interpolation: "bilinear" (trilinear in 3-D, zero outside, for images) or "nearest" (for labels, as
+            SciPy's ``map_coordinates(order=0)`` does it).
 
     Returns:
         The warped image, shape and dtype of `image`.
@@ -278,8 +278,8 @@ def compose(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
     """Composition of two displacements, `inner` applied first: ``inner(p) + outer(p + inner(p))``.
 
     Args:
-        outer: ``(B, 3, D, H, W)`` in voxels.
-        inner: ``(B, 3, D, H, W)`` in voxels, on the same grid.
+        outer: Displacement ``(B, 3, D, H, W)`` in voxels, applied last.
+        inner: Displacement ``(B, 3, D, H, W)`` in voxels, on the same grid, applied first.
 
     Returns:
         ``(B, 3, D, H, W)`` in voxels.
@@ -306,8 +306,8 @@ def integrate(velocity: torch.Tensor, steps: int = 7) -> torch.Tensor:
     float32 or better.
 
     Args:
-        velocity: ``(B, 3, D, H, W)`` in voxels per unit time.
-        steps: the number of squarings, 0 returns the velocity itself.
+        velocity: Velocity ``(B, 3, D, H, W)`` in voxels per unit time.
+        steps: Number of squarings, 0 returns the velocity itself.
 
     Returns:
         ``(B, 3, D, H, W)`` in voxels.
@@ -337,10 +337,10 @@ def invert(displacement: torch.Tensor, initial: torch.Tensor | None = None, iter
     residual shrinks quadratically. ``compose(displacement, invert(displacement))`` tells how well it went.
 
     Args:
-        displacement: ``(B, 3, D, H, W)`` in voxels.
-        initial: a first guess of the inverse, for an integrated velocity that of the negative velocity;
-            ``-displacement`` if None.
-        iterations: how often to correct.
+        displacement: Displacement ``(B, 3, D, H, W)`` in voxels.
+        initial: First guess of the inverse, for an integrated velocity that of the negative velocity; ``-displacement``
+            if None.
+        iterations: Number of corrections.
 
     Returns:
         ``(B, 3, D, H, W)`` in voxels.
@@ -356,8 +356,8 @@ def resize(image: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Resample an image to another shape, trilinearly with aligned corner voxels; values keep their units.
 
     Args:
-        image: ``(B, C, D, H, W)``, floating point.
-        shape: the new sides (D', H', W').
+        image: Image ``(B, C, D, H, W)``, floating point.
+        shape: New sides (D', H', W').
 
     Returns:
         ``(B, C, D', H', W')``.
@@ -372,9 +372,9 @@ def resize_displacement(
     """Resample a displacement to another grid **and** convert its voxels into voxels of that grid.
 
     Args:
-        displacement: ``(B, 3, D, H, W)`` in voxels of its own grid.
-        shape: the new sides (D', H', W').
-        factors: new voxels per old voxel along i, j, k. None takes ``(side' - 1) / (side - 1)``, the exact factor
+        displacement: Displacement ``(B, 3, D, H, W)`` in voxels of its own grid.
+        shape: New sides (D', H', W').
+        factors: New voxels per old voxel along i, j, k. None takes ``(side' - 1) / (side - 1)``, the exact factor
             for corner-aligned grids. Coarse-to-fine cascades in the literature multiply by 2 instead.
 
     Returns:
@@ -395,8 +395,8 @@ def to_finer_grid(displacement: torch.Tensor, factor: int) -> torch.Tensor:
     that of the border. Corners are not aligned, unlike in :func:`resize_displacement`. No gradient is kept.
 
     Args:
-        displacement: ``(B, 3, D, H, W)`` in coarse voxels.
-        factor: fine voxels along the edge of a coarse one, from 1.
+        displacement: Displacement ``(B, 3, D, H, W)`` in coarse voxels.
+        factor: Fine voxels along the edge of a coarse one, from 1.
 
     Returns:
         ``(B, 3, factor D, factor H, factor W)`` in fine voxels; with a factor of 1 the displacement itself.
@@ -416,8 +416,8 @@ def majority_label(labels: torch.Tensor, factor: int) -> torch.Tensor:
     """The most frequent label of each block of factor^3 voxels; ties go to the smallest number.
 
     Args:
-        labels: ``(B, 1, D, H, W)``, integers, sides divisible by `factor`.
-        factor: side of a block in voxels.
+        labels: Labels ``(B, 1, D, H, W)``, integers, sides divisible by `factor`.
+        factor: Side of a block in voxels.
 
     Returns:
         ``(B, 1, D/factor, H/factor, W/factor)``, same dtype.

@@ -38,10 +38,10 @@ def warped_grid(displacement: torch.Tensor, plane: str = "axial", every: float =
     A line is where a component in the plane of x + u(x) is a multiple of `every`; it is a voxel wide and fades to 0.
 
     Args:
-        displacement: u, ``(1, 3, D, H, W)`` in voxels, on the fixed grid.
-        plane: a key of :data:`PLANES`: the lines cross it, those that lie in it are not drawn.
-        every: voxels between two lines, above 0.
-        finer: voxels of the image along an edge of a voxel, 1 or more.
+        displacement: Displacement u ``(1, 3, D, H, W)`` in voxels, on the fixed grid.
+        plane: Key of :data:`PLANES`: the lines cross it, those that lie in it are not drawn.
+        every: Voxels between two lines, above 0.
+        finer: Voxels of the image along an edge of a voxel, 1 or more.
 
     Returns:
         ``(1, 1, finer D, finer H, finer W)`` in [0, 1].
@@ -90,16 +90,16 @@ class PairViewer:
     changes the window, buttons choose the plane.
 
     Args:
-        fixed: ``(1, 1, D, H, W)`` in [0, 1].
-        moving: same shape.
-        displacement: ``(1, 3, D, H, W)`` in voxels, on the fixed grid.
-        spacing_mm: edge of a voxel.
-        title: says what is shown, and "simulated" where it is.
-        height: of a panel, in pixels.
+        fixed: Fixed image ``(1, 1, D, H, W)`` in [0, 1].
+        moving: Moving image in [0, 1], same shape.
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels, on the fixed grid.
+        spacing_mm: Edge of a voxel, in mm.
+        title: Title that says what is shown, and "simulated" where it is.
+        height: Height of a panel, in pixels.
 
     Attributes:
-        interactive: whether ipyniivue is installed.
-        panels: the NiiVue widgets moving, fixed, warped, grid; empty until a front end shows the viewer.
+        interactive: Whether ipyniivue is installed.
+        panels: Widgets of NiiVue: moving, fixed, warped, grid; empty until a front end shows the viewer.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -197,11 +197,11 @@ def view_pair(
     """Register a validation pair and look at it: the viewer, as the last line of a cell.
 
     Args:
-        method: ``method(fixed, moving) -> displacement``; a network is one.
-        cohort: gives the images.
-        name: of a validation pair of the cohort.
-        title: says what is shown, and "simulated" where it is; the pair's name is added.
-        device: where the method runs.
+        method: Function ``method(fixed, moving) -> displacement``; a network is one.
+        cohort: Cohort that gives the images.
+        name: Name of a validation pair of the cohort.
+        title: Title that says what is shown, and "simulated" where it is; the pair's name is added.
+        device: Device that the method runs on.
 
     Raises:
         ValueError: no pair of that name.

@@ -28,7 +28,8 @@ def _determinants(at: Callable[[tuple[int, ...]], torch.Tensor]) -> Iterator[tor
     """The ten determinants of some voxels, one after the other.
 
     Args:
-        at: Displacement of the voxels' neighbours at an offset, three components in its second dimension.
+        at: Function that gives the displacement of the voxels' neighbours at an offset, three components in its second
+            dimension.
     """
     here = at((0, 0, 0))
 

@@ -30,8 +30,8 @@ def parse_row(name: str, **overrides: object) -> Row:
     """The row that a name stands for: a method of :data:`BASELINES`, or a variant of the paper's network.
 
     Args:
-        name: of a baseline, or as :func:`lumirlib.parse_variant` takes it; case does not matter.
-        overrides: options of the row to set besides.
+        name: Name of a baseline, or of a variant as :func:`lumirlib.parse_variant` takes it; case does not matter.
+        overrides: Options of the row to set besides.
 
     Raises:
         ValueError: an unknown name or option, with the choices listed.

@@ -139,8 +139,8 @@ def mind_ssc(image: np.ndarray, step: int) -> np.ndarray:
     the lowest, how many of 1.5/6, 2.5/6, ..., 5.5/6 lie below exp(-d).
 
     Args:
-        image: ``(D, H, W)`` float32 in [0, 1].
-        step: distance of the neighbours and radius of the box in voxels, 1 or more.
+        image: Image ``(D, H, W)`` float32 in [0, 1].
+        step: Distance of the neighbours and radius of the box in voxels, 1 or more.
 
     Returns:
         ``(D, H, W)`` uint64.
@@ -192,12 +192,12 @@ def data_costs(fixed: np.ndarray, moving: np.ndarray, spacing: int, radius: int,
     on.
 
     Args:
-        fixed: words of the fixed image, ``(D, H, W)`` uint64.
-        moving: words of the moving image warped so far, same shape.
-        spacing: g, of the control points in voxels.
-        radius: labels on each side of zero, along each axis.
-        step: between labels in voxels.
-        alpha: weight of smoothness.
+        fixed: Words of the fixed image, ``(D, H, W)`` uint64.
+        moving: Words of the moving image warped so far, same shape.
+        spacing: Spacing g of the control points in voxels.
+        radius: Number of labels on each side of zero, along each axis.
+        step: Step between labels in voxels.
+        alpha: Weight of smoothness.
 
     Returns:
         ``(D // g, H // g, W // g, (2 radius + 1)^3)`` float32.
@@ -220,12 +220,12 @@ class Tree(NamedTuple):
     """A rooted tree. Nodes are control points, numbered as ``numpy.ravel`` does; positions are places in `order`.
 
     Attributes:
-        order: ``(N,)`` nodes, breadth first from the root: the children of a node stand side by side.
-        parents: ``(N,)`` position of the parent of the node at each position, -1 for the root.
-        children: ``(N + 1,)`` the children of position p are the positions from ``children[p]`` to
-            ``children[p + 1] - 1``.
-        depths: the first position of each depth, and N.
-        weights: ``(N,)`` float32, of the edge from the node at each position to its parent, 1 for the root.
+        order: Nodes ``(N,)``, breadth first from the root: the children of a node stand side by side.
+        parents: Position ``(N,)`` of the parent of the node at each position, -1 for the root.
+        children: Bounds ``(N + 1,)``: the children of position p are the positions from ``children[p]`` to ``children[p
+            + 1] - 1``.
+        depths: First position of each depth, and N.
+        weights: Weight ``(N,)`` float32 of the edge from the node at each position to its parent, 1 for the root.
     """
 
     order: np.ndarray
@@ -247,8 +247,8 @@ def grid_edges(image: np.ndarray, spacing: int) -> tuple[np.ndarray, np.ndarray]
     standard deviation of the image.
 
     Args:
-        image: ``(D, H, W)`` float32, not constant.
-        spacing: of the control points in voxels.
+        image: Image ``(D, H, W)`` float32, not constant.
+        spacing: Spacing of the control points in voxels.
 
     Returns:
         ``(E, 2)`` node numbers, and ``(E,)`` float32 in (0, 1].
@@ -335,10 +335,11 @@ def spanning_tree(ends: np.ndarray, weights: np.ndarray, nodes: int, root: int) 
     """The spanning tree of greatest total weight (Kruskal); of equal edges the first one is taken.
 
     Args:
-        ends: ``(E, 2)`` node numbers of a connected graph.
-        weights: ``(E,)`` float32; a tree of least total cost is the one of greatest weight, costs being ``-weight``.
-        nodes: how many there are.
-        root: a node.
+        ends: Node numbers ``(E, 2)`` of a connected graph.
+        weights: Weights ``(E,)`` float32; a tree of least total cost is the one of greatest weight, costs being
+            ``-weight``.
+        nodes: Number of nodes.
+        root: Number of the root's node.
 
     Returns:
         The tree.
@@ -461,9 +462,9 @@ def min_sum(costs: np.ndarray, tree: Tree, previous: np.ndarray) -> np.ndarray:
     difference of total displacements times the weights from the edge's upper end to the root.
 
     Args:
-        costs: ``(N, n^3)`` float32 of all nodes' labels; **changed**: messages are added.
-        tree: of the N nodes.
-        previous: ``(3, N)`` float32, displacements before this level in label steps.
+        costs: Costs ``(N, n^3)`` float32 of all nodes' labels; **changed**: messages are added.
+        tree: Tree of the N nodes.
+        previous: Displacements ``(3, N)`` float32 before this level, in label steps.
 
     Returns:
         ``(N,)`` int64, the label of each node.

@@ -32,12 +32,12 @@ class Greedy(ExternalTool):
     """Greedy diffeomorphic registration (Yushkevich et al., 2016), PyPI ``picsl-greedy``; not in the paper.
 
     Attributes:
-        name: of the row.
-        resolution_mm: edge of a voxel.
-        metric: its ``-m``.
-        iterations: its ``-n``, coarse to fine.
-        smoothing: its ``-s``, of the updates and of the whole warp.
-        threads: 0 takes all cores.
+        name: Name of the row.
+        resolution_mm: Edge of a voxel, in mm.
+        metric: Value of the program's option ``-m``.
+        iterations: Value of the program's option ``-n``, coarse to fine.
+        smoothing: Value of the program's option ``-s``, for the updates and for the whole warp.
+        threads: Number of threads; 0 takes all cores.
     """
 
     name: str = "Greedy (not in the paper)"
@@ -78,11 +78,13 @@ class AntsSyN(ExternalTool):
     differs a little from run to run.
 
     Attributes:
-        name: of the row.
-        resolution_mm: edge of a voxel.
-        transform: ANTsPy's ``type_of_transform``; "SyNOnly" skips the affine part, "SyNCC" takes cross-correlation.
-        iterations: of the deformable part, coarse to fine; ANTsPy itself leaves out the finest level, (40, 20, 0).
-        seed: of the random samples that the affine part takes.
+        name: Name of the row.
+        resolution_mm: Edge of a voxel, in mm.
+        transform: Value of ANTsPy's ``type_of_transform``; "SyNOnly" skips the affine part, "SyNCC" takes
+            cross-correlation.
+        iterations: Iterations of the deformable part, coarse to fine; ANTsPy itself leaves out the finest level, (40,
+            20, 0).
+        seed: Random seed of the samples that the affine part takes.
     """
 
     name: str = "SyN of ANTs (not in the paper)"
@@ -130,12 +132,12 @@ class ConvexAdam(ExternalTool):
     Not in the paper. Runs where the images are.
 
     Attributes:
-        name: of the row.
-        resolution_mm: taken for the common interface; the method counts in voxels.
-        regularization: weight of the smoothness in the Adam part.
-        grid_spacing: of the discrete part's control points, in voxels.
-        search_radius: of the discrete part, in control points.
-        steps: of Adam.
+        name: Name of the row.
+        resolution_mm: Edge of a voxel in mm, for the common interface; the method counts in voxels.
+        regularization: Weight of the smoothness in the Adam part.
+        grid_spacing: Spacing of the discrete part's control points, in voxels.
+        search_radius: Search radius of the discrete part, in control points.
+        steps: Number of Adam's steps.
     """
 
     name: str = "ConvexAdam (not in the paper)"

@@ -31,14 +31,14 @@ class Deeds(Tool):
     """deedsBCV; an instance is the method: ``Deeds()(fixed, moving) -> displacement``.
 
     Attributes:
-        name: of the row.
-        grid_spacings: of the control points in voxels, one per level, coarse to fine.
-        radii: labels on each side of zero along each axis, one per level.
-        quantisations: step between labels in voxels, one per level. A level reaches radius times step.
-        alpha: weight of smoothness against descriptors.
-        upsampling: images are first made so many times finer, trilinearly, and the result is brought back: steps
+        name: Name of the row.
+        grid_spacings: Spacings of the control points in voxels, one per level, coarse to fine.
+        radii: Numbers of labels on each side of zero along each axis, one per level.
+        quantisations: Steps between labels in voxels, one per level. A level reaches radius times step.
+        alpha: Weight of smoothness against descriptors.
+        upsampling: Factor by which images are first made finer, trilinearly, before the result is brought back: steps
             are whole voxels, which is too coarse for coarse voxels. The other options are in voxels of the finer grid.
-        progress: show a progress bar.
+        progress: Whether to show a progress bar.
     """
 
     name: str = "deedsBCV"
@@ -71,8 +71,8 @@ class Deeds(Tool):
         radius 5-4-3-2 with steps 3-2-1-1 (at 2 mm: 30, 16, 6 and 4 mm).
 
         Args:
-            resolution_mm: edge of a voxel.
-            options: of the row, taken instead of those chosen here.
+            resolution_mm: Edge of a voxel, in mm.
+            options: Options of the row, taken instead of those chosen here.
 
         Raises:
             ValueError: a resolution that is not above 0.
@@ -97,9 +97,9 @@ class Deeds(Tool):
         """The displacement that warps `moving` onto `fixed`; computed on the CPU.
 
         Args:
-            fixed: ``(1, 1, D, H, W)`` in [0, 1], any device; sides, upsampled, of at least twice the widest grid
-                spacing.
-            moving: likewise, same shape.
+            fixed: Fixed image ``(1, 1, D, H, W)`` in [0, 1], any device; sides, upsampled, of at least twice the widest
+                grid spacing.
+            moving: Moving image in [0, 1], any device, same shape.
 
         Returns:
             ``(1, 3, D, H, W)`` float32 in voxels, on the device of `fixed`.
@@ -192,8 +192,8 @@ def resample(field: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     as in the original program, and the border goes on beyond the last one.
 
     Args:
-        field: ``(3, d, h, w)`` float32.
-        shape: the new sides.
+        field: Field ``(3, d, h, w)`` float32.
+        shape: New sides.
 
     Returns:
         ``(3, *shape)`` float32.
@@ -214,9 +214,9 @@ def make_consistent(forward: np.ndarray, backward: np.ndarray, spacing: int) -> 
     Ten rounds of ``u <- (u - v o u) / 2`` and ``v <- (v - u o v) / 2``, both from the fields of the round before.
 
     Args:
-        forward: ``(3, d, h, w)`` float32 in voxels.
-        backward: likewise, the other way.
-        spacing: of the control points in voxels.
+        forward: Field ``(3, d, h, w)`` float32 in voxels.
+        backward: Field of the other direction, ``(3, d, h, w)`` float32 in voxels.
+        spacing: Spacing of the control points in voxels.
 
     Returns:
         The two fields.

@@ -44,9 +44,9 @@ def grid_affine(shape: Sequence[int], resolution_mm: float, orientation: str = "
     """Voxel-to-RAS matrix (4 x 4, mm) of a grid of cubic voxels centred at the origin of the world.
 
     Args:
-        shape: the sides (D, H, W).
-        resolution_mm: edge of a voxel.
-        orientation: where the array's axes i, j, k lead, as nibabel's axis codes: one of R/L, A/P, S/I each.
+        shape: Sides (D, H, W).
+        resolution_mm: Edge of a voxel, in mm.
+        orientation: Directions of the array's axes i, j, k, as nibabel's axis codes: one of R/L, A/P, S/I each.
 
     Raises:
         ValueError: not such three letters.
@@ -70,8 +70,8 @@ def run_program(command: Sequence[str], folder: Path) -> str:
     Whatever interrupts the waiting, Ctrl-C first of all, kills the program and all that it has started.
 
     Args:
-        command: the program and its arguments.
-        folder: where it runs.
+        command: Program and its arguments.
+        folder: Folder that it runs in.
 
     Returns:
         The last lines of what it printed.
@@ -118,8 +118,8 @@ class ExternalTool(Tool):
         """Displacement of a pair; see :mod:`lumirlib.spatial` for its meaning.
 
         Args:
-            fixed: ``(1, 1, D, H, W)`` in [0, 1].
-            moving: same shape.
+            fixed: Fixed image ``(1, 1, D, H, W)`` in [0, 1].
+            moving: Moving image in [0, 1], same shape.
 
         Returns:
             ``(1, 3, D, H, W)`` in voxels, on the device of `fixed`.

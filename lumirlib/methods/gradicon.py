@@ -48,10 +48,10 @@ class GradICONNetwork(nn.Module):
     voxels of each grid and converted by the ratio of its sides minus one.
 
     Args:
-        encoder: widths of each U-Net's encoder.
-        decoder: widths of its decoder.
-        coarse_steps: number of U-Nets below full resolution, from 0.
-        fine_steps: number of U-Nets at full resolution, from 1.
+        encoder: Widths of each U-Net's encoder.
+        decoder: Widths of each U-Net's decoder.
+        coarse_steps: Number of U-Nets below full resolution, from 0.
+        fine_steps: Number of U-Nets at full resolution, from 1.
 
     Raises:
         ValueError: an option out of its range.
@@ -76,8 +76,8 @@ class GradICONNetwork(nn.Module):
         """Displacement that carries `moving` onto `fixed`.
 
         Args:
-            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1]; sides from ``2**coarse_steps + 1`` voxels.
-            moving: ``(B, 1, D, H, W)``, same shape.
+            fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1]; sides from ``2**coarse_steps + 1`` voxels.
+            moving: Moving image ``(B, 1, D, H, W)``, same shape.
 
         Returns:
             ``(B, 3, D, H, W)`` in voxels, float32 (float64 for a float64 network).
@@ -118,9 +118,9 @@ def gaussian_lncc_loss(warped: torch.Tensor, fixed: torch.Tensor, sigma: float =
     none. Moments are float64 as there (float32 on Apple's GPUs).
 
     Args:
-        warped: ``(B, 1, D, H, W)``.
-        fixed: ``(B, 1, D, H, W)``.
-        sigma: standard deviation of the window in voxels.
+        warped: Warped moving image ``(B, 1, D, H, W)``.
+        fixed: Fixed image ``(B, 1, D, H, W)``.
+        sigma: Standard deviation of the window in voxels.
 
     Returns:
         A scalar in [0, 2], float32 (float64 for float64 images). Constant regions, such as a zero background, count
@@ -157,8 +157,8 @@ def gradicon_loss(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor
     are in units of the image's sides, the same on its cubic grid.
 
     Args:
-        forward: displacement ``(B, 3, D, H, W)`` of Phi_AB in voxels.
-        backward: displacement of Phi_BA, which is applied first.
+        forward: Displacement ``(B, 3, D, H, W)`` of Phi_AB in voxels.
+        backward: Displacement of Phi_BA, which is applied first.
 
     Returns:
         A scalar, 0 or more; 0 where the composition is a translation.
@@ -185,15 +185,15 @@ class GradICON(Baseline):
     """The row "uniGradICON" with its method retrained here.
 
     Attributes:
-        name: as in Table 1; that it is retrained is for the table to say.
-        encoder: widths of each U-Net's encoder, joined by "-".
-        decoder: widths of its decoder.
-        coarse_steps: number of U-Nets below full resolution, see :class:`GradICONNetwork`.
-        fine_steps: number of U-Nets at full resolution.
-        smoothness_weight: lambda, of the gradient inverse consistency, beside the similarity of both directions.
-        learning_rate_factor: times the preset's learning rate; 1/8 makes the published 5e-5 of the paper's 4e-4.
-        coarse_learning_rate_factor: see :class:`lumirlib.methods.base.Baseline`.
-        lncc_sigma_mm: standard deviation of the similarity's window, at least one voxel. The original's 5 voxels of a
+        name: Name as in Table 1; that it is retrained is for the table to say.
+        encoder: Widths of each U-Net's encoder, joined by "-".
+        decoder: Widths of each U-Net's decoder, joined by "-".
+        coarse_steps: Number of U-Nets below full resolution, see :class:`GradICONNetwork`.
+        fine_steps: Number of U-Nets at full resolution.
+        smoothness_weight: Weight lambda of the gradient inverse consistency, beside the similarity of both directions.
+        learning_rate_factor: Factor on the preset's learning rate; 1/8 makes the published 5e-5 of the paper's 4e-4.
+        coarse_learning_rate_factor: Factor for coarse presets, see :class:`lumirlib.methods.base.Baseline`.
+        lncc_sigma_mm: Standard deviation of the similarity's window, at least one voxel. The original's 5 voxels of a
             grid of 175^3 are 4.6, 6.4 and 5.5 mm along LUMIR's axes.
     """
 
@@ -225,11 +225,11 @@ class GradICON(Baseline):
         """Loss of one training step, both directions of the pair in one pass.
 
         Args:
-            model: from :meth:`build`.
-            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
-            moving: ``(B, 1, D, H, W)``, likewise.
-            preset: from :meth:`training_preset`.
-            generator: not used: nothing here is random.
+            model: Network from :meth:`build`.
+            fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1].
+            moving: Moving image ``(B, 1, D, H, W)``, intensities in [0, 1].
+            preset: Preset from :meth:`training_preset`.
+            generator: Generator, not used: nothing here is random.
 
         Returns:
             Scalars "total", "similarity" (:func:`gaussian_lncc_loss`, the sum of both directions) and "smoothness"

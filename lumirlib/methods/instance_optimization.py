@@ -30,15 +30,16 @@ class InstanceOptimization(nn.Module):
     than `tolerance` of itself within `patience` steps. The weights of the network stay as they are.
 
     Args:
-        model: trained network.
-        objective: what is minimized.
-        steps: of Adam at most, from 1.
-        learning_rate: of Adam, in voxels of each level; shared among the passes of a level, whose fields add up.
-        tolerance: smallest relative fall of the loss that counts, from 0.
-        patience: in steps, from 1.
+        model: Trained network.
+        objective: Function that is minimized.
+        steps: Largest number of Adam's steps, from 1.
+        learning_rate: Learning rate of Adam, in voxels of each level; shared among the passes of a level, whose fields
+            add up.
+        tolerance: Smallest relative fall of the loss that counts, from 0.
+        patience: Patience in steps, from 1.
 
     Attributes:
-        last_run: figures of the last call: "optimization_steps", "optimization_seconds" (without those of the network's
+        last_run: Figures of the last call: "optimization_steps", "optimization_seconds" (without those of the network's
             own prediction), and "optimization_loss_before" and "optimization_loss_after".
 
     Raises:
@@ -64,8 +65,8 @@ class InstanceOptimization(nn.Module):
         """Displacement ``(B, 3, D, H, W)`` in voxels that carries `moving` onto `fixed`; takes no gradient.
 
         Args:
-            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
-            moving: ``(B, 1, D, H, W)``, same shape.
+            fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1].
+            moving: Moving image ``(B, 1, D, H, W)``, same shape.
 
         Raises:
             TypeError, ValueError: as :meth:`RegistrationNetwork.fields`, and for voxels that are not finite.

@@ -41,8 +41,8 @@ def ras_to_voxel(field: np.ndarray, affine: np.ndarray) -> torch.Tensor:
     moving minus the fixed RAS position.
 
     Args:
-        field: ``(D, H, W, 3)``, or ``(D, H, W, 1, 3)`` as newer versions store it.
-        affine: 4 x 4 of the fixed image, voxels to RAS in mm.
+        field: Displacement field ``(D, H, W, 3)``, or ``(D, H, W, 1, 3)`` as newer versions store it.
+        affine: Matrix 4 x 4 of the fixed image, voxels to RAS in mm.
 
     Returns:
         ``(1, 3, D, H, W)`` float32 in voxels.
@@ -61,9 +61,9 @@ def icon_to_voxel(phi: torch.Tensor, identity: torch.Tensor, shape: Sequence[int
     network is side / n voxels of the image.
 
     Args:
-        phi: ``(1, 3, n, n, n)``, the network's map at each of its voxels, channel 0 along the first axis.
-        identity: the network's own identity map, same shape.
-        shape: the sides (D, H, W) of the images' grid.
+        phi: Map of the network at each of its voxels, ``(1, 3, n, n, n)``, channel 0 along the first axis.
+        identity: Identity map of the network, same shape.
+        shape: Sides (D, H, W) of the images' grid.
 
     Returns:
         ``(1, 3, D, H, W)`` in voxels.
@@ -83,9 +83,9 @@ def deeds_to_voxel(values: np.ndarray, shape: Sequence[int], spacing: int) -> to
     spacing)``; between them the program interpolates trilinearly, and repeats the last one beyond.
 
     Args:
-        values: the file's float32 numbers, one-dimensional.
-        shape: the sides (D, H, W) of the images.
-        spacing: of the last level's control points, in voxels.
+        values: Float32 numbers of the file, one-dimensional.
+        shape: Sides (D, H, W) of the images.
+        spacing: Spacing of the last level's control points, in voxels.
 
     Returns:
         ``(1, 3, D, H, W)`` float32 in voxels.
@@ -116,13 +116,14 @@ class ReleasedSynthMorph(ExternalTool):
     of 1 mm in a cube of `extent` mm.
 
     Attributes:
-        name: of the row.
-        resolution_mm: edge of a voxel.
-        orientation: where the array's axes lead; the program turns the head upright by it.
-        regularization: its ``-r``, between 0 and 1; 0 leaves the program's own (0.5 where it has the option).
-        extent: side of the network's cube in mm, 192 or 256.
-        threads: for TensorFlow; 0 leaves the choice to it.
-        gpu: whether the program may take a GPU.
+        name: Name of the row.
+        resolution_mm: Edge of a voxel, in mm.
+        orientation: Directions of the array's axes; the program turns the head upright by them.
+        regularization: Value of the program's option ``-r``, between 0 and 1; 0 leaves the program's own (0.5 where it
+            has the option).
+        extent: Side of the network's cube in mm, 192 or 256.
+        threads: Number of threads for TensorFlow; 0 leaves the choice to it.
+        gpu: Whether the program may take a GPU.
     """
 
     name: str = "SynthMorph (released)"
@@ -182,14 +183,15 @@ class ReleasedUniGradICON(ExternalTool):
     optimization several times that.
 
     Attributes:
-        name: of the row.
-        resolution_mm: taken for the common interface; the network knows no mm.
-        weights: path of the weights file; "" takes the environment variable ``UNIGRADICON_WEIGHTS``.
-        io_steps: steps of instance optimization; the package's own program takes 50.
-        io_learning_rate: of its Adam.
-        upper_quantile: of the intensities, becomes 1.
-        array_order: "kji" as ITK, and so the package, reads NIfTI files into arrays; "ijk" as nibabel does.
-        seed: of the random points in the loss of instance optimization.
+        name: Name of the row.
+        resolution_mm: Edge of a voxel in mm, for the common interface; the network knows no mm.
+        weights: Path of the weights file; "" takes the environment variable ``UNIGRADICON_WEIGHTS``.
+        io_steps: Steps of instance optimization; the package's own program takes 50.
+        io_learning_rate: Learning rate of the Adam of instance optimization.
+        upper_quantile: Quantile of the intensities that becomes 1.
+        array_order: Order of the array's axes: "kji" as ITK, and so the package, reads NIfTI files into arrays; "ijk"
+            as nibabel does.
+        seed: Random seed of the points in the loss of instance optimization.
     """
 
     name: str = "uniGradICON (released)"
@@ -316,13 +318,13 @@ class ReleasedDeeds(ExternalTool):
     in [0, 1] most of their digits. It counts in voxels, whatever their size.
 
     Attributes:
-        name: of the row.
-        resolution_mm: written into the images' headers, which the program does not look at.
-        program: path of the executable; "" takes the environment variable ``DEEDS_BIN``.
-        alpha: weight of the regularization.
-        grid_spacing: of the control points at each level, in voxels.
-        search_radius: largest displacement at each level, in steps.
-        quantization: step at each level, in voxels.
+        name: Name of the row.
+        resolution_mm: Edge of a voxel in mm, written into the images' headers, which the program does not look at.
+        program: Path of the executable; "" takes the environment variable ``DEEDS_BIN``.
+        alpha: Weight of the regularization.
+        grid_spacing: Spacing of the control points at each level, in voxels.
+        search_radius: Largest displacement at each level, in steps.
+        quantization: Step at each level, in voxels.
     """
 
     name: str = "deedsBCV (released)"

@@ -45,22 +45,22 @@ class SynthesisOptions:
     """Ranges that the generator draws from.
 
     Attributes:
-        resolution_mm: edge of a voxel of the label maps; turns the lengths in mm below into voxels.
-        mean_low: lowest mean of a label, as a share of the intensity range.
-        mean_high: highest one.
-        sigma_low: lowest standard deviation within a label, likewise.
-        sigma_high: highest one.
-        blur_voxels: highest standard deviation of the Gaussian blur; the lowest is 0.
-        bias_sigma: highest standard deviation of the logarithm of the bias field; the lowest is 0.
-        bias_spacing_mm: distance of the bias field's nodes.
-        gamma_sigma: standard deviation of the logarithm of the gamma exponent.
-        noise_sigma: highest standard deviation of the noise that is added behind the blur; the lowest is 0.
-        zero_background: probability that label 0 is exactly zero, as in skull-stripped images.
-        mirrored: probability that left and right structures share their mean and standard deviation.
-        shared_cortex: probability that all cortical labels share them.
-        warp_sigma_mm: highest standard deviation of the velocity at its nodes; the lowest is 0.
-        warp_spacing_mm: distance of the velocity's nodes.
-        squarings: squarings of the velocity's integration.
+        resolution_mm: Edge of a voxel of the label maps, in mm; turns the lengths in mm below into voxels.
+        mean_low: Lowest mean of a label, as a share of the intensity range.
+        mean_high: Highest mean of a label, as a share of the intensity range.
+        sigma_low: Lowest standard deviation within a label, as a share of the intensity range.
+        sigma_high: Highest standard deviation within a label, as a share of the intensity range.
+        blur_voxels: Highest standard deviation of the Gaussian blur; the lowest is 0.
+        bias_sigma: Highest standard deviation of the logarithm of the bias field; the lowest is 0.
+        bias_spacing_mm: Distance of the bias field's nodes.
+        gamma_sigma: Standard deviation of the logarithm of the gamma exponent.
+        noise_sigma: Highest standard deviation of the noise that is added behind the blur; the lowest is 0.
+        zero_background: Probability that label 0 is exactly zero, as in skull-stripped images.
+        mirrored: Probability that left and right structures share their mean and standard deviation.
+        shared_cortex: Probability that all cortical labels share their mean and standard deviation.
+        warp_sigma_mm: Highest standard deviation of the velocity at its nodes; the lowest is 0.
+        warp_spacing_mm: Distance of the velocity's nodes.
+        squarings: Number of squarings of the velocity's integration.
     """
 
     resolution_mm: float = 1.0
@@ -116,10 +116,10 @@ def random_deformation(
     Computed on the grid of half the resolution, as SynthMorph does it.
 
     Args:
-        shape: sides (D, H, W) of the result, each at least 3.
-        generator: of random numbers, on the CPU.
-        options: see :class:`SynthesisOptions`; the defaults if None.
-        device: where to integrate; the random numbers are the same everywhere.
+        shape: Sides (D, H, W) of the result, each at least 3.
+        generator: Generator of random numbers, on the CPU.
+        options: Options, see :class:`SynthesisOptions`; the defaults if None.
+        device: Device to integrate on; the random numbers are the same everywhere.
 
     Returns:
         Displacement ``(1, 3, D, H, W)`` in voxels.
@@ -164,10 +164,10 @@ class Contrast:
     """How tissues look in one image: what :func:`draw_contrast` draws.
 
     Attributes:
-        means: of the label numbers from 0, ``(numbers,)``.
-        sigmas: standard deviations within them, likewise.
-        stripped: whether label 0 is exactly zero.
-        gamma: exponent.
+        means: Means of the label numbers from 0, ``(numbers,)``.
+        sigmas: Standard deviations within the label numbers from 0, ``(numbers,)``.
+        stripped: Whether label 0 is exactly zero.
+        gamma: Exponent of the intensities.
     """
 
     means: torch.Tensor
@@ -182,9 +182,9 @@ def draw_contrast(
     """A random contrast of the labels of one image, or of several that are to look alike.
 
     Args:
-        numbers: labels that need one.
-        generator: of random numbers, on the CPU.
-        options: see :class:`SynthesisOptions`; the defaults if None.
+        numbers: Labels that need one.
+        generator: Generator of random numbers, on the CPU.
+        options: Options, see :class:`SynthesisOptions`; the defaults if None.
     """
     options = options or SynthesisOptions()
     present = torch.tensor(sorted(set(numbers)))
@@ -213,10 +213,10 @@ def synthesize(
     noise; scaling of the range to [0, 1]; gamma.
 
     Args:
-        labels: ``(1, 1, D, H, W)`` integers, 0 is the background; they are not deformed here.
-        generator: of random numbers, on the CPU.
-        options: see :class:`SynthesisOptions`; the defaults if None.
-        contrast: of these labels, from :func:`draw_contrast`; drawn here if None.
+        labels: Label map ``(1, 1, D, H, W)``, integers, 0 is the background; the labels are not deformed here.
+        generator: Generator of random numbers, on the CPU.
+        options: Options, see :class:`SynthesisOptions`; the defaults if None.
+        contrast: Contrast of these labels, from :func:`draw_contrast`; drawn here if None.
 
     Returns:
         ``(1, 1, D, H, W)`` float32 in [0, 1], on the device of `labels`.

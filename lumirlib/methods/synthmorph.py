@@ -42,12 +42,12 @@ class SynthMorphNetwork(nn.Module):
     resolution, the decoder ends at half of it.
 
     Args:
-        encoder: widths of the encoder, finest level first, at least two.
-        decoder: widths of the decoder, coarsest level first; one per level of the encoder, then those of the rest.
-        squarings: squarings of the integration.
-        normalization: instance normalization without parameters behind every convolution but the last; the published
-            network has none.
-        flow_std: standard deviation of the last convolution's initial weights.
+        encoder: Widths of the encoder, finest level first, at least two.
+        decoder: Widths of the decoder, coarsest level first; one per level of the encoder, then those of the rest.
+        squarings: Number of squarings of the integration.
+        normalization: Whether instance normalization without parameters stands behind every convolution but the last;
+            the published network has none.
+        flow_std: Standard deviation of the last convolution's initial weights.
 
     Raises:
         ValueError: an option out of its range.
@@ -87,8 +87,8 @@ class SynthMorphNetwork(nn.Module):
         """Displacement that carries `moving` onto `fixed`.
 
         Args:
-            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1]; any sides from 3 voxels.
-            moving: ``(B, 1, D, H, W)``, same shape.
+            fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1]; any sides from 3 voxels.
+            moving: Moving image ``(B, 1, D, H, W)``, same shape.
 
         Returns:
             ``(B, 3, D, H, W)`` in voxels, float32 (float64 for a float64 network).
@@ -104,8 +104,8 @@ def _corner_values(volume: torch.Tensor, points: torch.Tensor) -> Iterator[tuple
     """Values of the eight voxels around each point and their trilinear weights.
 
     Args:
-        volume: ``(D, H, W)``.
-        points: ``(3, N)`` in voxels; the weights have their gradient.
+        volume: Volume ``(D, H, W)``.
+        points: Places ``(3, N)`` in voxels; the weights have their gradient.
 
     Yields:
         Eight times values ``(N,)`` and weights ``(N,)``; outside the volume the weight is 0.
@@ -139,10 +139,10 @@ def soft_dice_loss(
     smooth, at the price of a blunter optimum.
 
     Args:
-        moving_labels: ``(1, 1, D, H, W)`` integers.
-        fixed_labels: ``(1, 1, D, H, W)`` integers.
-        displacement: ``(1, 3, D, H, W)`` in voxels; has the gradient.
-        between_voxels: sum over the centres of the cells of eight voxels in place of the voxels.
+        moving_labels: Moving labels ``(1, 1, D, H, W)``, integers.
+        fixed_labels: Fixed labels ``(1, 1, D, H, W)``, integers.
+        displacement: Displacement ``(1, 3, D, H, W)`` in voxels; has the gradient.
+        between_voxels: Whether to sum over the centres of the cells of eight voxels in place of the voxels.
 
     Returns:
         A scalar in [0, 1]. For labels that coincide it is 0 on voxels, and above 0 between them, where the labels
@@ -193,28 +193,30 @@ class SynthMorph(Baseline):
     """The row "SynthMorph".
 
     Attributes:
-        name: as in Table 1.
-        encoder: widths of the U-Net's encoder, joined by "-".
-        decoder: widths of its decoder.
-        squarings: of the integration.
-        smoothness_weight: lambda, of the displacement's diffusion, beside a soft Dice of weight 1.
-        draws: image pairs synthesized from each pair of label maps in a step, one batch. Every second one has fixed and
-            moving exchanged. Batches of one fall back to a slow convolution in PyTorch on the CPU: two take half the
-            time of one.
-        dice_between_voxels: see :func:`soft_dice_loss`.
-        learning_rate_factor: times the preset's learning rate; 1/4 makes the published 1e-4 of the paper's 4e-4.
-        coarse_learning_rate_factor: see :class:`lumirlib.methods.base.Baseline`.
-        warp_sigma_mm: of the random deformation of the label maps, see :class:`SynthesisOptions`; 0 for none.
-        warp_spacing_mm: see :class:`SynthesisOptions`.
-        zero_background: see :class:`SynthesisOptions`.
-        mirrored: likewise.
-        shared_cortex: likewise.
-        shared_contrast: probability that both images of a draw have one contrast, that is the means and spreads of
+        name: Name as in Table 1.
+        encoder: Widths of the U-Net's encoder, joined by "-".
+        decoder: Widths of the U-Net's decoder, joined by "-".
+        squarings: Number of squarings of the integration.
+        smoothness_weight: Weight lambda of the displacement's diffusion, beside a soft Dice of weight 1.
+        draws: Number of image pairs synthesized from each pair of label maps in a step, one batch. Every second one has
+            fixed and moving exchanged. Batches of one fall back to a slow convolution in PyTorch on the CPU: two take
+            half the time of one.
+        dice_between_voxels: Whether the Dice is summed between voxels, see :func:`soft_dice_loss`.
+        learning_rate_factor: Factor on the preset's learning rate; 1/4 makes the published 1e-4 of the paper's 4e-4.
+        coarse_learning_rate_factor: Factor for coarse presets, see :class:`lumirlib.methods.base.Baseline`.
+        warp_sigma_mm: Strength of the random deformation of the label maps, see :class:`SynthesisOptions`; 0 for none.
+        warp_spacing_mm: Distance of the velocity's nodes in mm, see :class:`SynthesisOptions`.
+        zero_background: Probability that label 0 is exactly zero, see :class:`SynthesisOptions`.
+        mirrored: Probability that left and right structures look alike, see :class:`SynthesisOptions`.
+        shared_cortex: Probability that all cortical labels look alike, see :class:`SynthesisOptions`.
+        shared_contrast: Probability that both images of a draw have one contrast, that is the means and spreads of
             their labels, background and gamma; everything else stays their own.
-        corruption: the generator's spreads, blur, bias field and noise are drawn up to this times those of
+        corruption: Factor on the highest spreads, blur, bias field and noise that the generator draws, those of
             :class:`SynthesisOptions`.
-        normalization: see :class:`lumirlib.methods.synthmorph.SynthMorphNetwork`.
-        flow_std: likewise.
+        normalization: Whether the network has instance normalization, see
+            :class:`lumirlib.methods.synthmorph.SynthMorphNetwork`.
+        flow_std: Standard deviation of the last convolution's initial weights, see
+            :class:`lumirlib.methods.synthmorph.SynthMorphNetwork`.
     """
 
     name: str = "SynthMorph"
@@ -296,11 +298,11 @@ class SynthMorph(Baseline):
         """Loss of one training step: both label maps are deformed, two images synthesized, their labels compared.
 
         Args:
-            model: from :meth:`build`.
-            fixed: label map ``(1, 1, D, H, W)``, integers.
-            moving: likewise.
-            preset: from :meth:`training_preset`.
-            generator: of all random numbers, on the CPU.
+            model: Network from :meth:`build`.
+            fixed: Fixed label map ``(1, 1, D, H, W)``, integers.
+            moving: Moving label map ``(1, 1, D, H, W)``, integers.
+            preset: Preset from :meth:`training_preset`.
+            generator: Generator of all random numbers, on the CPU.
 
         Returns:
             Scalars "total", "similarity" (:func:`soft_dice_loss`) and "smoothness" (diffusion of the displacement),

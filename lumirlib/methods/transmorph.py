@@ -40,8 +40,8 @@ def partition(tokens: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
     """Cut a grid into windows.
 
     Args:
-        tokens: ``(B, D, H, W, C)``, sides divisible by the window's.
-        window: sides (d, h, w) of a window in tokens.
+        tokens: Tokens ``(B, D, H, W, C)``, sides divisible by the window's.
+        window: Sides (d, h, w) of a window in tokens.
 
     Returns:
         ``(B * windows, d * h * w, C)``.
@@ -66,9 +66,9 @@ def window_mask(shape: Sequence[int], window: Sequence[int], shift: Sequence[int
     apart from the rest.
 
     Args:
-        shape: sides of the grid in tokens, before padding to multiples of the window.
-        window: sides of a window.
-        shift: how far the padded grid is rolled towards its origin, below the window's sides.
+        shape: Sides of the grid in tokens, before padding to multiples of the window.
+        window: Sides of a window in tokens.
+        shift: Steps by which the padded grid is rolled towards its origin, below the window's sides.
 
     Returns:
         ``(windows, N, N)`` bool with N tokens in a window, True where attention is allowed; None if it is everywhere.
@@ -90,11 +90,11 @@ class WindowAttention(nn.Module):
     """Self-attention within windows of a grid of tokens, with a learned bias per head and relative position.
 
     Args:
-        channels: width of a token, divisible by `heads`.
-        heads: number of heads.
-        window: sides (d, h, w) of a window in tokens.
-        shifted: move the windows by half their sides, so that they join neighbours that plain windows part. Along an
-            axis that one window covers nothing is moved.
+        channels: Width of a token, divisible by `heads`.
+        heads: Number of heads.
+        window: Sides (d, h, w) of a window in tokens.
+        shifted: Whether the windows are moved by half their sides, so that they join neighbours that plain windows
+            part. Along an axis that one window covers nothing is moved.
     """
 
     def __init__(self, channels: int, heads: int, window: Sequence[int], shifted: bool) -> None:
@@ -141,11 +141,11 @@ class SwinBlock(nn.Module):
     """Window attention and a perceptron, each behind a layer normalization and beside an identity path.
 
     Args:
-        channels: width of a token.
-        heads: of the attention.
-        window: sides of a window.
-        shifted: see :class:`WindowAttention`.
-        drop_path: probability that one of the two paths is left out for an image of the batch, in training.
+        channels: Width of a token.
+        heads: Number of heads of the attention.
+        window: Sides of a window in tokens.
+        shifted: Whether the windows are moved, see :class:`WindowAttention`.
+        drop_path: Probability that one of the two paths is left out for an image of the batch, in training.
     """
 
     def __init__(self, channels: int, heads: int, window: Sequence[int], shifted: bool, drop_path: float) -> None:
@@ -194,12 +194,12 @@ class SwinTransformer(nn.Module):
     """Features of a pair at 1/4, 1/8, ... of its resolution.
 
     Args:
-        in_channels: of the input.
-        embedding: width of the first level's tokens; each further level doubles it.
-        depths: blocks per level; every other one has shifted windows.
-        heads: of every attention.
-        window: sides of a window in tokens.
-        drop_path: of the last block; grows linearly from 0 at the first one.
+        in_channels: Number of channels of the input.
+        embedding: Width of the first level's tokens; each further level doubles it.
+        depths: Blocks per level; every other one has shifted windows.
+        heads: Number of heads of every attention.
+        window: Sides of a window in tokens.
+        drop_path: Probability of leaving out a path of the last block; grows linearly from 0 at the first one.
     """
 
     def __init__(
@@ -286,13 +286,13 @@ class TransMorphTVF(nn.Module):
     are padded to whole windows, and the padding takes no part in attention.
 
     Args:
-        embedding: width of the first level's tokens, even and divisible by `heads`.
-        depths: blocks per level, three levels.
-        heads: of every attention.
-        window: sides of a window in tokens.
-        head_channels: width of the time steps' convolutions.
-        time_steps: number of them.
-        drop_path: largest probability of leaving a block's path out in training.
+        embedding: Width of the first level's tokens, even and divisible by `heads`.
+        depths: Blocks per level, three levels.
+        heads: Number of heads of every attention.
+        window: Sides of a window in tokens.
+        head_channels: Width of the time steps' convolutions.
+        time_steps: Number of time steps.
+        drop_path: Largest probability of leaving a block's path out in training.
 
     Raises:
         ValueError: an option out of its range.
@@ -340,9 +340,9 @@ class TransMorphTVF(nn.Module):
         """Displacement that carries `moving` onto `fixed`.
 
         Args:
-            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1]; any sides from 2 voxels.
-            moving: ``(B, 1, D, H, W)``, same shape.
-            generator: on the CPU, draws the paths that training leaves out; torch's global one if None.
+            fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1]; any sides from 2 voxels.
+            moving: Moving image ``(B, 1, D, H, W)``, same shape.
+            generator: Generator on the CPU that draws the paths that training leaves out; torch's global one if None.
 
         Returns:
             ``(B, 3, D, H, W)`` in voxels, float32 (float64 for a float64 network).
@@ -380,18 +380,18 @@ class TransMorph(Baseline):
     """The row "TransMorph": the challenge organisers' TransMorph-TVF with three levels.
 
     Attributes:
-        name: as in Table 1.
-        embedding: width of the first level's tokens.
-        depths: blocks per level, joined by "-".
-        heads: of every attention.
-        window: sides of a window in tokens, joined by "-"; the organisers' are the full sides over 64, which is
+        name: Name as in Table 1.
+        embedding: Width of the first level's tokens.
+        depths: Blocks per level, joined by "-".
+        heads: Number of heads of every attention.
+        window: Sides of a window in tokens, joined by "-"; the organisers' are the full sides over 64, which is
             2-3-3 for LUMIR's 160 x 224 x 192.
-        head_channels: width of the time steps' convolutions.
-        time_steps: number of them.
-        drop_path: largest probability of leaving a block's path out in training.
-        smoothness_weight: of the diffusion, beside a similarity of weight 1.
-        learning_rate_factor: times the preset's learning rate; 1/4 makes the organisers' 1e-4 of the paper's 4e-4.
-        coarse_learning_rate_factor: see :class:`lumirlib.methods.base.Baseline`.
+        head_channels: Width of the time steps' convolutions.
+        time_steps: Number of time steps.
+        drop_path: Largest probability of leaving a block's path out in training.
+        smoothness_weight: Weight of the diffusion, beside a similarity of weight 1.
+        learning_rate_factor: Factor on the preset's learning rate; 1/4 makes the organisers' 1e-4 of the paper's 4e-4.
+        coarse_learning_rate_factor: Factor for coarse presets, see :class:`lumirlib.methods.base.Baseline`.
     """
 
     name: str = "TransMorph"
@@ -438,11 +438,11 @@ class TransMorph(Baseline):
         """Loss of one training step, the mean over both directions of the pair.
 
         Args:
-            model: from :meth:`build`.
-            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
-            moving: ``(B, 1, D, H, W)``, likewise.
-            preset: from :meth:`training_preset`.
-            generator: on the CPU, draws the paths that are left out.
+            model: Network from :meth:`build`.
+            fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1].
+            moving: Moving image ``(B, 1, D, H, W)``, intensities in [0, 1].
+            preset: Preset from :meth:`training_preset`.
+            generator: Generator on the CPU that draws the paths that are left out.
 
         Returns:
             Scalars "total", "similarity" and "smoothness".

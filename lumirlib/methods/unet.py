@@ -58,9 +58,9 @@ def check_pair(fixed: torch.Tensor, moving: torch.Tensor, weights: torch.dtype) 
     """Raise unless both images are finite, of one shape (B, 1, D, H, W) and of the weights' dtype.
 
     Args:
-        fixed: ``(B, 1, D, H, W)``.
-        moving: ``(B, 1, D, H, W)``.
-        weights: dtype of the network; not asked for under autocast.
+        fixed: Fixed image ``(B, 1, D, H, W)``.
+        moving: Moving image ``(B, 1, D, H, W)``.
+        weights: Dtype of the network's weights; not asked for under autocast.
 
     Raises:
         ValueError: shapes that differ or are not (B, 1, D, H, W), a side below 2 voxels, voxels that are not finite.
@@ -99,18 +99,18 @@ class UNet(nn.Module):
     doubling of the published networks.
 
     Args:
-        in_channels: of the input.
-        encoder: widths of the encoder, finest level first.
-        decoder: widths of the decoder, coarsest level first; at least as many as `encoder`.
-        out_channels: of a last convolution without activation; None leaves it out.
-        downsampling: "stride", convolutions of stride 2 and the input itself as the skip at full resolution, or
-            "pool", convolutions at full resolution first, then the maximum of 2^3 voxels.
-        upsampling: "nearest", or "trilinear" with aligned corners.
-        out_kernel: side of the last convolution's kernel, odd.
-        normalization: see :func:`convolve`.
+        in_channels: Number of channels of the input.
+        encoder: Widths of the encoder, finest level first.
+        decoder: Widths of the decoder, coarsest level first; at least as many as `encoder`.
+        out_channels: Number of channels of a last convolution without activation; None leaves it out.
+        downsampling: Way of going down: "stride", convolutions of stride 2 and the input itself as the skip at full
+            resolution, or "pool", convolutions at full resolution first, then the maximum of 2^3 voxels.
+        upsampling: Interpolation: "nearest", or "trilinear" with aligned corners.
+        out_kernel: Side of the last convolution's kernel, odd.
+        normalization: See :func:`convolve`.
 
     Attributes:
-        channels: width of the output.
+        channels: Number of channels of the output.
 
     Raises:
         ValueError: an option out of its range.

@@ -37,21 +37,23 @@ class NetworkOptions:
 
     Attributes:
         name: Name as in the paper's Table 2, without "backbone+".
-        start_channels: N, width of the encoder, the paper's 'sc'.
-        head_channels: K, width of the flow estimators (27; the paper's 4ks is 108).
-        cascade: "additive" or "compositional".
+        start_channels: Width N of the encoder, the paper's 'sc'.
+        head_channels: Width K of the flow estimators (27; the paper's 4ks is 108).
+        cascade: Way of joining levels: "additive" or "compositional".
         levels: Number of pyramid levels.
         squarings: Squarings of the integration at every level.
-        large_kernel: LK, kernel side of the encoder's parallel blocks, 0 for plain convolutions.
-        co_attention_levels: CA, number of coarsest levels with co-attention.
-        bilateral_window: BF, window of the joint bilateral filter of the displacement, 0 for none.
+        large_kernel: Kernel side of the encoder's parallel blocks (LK), 0 for plain convolutions.
+        co_attention_levels: Number of coarsest levels with co-attention (CA).
+        bilateral_window: Window of the joint bilateral filter of the displacement (BF), 0 for none.
         bilateral_sigma: Width of the filter along every axis in voxels; the initial one where it is trained.
-        bilateral_sigma_range: Its width in intensities of the fixed image, likewise.
-        correlation_window: CORR, side of the window of local correlations at every level, 0 for none; see
+        bilateral_sigma_range: Width of the filter in intensities of the fixed image; the initial one where it is
+            trained.
+        correlation_window: Side of the window of local correlations at every level (CORR), 0 for none; see
             :mod:`lumirlib.models.local_correlation`.
-        correlation_mode: "channels", which the flow estimators read, or "attention", added to the velocity.
-        passes: REC, how often each level's estimator is applied.
-        refinements: REF, further passes of the finest level in registration, which training does without.
+        correlation_mode: Use of the correlations: "channels", which the flow estimators read, or "attention", added to
+            the velocity.
+        passes: Number of times that each level's estimator is applied (REC).
+        refinements: Number of further passes of the finest level in registration (REF), which training does without.
     """
 
     name: str = "backbone"
@@ -76,19 +78,20 @@ class TrainingOptions:
     """How a network is trained, beyond its preset.
 
     Attributes:
-        bilateral_mode: "joint", the bilateral filter is trained with the network, or "post", it is put behind the
-            trained weights of the same network without it, with its widths as given.
-        symmetric: SYM, train on both directions of each pair, predicted in one pass from shared features; both count
-            half in the loss.
-        inverse_consistency_weight: Weight of :func:`lumirlib.losses.consistency.inverse_consistency_loss` between
-            them.
-        group_weight: GROUP, weight of :func:`lumirlib.losses.consistency.group_consistency_loss`; each pair A, B of a
+        bilateral_mode: Mode of the bilateral filter: "joint", it is trained with the network, or "post", it is put
+            behind the trained weights of the same network without it, with its widths as given.
+        symmetric: Whether to train on both directions of each pair (SYM), predicted in one pass from shared features;
+            both count half in the loss.
+        inverse_consistency_weight: Weight of :func:`lumirlib.losses.consistency.inverse_consistency_loss` between both
+            directions.
+        group_weight: Weight of :func:`lumirlib.losses.consistency.group_consistency_loss` (GROUP); each pair A, B of a
             training step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
-        ndv_weight: NDV, weight of :func:`lumirlib.losses.ndv.ndv_loss` of the result, a share of the volume.
-        learning_rate_factor: LR2 and LR4, times the preset's learning rate, which is that of the paper's own network.
-        optimizer: MUON, "adam" or "muon", see :mod:`lumirlib.training.muon`.
-        intensity_probability: INT, how often an image that the network is trained on gets a random contrast, see
-            :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
+        ndv_weight: Weight of :func:`lumirlib.losses.ndv.ndv_loss` of the result (NDV), a share of the volume.
+        learning_rate_factor: Factor on the preset's learning rate (LR2 and LR4), which is that of the paper's own
+            network.
+        optimizer: Name of the optimizer (MUON), "adam" or "muon", see :mod:`lumirlib.training.muon`.
+        intensity_probability: Probability that an image that the network is trained on gets a random contrast (INT),
+            see :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
     """
 
     bilateral_mode: str = field(default="joint", metadata=ADDED_LATER)
@@ -106,11 +109,12 @@ class InferenceOptions:
     """What is put behind the trained weights: instance optimization.
 
     Attributes:
-        instance_steps: IO, most steps of it, 0 for none; see
+        instance_steps: Largest number of steps of instance optimization (IO), 0 for none; see
             :class:`lumirlib.methods.instance_optimization.InstanceOptimization`.
         instance_learning_rate: Learning rate of its Adam, in voxels of each level, shared among the passes of one.
-        instance_tolerance: It ends when the loss falls by less than this share of itself ...
-        instance_patience: ... within so many steps.
+        instance_tolerance: Smallest relative fall of the loss that counts, see `instance_patience`.
+        instance_patience: Number of steps within which the loss must fall by `instance_tolerance`, or the optimization
+            ends.
     """
 
     instance_steps: int = field(default=0, metadata=ADDED_LATER)
@@ -126,9 +130,9 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
     The options are those of :class:`NetworkOptions`, :class:`TrainingOptions` and :class:`InferenceOptions`, and
 
     Attributes:
-        voxel_mm: edge of the network's voxels where `bilateral_window` and `bilateral_sigma` are in mm, and the weights
-            of inverse and group consistency are of squared lengths of :data:`CONSISTENCY_MM`; 0 where all these count
-            voxels. A preset in mm sets it.
+        voxel_mm: Edge of the network's voxels in mm where `bilateral_window` and `bilateral_sigma` are in mm, and the
+            weights of inverse and group consistency are of squared lengths of :data:`CONSISTENCY_MM`; 0 where all these
+            count voxels. A preset in mm sets it.
     """
 
     voxel_mm: float = field(default=0.0, metadata=ADDED_LATER)
@@ -241,10 +245,10 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
         """Loss of the fields of pairs, as training and instance optimization minimize it.
 
         Args:
-            predicted: fields of B pairs.
-            fixed: ``(B, 1, D, H, W)``.
-            moving: likewise.
-            preset: as :meth:`training_preset` gives it.
+            predicted: Fields of B pairs.
+            fixed: Fixed images ``(B, 1, D, H, W)``.
+            moving: Moving images ``(B, 1, D, H, W)``.
+            preset: Preset as :meth:`training_preset` gives it.
 
         Returns:
             Scalars "total", "similarity" and "smoothness", means over the pairs, and "ndv" where it counts.
@@ -363,8 +367,9 @@ def parse_variant(name: str, **overrides: object) -> Variant:
     """The variant that a name stands for.
 
     Args:
-        name: "backbone" or schemes joined by "+", with or without a leading "backbone+"; case does not matter.
-        overrides: options of :class:`Variant` to set besides, such as ``cascade="compositional"``.
+        name: Name of the variant: "backbone" or schemes joined by "+", with or without a leading "backbone+"; case does
+            not matter.
+        overrides: Options of :class:`Variant` to set besides, such as ``cascade="compositional"``.
 
     Returns:
         The variant.
@@ -404,8 +409,8 @@ def build_model(variant: str | Variant = "backbone", **overrides: object) -> Reg
     """The network of a variant, with fresh random weights (seed with ``torch.manual_seed``).
 
     Args:
-        variant: a name for :func:`parse_variant`, or a :class:`Variant`.
-        overrides: options of :class:`Variant` to set besides, such as `start_channels` or `cascade`.
+        variant: Name for :func:`parse_variant`, or a :class:`Variant`.
+        overrides: Options of :class:`Variant` to set besides, such as `start_channels` or `cascade`.
 
     Returns:
         A module with ``model(fixed, moving) -> displacement``: images ``(B, 1, D, H, W)`` in [0, 1], displacement

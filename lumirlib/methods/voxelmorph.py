@@ -20,10 +20,10 @@ def pair_loss(
     """Similarity of the warped images and diffusion of their displacements, means over the batch.
 
     Args:
-        fixed: ``(B, 1, D, H, W)``.
-        moving: ``(B, 1, D, H, W)``.
-        displacement: ``(B, 3, D, H, W)`` in voxels, from fixed to moving.
-        preset: weights, similarity and window.
+        fixed: Fixed images ``(B, 1, D, H, W)``.
+        moving: Moving images ``(B, 1, D, H, W)``.
+        displacement: Displacement ``(B, 3, D, H, W)`` in voxels, from fixed to moving.
+        preset: Preset that gives weights, similarity and window.
 
     Returns:
         Scalars "total", "similarity" and "smoothness" (without the weights).
@@ -54,15 +54,16 @@ class VoxelMorph(Baseline):
     """The row "VoxelMorph": the challenge organisers' VoxelMorph-2.
 
     Attributes:
-        name: as in Table 1.
-        encoder: widths of the U-Net's encoder, joined by "-".
-        decoder: widths of its decoder.
-        squarings: of an integration; 0 for the organisers' plain displacement.
-        layout: "organisers" or "package", see :class:`~lumirlib.methods.voxelmorph.VoxelMorphNetwork`.
-        symmetric: train on the mean loss of both directions of a pair, as the organisers take both.
-        smoothness_weight: of the diffusion, beside a similarity of weight 1.
-        learning_rate_factor: times the preset's learning rate; 1/4 makes the organisers' 1e-4 of the paper's 4e-4.
-        coarse_learning_rate_factor: see :class:`lumirlib.methods.base.Baseline`.
+        name: Name as in Table 1.
+        encoder: Widths of the U-Net's encoder, joined by "-".
+        decoder: Widths of the U-Net's decoder, joined by "-".
+        squarings: Number of squarings of an integration; 0 for the organisers' plain displacement.
+        layout: Layout of the network, "organisers" or "package", see
+            :class:`~lumirlib.methods.voxelmorph.VoxelMorphNetwork`.
+        symmetric: Whether to train on the mean loss of both directions of a pair, as the organisers take both.
+        smoothness_weight: Weight of the diffusion, beside a similarity of weight 1.
+        learning_rate_factor: Factor on the preset's learning rate; 1/4 makes the organisers' 1e-4 of the paper's 4e-4.
+        coarse_learning_rate_factor: Factor for coarse presets, see :class:`lumirlib.methods.base.Baseline`.
     """
 
     name: str = "VoxelMorph"
@@ -94,11 +95,11 @@ class VoxelMorph(Baseline):
         """Loss of one training step.
 
         Args:
-            model: from :meth:`build`.
-            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1].
-            moving: ``(B, 1, D, H, W)``, likewise.
-            preset: from :meth:`training_preset`.
-            generator: not used: nothing here is random.
+            model: Network from :meth:`build`.
+            fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1].
+            moving: Moving image ``(B, 1, D, H, W)``, intensities in [0, 1].
+            preset: Preset from :meth:`training_preset`.
+            generator: Generator, not used: nothing here is random.
 
         Returns:
             Scalars "total", "similarity" and "smoothness".
@@ -115,14 +116,14 @@ class VoxelMorphNetwork(nn.Module):
     """VoxelMorph, from a pair of images to a displacement at full resolution.
 
     Args:
-        encoder: widths of the U-Net's encoder.
-        decoder: widths of its decoder.
-        squarings: 0 takes the network's output as the displacement; more take it as a stationary velocity and
-            integrate it with so many squarings.
-        layout: "organisers", strided convolutions and nearest-neighbour upsampling, 301,411 parameters at the
-            default widths; "package", that of the Python package voxelmorph 0.3: pooling, trilinear upsampling, three
-            channels by a convolution 1^3 and then the flow's 3^3. The package itself has a last width as the one
-            before it, so that its ``nb_features=(16, 32, 32, 32)`` is ``decoder=(32, 32, 32, 16, 16)`` here.
+        encoder: Widths of the U-Net's encoder.
+        decoder: Widths of the U-Net's decoder.
+        squarings: Number of squarings: 0 takes the network's output as the displacement; more take it as a stationary
+            velocity and integrate it with so many squarings.
+        layout: Layout of the network: "organisers", strided convolutions and nearest-neighbour upsampling, 301,411
+            parameters at the default widths; "package", that of the Python package voxelmorph 0.3: pooling, trilinear
+            upsampling, three channels by a convolution 1^3 and then the flow's 3^3. The package itself has a last width
+            as the one before it, so that its ``nb_features=(16, 32, 32, 32)`` is ``decoder=(32, 32, 32, 16, 16)`` here.
 
     Raises:
         ValueError: an option out of its range.
@@ -150,8 +151,8 @@ class VoxelMorphNetwork(nn.Module):
         """Displacement that carries `moving` onto `fixed`.
 
         Args:
-            fixed: ``(B, 1, D, H, W)``, intensities in [0, 1]; any sides from 2 voxels.
-            moving: ``(B, 1, D, H, W)``, same shape.
+            fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1]; any sides from 2 voxels.
+            moving: Moving image ``(B, 1, D, H, W)``, same shape.
 
         Returns:
             ``(B, 3, D, H, W)`` in voxels, float32 (float64 for a float64 network).

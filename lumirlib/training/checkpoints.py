@@ -40,7 +40,7 @@ class TrainingState:
         best: Best validation figure so far (see :func:`lumirlib.training.validation.validate`).
         best_epoch: Epoch that reached it.
         sums: Running sums of the epoch under way.
-        trained_by: "commit, device" of every session that took part.
+        trained_by: Commit and device, as "commit, device", of every session that took part.
         history: One row per completed epoch, as in the CSV log; epoch 0 is zero displacement.
     """
 

@@ -73,8 +73,9 @@ class Engine:
 
     Attributes:
         device: Device's name: "auto", "cpu", "cuda", "cuda:1" ...
-        precision: "32-true", float32 throughout; "bf16-mixed", convolutions in bfloat16 while weights, integration,
-            warping and losses stay float32; "auto", the latter on GPUs that have bfloat16, else the former.
+        precision: Name of the precision: "32-true", float32 throughout; "bf16-mixed", convolutions in bfloat16 while
+            weights, integration, warping and losses stay float32; "auto", the latter on GPUs that have bfloat16, else
+            the former.
         processes: Number of processes that share each batch; more than one are started by torchrun, see
             :meth:`lumirlib.study.run.Run.train`.
         compile: Whether the network is compiled with ``torch.compile``.

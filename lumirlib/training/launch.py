@@ -39,7 +39,7 @@ class TrainingResult:
             val_ndv_percent, learning_rate.
         best_epoch: Epoch whose weights these are.
         val_dice: Dice of `model` on the validation pairs that chose it, in [0, 1]; NaN without labels.
-        trained_by: "commit, device" of every session that took part.
+        trained_by: Commit and device, as "commit, device", of every session that took part.
         log: Path of the CSV; None where nothing is trained.
         checkpoint: Path of the best weights; None where nothing is trained.
     """
