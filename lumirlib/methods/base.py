@@ -29,9 +29,9 @@ class Row:
 
     Attributes:
         name: Name in the tables.
-        trains_on: "images", "labels" (then training steps get label volumes instead of images), or "nothing": a
+        trains_on: Data of the training steps: "images", "labels" (label volumes instead of images), or "nothing": a
             method that is run as it is.
-        optimizer: "adam" or "muon", see :func:`lumirlib.training.trainer.make_optimizer`.
+        optimizer: Name of the optimizer, "adam" or "muon", see :func:`lumirlib.training.trainer.make_optimizer`.
     """
 
     name: str
@@ -195,9 +195,9 @@ class Stage:
     """One stage of a training from coarse to fine; an option that is None is the preset's.
 
     Attributes:
-        resolution_mm: Voxel size.
+        resolution_mm: Edge of the voxels, in mm.
         epochs: Passes over the training scans.
-        steps_per_epoch: Most pairs of each pass.
+        steps_per_epoch: Largest number of pairs in each pass.
         learning_rate: Initial learning rate; it falls over this stage's epochs.
         smoothness_weight: Weight lambda1 of the smoothness.
         window: Side of the NCC window, in the preset's unit.
@@ -269,7 +269,7 @@ class Preset:
         similarity_weight: Weight lambda0 of the similarity.
         smoothness_weight: Weight lambda1 of the smoothness, on velocities in voxels of the working resolution.
         window: Side of the NCC window, in `unit`; odd if that is voxels.
-        similarity: "ncc" or "mse".
+        similarity: Name of the similarity, "ncc" or "mse".
         validation_pairs: Number of pairs, spread evenly over the list, that measure each epoch's Dice; None takes all.
         evaluation_pairs: Number of pairs, spread evenly over the list, that the final evaluation takes; None takes all.
         about: One line for the reader: the preset's purpose.

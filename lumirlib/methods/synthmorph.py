@@ -211,7 +211,7 @@ class SynthMorph(Baseline):
         shared_cortex: Probability that all cortical labels look alike, see :class:`SynthesisOptions`.
         shared_contrast: Probability that both images of a draw have one contrast, that is the means and spreads of
             their labels, background and gamma; everything else stays their own.
-        corruption: Factor on the highest spreads, blur, bias field and noise that the generator draws, those of
+        corruption: Factor on the generator's spreads, blur, bias field and noise, whose values at 1 are those of
             :class:`SynthesisOptions`.
         normalization: Whether the network has instance normalization, see
             :class:`lumirlib.methods.synthmorph.SynthMorphNetwork`.
