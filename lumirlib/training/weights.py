@@ -368,8 +368,7 @@ def load_model(path: str | Path, device: str = "auto", **bilateral: object) -> n
 
     Raises:
         FileNotFoundError, ValueError: as :func:`lumirlib.training.checkpoints.load_checkpoint`; weights that do not
-        fit; a
-            filter for a network that has one.
+        fit; a filter for a network that has one.
     """
     target = pick_device(device)
     content = load_checkpoint(path)
