@@ -6,7 +6,8 @@ Every row gets the same four settings: its own learning rate, and twice that, ea
 A trial is the first stage alone with fewer epochs, with seed 0. It is judged by Dice at the scans' own voxels on all
 ordered pairs of the first half of the validation people. The other half chooses nothing.
 
-`results/trials/equal.csv` gets a line for each trial as it ends, so an interrupted call goes on where it stopped.
+`results/trials/equal.csv` gets a line for each trial as it ends, so an interrupted call goes on where it stopped,
+and two calls with different rows may run at once.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def main() -> int:
         if ((done["row"] == name) & (done["rate"] == rate) & (done["smoothness"] == smoothness)).any():
             continue
         line = pd.DataFrame([trial(name, rate, smoothness, given)], columns=COLUMNS)
-        done = line if done.empty else pd.concat([done, line], ignore_index=True)
+        done = pd.concat([pd.read_csv(path), line], ignore_index=True) if path.is_file() else line
         write_atomically(path, partial(done.to_csv, index=False))
         print(line.to_string(index=False, header=False))
     return 0

@@ -16,11 +16,8 @@ GPU-hours appear as soon as the costs of the preset `paper` have been measured o
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
+from lumirlib._memory import return_freed_memory
 from lumirlib.data.dataset_json import LUMIR_SCANS
 from lumirlib.data.frame import FRAME_SHAPE
 from lumirlib.methods import parse_row
@@ -100,13 +98,6 @@ def count_parameters(row: Row) -> int:
         return sum(parameter.numel() for parameter in row.build().parameters())
 
 
-def _return_free_memory() -> None:
-    """Give the system what glibc keeps of freed memory, which would hide what is taken next."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
-
-
 class PeakMemory:
     """Peak memory above that at the start, in bytes: allocated on a GPU, resident (sampled each ms) on the CPU."""
 
@@ -118,7 +109,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
             return self
-        _return_free_memory()
+        return_freed_memory()
         process = psutil.Process()
         self._start = process.memory_info().rss
         self._done = threading.Event()

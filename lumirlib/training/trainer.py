@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from lumirlib._memory import freed_memory_kept
 from lumirlib.data import Cohort, Pair
 from lumirlib.data.loader import Batch, PairLoader
 from lumirlib.evaluation import Method, zero_displacement
@@ -199,6 +200,7 @@ class Trainer:
         with (
             StopRequest() as stop,
             self.engine.reproducibly(),
+            freed_memory_kept(),
             tqdm(
                 total=sum(stage.steps * stage.preset.epochs for stage in self.stages),
                 initial=state.step + sum(row["steps"] for row in state.history),
