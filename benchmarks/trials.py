@@ -22,13 +22,13 @@ from functools import partial
 import pandas as pd
 
 from lumirlib import provenance
-from lumirlib.data import Pair
 from lumirlib.evaluation import evaluate_method
 from lumirlib.files import write_atomically
 from lumirlib.methods import parse_row
 from lumirlib.methods.presets import get_preset
 from lumirlib.study.paper import rows_of_table
 from lumirlib.study.run import Run
+from lumirlib.training.pairs import of_first_half
 
 #: Factors of the row's learning rate and of its lambda1: the same four trials for every row.
 SETTINGS = tuple(itertools.product((1.0, 2.0), (1.0, 0.5)))
@@ -36,13 +36,6 @@ SETTINGS = tuple(itertools.product((1.0, 2.0), (1.0, 0.5)))
 EPOCHS = 4
 PRESET = "real-2mm"
 COLUMNS = ["row", "rate", "smoothness", "learning_rate", "smoothness_weight", "dice", "ndv_percent", "pairs", "commit"]
-
-
-def first_half(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
-    """The pairs of which both people are in the first half of the validation people, by name."""
-    people = sorted({subject.name for pair in pairs for subject in (pair.fixed, pair.moving)})
-    chosen = set(people[: len(people) // 2])
-    return tuple(pair for pair in pairs if {pair.fixed.name, pair.moving.name} <= chosen)
 
 
 def trial(name: str, rate: float, smoothness: float, given: argparse.Namespace) -> dict[str, object]:
@@ -58,7 +51,7 @@ def trial(name: str, rate: float, smoothness: float, given: argparse.Namespace) 
     }
     run = Run.prepare(name, PRESET, given.cohort, 0, out=given.out, options=options, command="benchmarks/trials.py")
     result = run.train(progress=not given.quiet)
-    pairs = first_half(run.cohort.validation_pairs)
+    pairs = of_first_half(run.cohort.validation_pairs)
     table = evaluate_method(result.model, run.cohort, pairs, run.device, progress=not given.quiet)
     means = table.groupby("metric")["value"].mean()
     return {

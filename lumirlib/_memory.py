@@ -15,6 +15,8 @@ from contextlib import contextmanager
 #: glibc's parameters of mallopt (malloc.h), and the values they have if nobody sets them.
 _TRIM_THRESHOLD, _TRIM_THRESHOLD_DEFAULT = -1, 128 * 1024
 _MMAP_MAX, _MMAP_MAX_DEFAULT = -4, 65536
+#: Whether the process keeps freed memory now.
+_inside = False
 
 
 def _glibc() -> ctypes.CDLL | None:
@@ -27,17 +29,21 @@ def _glibc() -> ctypes.CDLL | None:
 def freed_memory_kept() -> Iterator[None]:
     """Within it, memory that is freed stays with the process; at its end all of it goes back to the system.
 
-    It changes nothing where the C library is not glibc. Memory on a GPU is kept by PyTorch itself.
+    One within another changes nothing. Nor does it where the C library is not glibc. Memory on a GPU is kept by PyTorch
+    itself.
     """
+    global _inside
     library = _glibc()
-    if library is None:
+    if library is None or _inside:
         yield
         return
+    _inside = True
     library.mallopt(_MMAP_MAX, 0)
     library.mallopt(_TRIM_THRESHOLD, -1)  # read as the largest size
     try:
         yield
     finally:
+        _inside = False
         library.mallopt(_MMAP_MAX, _MMAP_MAX_DEFAULT)
         library.mallopt(_TRIM_THRESHOLD, _TRIM_THRESHOLD_DEFAULT)
         return_freed_memory()

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from lumirlib import metrics, spatial
 from lumirlib._checks import check_choice
+from lumirlib._memory import freed_memory_kept
 from lumirlib.data import Cohort, Pair
 from lumirlib.metrics.pair import NDV_MASKS, evaluate_pair
 
@@ -75,6 +76,7 @@ def score_displacement(
     return found | {name: float(metric(cohort, pair, displacement)) for name, metric in FURTHER_METRICS.items()}
 
 
+@freed_memory_kept()
 def evaluate_method(
     method: Method,
     cohort: Cohort,

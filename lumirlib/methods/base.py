@@ -283,6 +283,9 @@ class Preset:
             and of the lengths that its consistency losses weigh (see :attr:`lumirlib.Variant.voxel_mm`).
         stages: Stages of a training from coarse to fine; empty for one at `resolution_mm`. Weights pass from one to the
             next, see :func:`lumirlib.training.weights.to_finer_levels`.
+        validation_half: Whether `validation_pairs` are taken from the pairs of the first half of the people alone, see
+            :func:`lumirlib.training.pairs.of_first_half`; the other half then chooses no epoch. All pairs where the
+            first half has none, as with three people.
     """
 
     name: str
@@ -307,6 +310,7 @@ class Preset:
     pyramid_blur: str = field(default="isotropic", metadata=ADDED_LATER)
     unit: str = field(default="voxels", metadata=ADDED_LATER)
     stages: tuple[Stage, ...] = field(default=(), metadata=ADDED_LATER)
+    validation_half: bool = field(default=False, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         if not isinstance(self.stages, (list, tuple)):
@@ -415,6 +419,7 @@ class Preset:
             "window": "NCC window {0} instead of {1} " + self.unit,
             "pyramid_blur": "images of the loss blurred as by the authors' code",
             "validation_pairs": "{0} pairs for each epoch's Dice",
+            "validation_half": "they are of the first half of the people",
             "evaluation_pairs": "{0} pairs in the final evaluation",
         }
         found = [

@@ -56,6 +56,7 @@ PRESETS: dict[str, Preset] = {
             smoothness_weight=1.0,
             unit="mm",
             validation_pairs=10,
+            validation_half=True,
             about="real brains from 4 mm to 2 mm on a CPU; about an hour",
         ),
         replace(

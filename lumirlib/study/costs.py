@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib._memory import return_freed_memory
+from lumirlib._memory import freed_memory_kept, return_freed_memory
 from lumirlib.data.dataset_json import LUMIR_SCANS
 from lumirlib.data.frame import FRAME_SHAPE
 from lumirlib.methods import parse_row
@@ -146,6 +146,7 @@ def median_seconds(work: Callable[[], object], device: torch.device, repeats: in
     return statistics.median([seconds(work, device) for _ in range(repeats + 1)][1:])
 
 
+@freed_memory_kept()
 def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool = True) -> dict[str, float]:
     """Cost of one row, in this process.
 

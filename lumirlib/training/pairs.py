@@ -19,6 +19,13 @@ def evenly_spaced(items: tuple, count: int | None) -> tuple:
     return tuple(items[round(position)] for position in np.linspace(0, len(items) - 1, count))
 
 
+def of_first_half(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
+    """The pairs of which both people are in the first half of all people of `pairs`, by name."""
+    people = sorted({subject.name for pair in pairs for subject in (pair.fixed, pair.moving)})
+    chosen = set(people[: len(people) // 2])
+    return tuple(pair for pair in pairs if {pair.fixed.name, pair.moving.name} <= chosen)
+
+
 def epoch_pairs(train: tuple[Subject, ...], seed: int, epoch: int, limit: int | None = None) -> Iterator[Pair]:
     """The pairs of one epoch: each scan is the moving image once, in random order, with a random other one fixed.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lumirlib import provenance
+from lumirlib._memory import freed_memory_kept
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.methods import BASELINES, parse_row
 from lumirlib.methods.presets import get_preset
@@ -38,6 +39,7 @@ class Registrar:
     method: Method
     facts: dict[str, object] = field(default_factory=dict)
 
+    @freed_memory_kept()
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor, device: torch.device | str) -> torch.Tensor:
         """The displacement ``(1, 3, D, H, W)`` in voxels of its resolution, of two brains in the frame at 1 mm."""
         coarse = [F.avg_pool3d(image, self.resolution_mm).div(255).to(device) for image in (fixed, moving)]

@@ -18,12 +18,18 @@ from lumirlib.data import Cohort, Pair
 from lumirlib.evaluation import Method
 from lumirlib.methods.base import Preset
 from lumirlib.training.engine import Engine
-from lumirlib.training.pairs import evenly_spaced
+from lumirlib.training.pairs import evenly_spaced, of_first_half
 
 
 def validation_pairs(cohort: Cohort, preset: Preset) -> tuple[Pair, ...]:
-    """The pairs that measure each epoch: those with labels where there are any."""
-    return evenly_spaced(cohort.labelled_pairs or cohort.validation_pairs, preset.validation_pairs)
+    """The pairs that measure each epoch: those with labels where there are any.
+
+    With `validation_half` they are those of the first half of the people, if there is a pair among them.
+    """
+    pairs = cohort.labelled_pairs or cohort.validation_pairs
+    if preset.validation_half:
+        pairs = of_first_half(pairs) or pairs
+    return evenly_spaced(pairs, preset.validation_pairs)
 
 
 @torch.no_grad()
