@@ -25,7 +25,7 @@ from lumirlib import provenance
 from lumirlib.evaluation import evaluate_method
 from lumirlib.files import write_atomically
 from lumirlib.methods import parse_row
-from lumirlib.methods.presets import get_preset
+from lumirlib.methods.presets import split_options
 from lumirlib.study.paper import rows_of_table
 from lumirlib.study.run import Run
 from lumirlib.training.pairs import of_first_half
@@ -40,9 +40,10 @@ COLUMNS = ["row", "rate", "smoothness", "learning_rate", "smoothness_weight", "d
 
 def trial(name: str, rate: float, smoothness: float, given: argparse.Namespace) -> dict[str, object]:
     """Train the first stage of a row with its learning rate and lambda1 times these factors, and score it."""
-    row, preset = parse_row(name), get_preset(PRESET)
+    row = parse_row(name)
+    preset, _ = split_options(PRESET, row, {}, tuned=False)
     stage = replace(preset.stages[0], epochs=given.epochs or EPOCHS, steps_per_epoch=given.steps)
-    weight = getattr(row, "smoothness_weight", preset.smoothness_weight) * smoothness
+    weight = preset.smoothness_weight * smoothness
     options = {
         "stages": [stage.options()],
         "levels": preset.levels - round(math.log2(stage.resolution_mm / preset.resolution_mm)),

@@ -76,6 +76,16 @@ PRESETS: dict[str, Preset] = {
 PRESET_OPTIONS = tuple(option.name for option in fields(Preset) if option.name not in ("name", "about"))
 
 
+#: What trials chose for a row at a preset, where that is not its own: a test holds it to `results/trials/equal.csv`
+#: (docs/protocol.md, "Equal tuning").
+TUNED: dict[str, dict[str, dict[str, float]]] = {
+    "real-2mm": {
+        "CA": {"smoothness_weight": 0.5},
+        "LC-2": {"learning_rate": 2e-3, "smoothness_weight": 0.5},
+    }
+}
+
+
 def get_preset(name: str, **overrides: object) -> Preset:
     """The preset of a name, with options replaced where given; an unknown name fails with the choices listed."""
     check_choice(name, tuple(PRESETS), "preset")
@@ -103,13 +113,23 @@ def with_options(preset: Preset, overrides: Mapping[str, object]) -> Preset:
     return replace(preset, **checked)
 
 
-def split_options(preset: str, row: Row, options: Mapping[str, object]) -> tuple[Preset, dict[str, object]]:
+def split_options(
+    preset: str, row: Row, options: Mapping[str, object], tuned: bool = True
+) -> tuple[Preset, dict[str, object]]:
     """The preset of a name as a row trains with it, with those of `options` that are its own, and the row's, checked.
+
+    Args:
+        preset: Name of a preset.
+        row: Row at its published width.
+        options: Options of the preset and of the row.
+        tuned: Whether what :data:`TUNED` says of the row goes before `options`.
 
     Raises:
         ValueError: an option that neither has, with the choices listed, or a value that does not fit.
     """
     own = option_names(row)
+    if tuned:
+        options = {**TUNED.get(preset, {}).get(row.base_row().name, {}), **options}
     known = list(dict.fromkeys([*own, *PRESET_OPTIONS]))
     unknown = [name for name in options if name not in known]
     if unknown:
