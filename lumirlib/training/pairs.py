@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,10 +19,15 @@ def evenly_spaced(items: tuple, count: int | None) -> tuple:
     return tuple(items[round(position)] for position in np.linspace(0, len(items) - 1, count))
 
 
+def halves(names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """The first half of the people by name, who choose epochs and settings, and the others."""
+    people = sorted(set(names))
+    return set(people[: len(people) // 2]), set(people[len(people) // 2 :])
+
+
 def of_first_half(pairs: tuple[Pair, ...]) -> tuple[Pair, ...]:
     """The pairs of which both people are in the first half of all people of `pairs`, by name."""
-    people = sorted({subject.name for pair in pairs for subject in (pair.fixed, pair.moving)})
-    chosen = set(people[: len(people) // 2])
+    chosen, _ = halves(subject.name for pair in pairs for subject in (pair.fixed, pair.moving))
     return tuple(pair for pair in pairs if {pair.fixed.name, pair.moving.name} <= chosen)
 
 

@@ -14,12 +14,11 @@ import pandas as pd
 
 from lumirlib.methods import parse_row
 from lumirlib.study import robustness
-from lumirlib.study.paper import BEFORE, METRICS, uses_other_weights
+from lumirlib.study.paper import METRICS, uses_other_weights
 from lumirlib.study.report.publish import as_text, not_converged_note, publish
 from lumirlib.study.report.runs import Runs, deterministic_rows, late_rises, not_converged
 from lumirlib.study.report.statistics import compare_rows
 from lumirlib.study.results import Measured, check_scored_alike, find_runs, read_table
-from lumirlib.training.pairs import evenly_spaced
 
 #: The authors' best row, and their own compositional cascade at the backbone's width: what ours is held against.
 REFERENCES = ("LC-2", "COMP")
@@ -245,15 +244,6 @@ def publish_ablation(runs: Runs, costs: Measured, stem: str | Path) -> str:
     )
 
 
-def unused_pairs(runs: Runs) -> list[str]:
-    """Evaluated pairs other than those whose Dice chose the epochs, and the recipe; none if that cannot be told."""
-    if runs.preset.evaluation_pairs is not None:
-        return []
-    pairs = tuple(dict.fromkeys(runs.values.loc[runs.values["variant"] == BEFORE, "pair"]))
-    chose = set(evenly_spaced(pairs, runs.preset.validation_pairs))
-    return [pair for pair in pairs if pair not in chose]
-
-
 # targets --------------------------------------------------------------------------------------------------------------
 def _judge_interval(low: float, high: float, target: float, at_least: bool) -> str:
     """Where an interval lies: wholly on the target's right side, wholly on its wrong side, or across it."""
@@ -280,9 +270,9 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
 
     Returns:
         One line per target: target, row, value, low, high (of the interval, the seeds or the rounds), unit, outcome,
-        why; of Dice also value_on_unused, the difference on the :func:`unused_pairs`, which decides nothing.
+        why; of Dice also value_on_unused, the difference on the pairs that chose no epoch, which decides nothing.
     """
-    compared, lines, unused, late = differences(runs), [], unused_pairs(runs), not_converged(runs)
+    compared, lines, unused, late = differences(runs), [], runs.unused_pairs, not_converged(runs)
     dice = runs.values[(runs.values["metric"] == "dice") & runs.values["pair"].isin(unused)]
     dice = 100 * dice.pivot_table(index="pair", columns="variant", values="value").mean()
 

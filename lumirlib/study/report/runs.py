@@ -15,6 +15,7 @@ from lumirlib.methods.base import Preset
 from lumirlib.methods.presets import split_options
 from lumirlib.study.paper import BEFORE
 from lumirlib.study.results import check_scored_alike, data_title, find_runs, read_provenance, scored_mm, table_of
+from lumirlib.training.pairs import evenly_spaced, halves
 
 
 def load_study_runs(
@@ -102,6 +103,21 @@ class Runs:
         if not self.missing:
             return "No row is missing."
         return f"**Not run: {', '.join(self.missing)}.** Make them with `{self.command}`."
+
+    @property
+    def unused_pairs(self) -> list[str]:
+        """Evaluated pairs that chose no epoch; of presets that choose by half of the people those of the other half.
+
+        None if it cannot be told.
+        """
+        if self.preset.evaluation_pairs is not None:
+            return []
+        pairs = self.values.loc[self.values["variant"] == BEFORE].drop_duplicates("pair")
+        if self.preset.validation_half:
+            _, others = halves([*pairs["fixed"], *pairs["moving"]])
+            return list(pairs.loc[pairs["fixed"].isin(others) & pairs["moving"].isin(others), "pair"])
+        chose = set(evenly_spaced(tuple(pairs["pair"]), self.preset.validation_pairs))
+        return [pair for pair in pairs["pair"] if pair not in chose]
 
     @property
     def commits(self) -> list[str]:

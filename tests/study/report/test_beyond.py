@@ -150,7 +150,7 @@ def test_the_gain_on_pairs_that_chose_no_epoch_is_told_apart(runs):
     """Ten of the thirty pairs chose the epochs: what is gained on these alone is no gain elsewhere."""
     preset = replace(runs.preset, validation_pairs=10, evaluation_pairs=None)
     pairs = list(dict.fromkeys(runs.values["pair"]))
-    unused = beyond.unused_pairs(replace(runs, preset=preset))
+    unused = replace(runs, preset=preset).unused_pairs
     assert len(unused) == 20 and pairs[0] not in unused and pairs[-1] not in unused and set(unused) < set(pairs)
     dice = runs.values["metric"] == "dice"
     values = runs.values.copy()
@@ -161,7 +161,7 @@ def test_the_gain_on_pairs_that_chose_no_epoch_is_told_apart(runs):
     assert line["value"] == pytest.approx(10) and line["value_on_unused"] == pytest.approx(0, abs=1e-9)
     assert "on the 20 pairs that chose no epoch" in line["why"]
     fewer = replace(runs, preset=replace(preset, evaluation_pairs=5))
-    assert beyond.unused_pairs(fewer) == [] and beyond.targets(fewer, NOT_MEASURED)["value_on_unused"].isna().all()
+    assert fewer.unused_pairs == [] and beyond.targets(fewer, NOT_MEASURED)["value_on_unused"].isna().all()
 
 
 def test_at_equal_time_a_slower_row_has_the_epochs_that_it_had_finished(runs):

@@ -430,3 +430,17 @@ def test_time_figure_has_a_mark_for_each_measured_row(runs):
     marks = {bars.get_label(): bars.lines[0].get_xydata()[0] for bars in ax.containers}
     assert marks["backbone"].tolist() == pytest.approx([0.2, 71.0]) and marks["LC-2"][0] == 2.0
     assert ax.get_xscale() == "log"
+
+
+def test_where_half_of_the_people_chose_dice_of_the_others_is_shown_too(runs):
+    assert "dice_unused" not in set(tables.table2(runs)["metric"])
+    values = runs.values.copy()
+    values.loc[values["pair"] == "A_C", "moving"] = "B"  # A is the first half, and in every other pair
+    half = replace(runs, values=values, preset=replace(runs.preset, validation_half=True))
+    assert half.unused_pairs == ["A_C"]
+    table = tables.table2(half)
+    own = table[(table["variant"] == "LC-2") & (table["metric"] == "dice_unused")].iloc[0]
+    assert own["ours"] == pytest.approx((84 + 83) / 2)
+    assert (own["pairs"], own["people"]) == (1, 2) and pd.isna(own["paper"])
+    assert "dice_unused" in set(tables.table1(half)["metric"])
+    assert "Dice, other people (%)" in publish.readable_table(table).columns
