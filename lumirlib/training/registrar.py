@@ -70,7 +70,7 @@ def choose_registrar(
         method: A row of :data:`lumirlib.methods.BASELINES` that is not trained, or "affine".
         results: Results folder; empty for :func:`lumirlib.provenance.results_folder`.
         resolution_mm: Edge of the voxels to work on, 1, 2 or 4; None takes 2 for `method`, and the edge that a network
-            was trained at, which can be made finer: see :func:`lumirlib.training.weights.to_finer_levels`.
+            was trained at, which can be made finer or coarser: see :func:`lumirlib.training.weights.to_finer_levels`.
         device: Device that a network works on.
         pretrained: Name of weights that the package carries, see :func:`lumirlib.pretrained`.
 

@@ -119,17 +119,13 @@ class Weights:
         return f"{self.name}, {self.digest}"
 
     def at_resolution(self, resolution_mm: float) -> Weights:
-        """The same weights for finer voxels, passed on by :func:`to_finer_levels`.
+        """The same weights for other voxels, passed on by :func:`to_finer_levels`.
 
         Raises:
-            ValueError: coarser voxels, or a resolution that halving voxels does not lead to.
+            ValueError: voxels so coarse that no level is left, or a resolution that halving or doubling voxels does not
+                lead to.
         """
         finer = halvings(self.resolution_mm, resolution_mm)
-        if finer < 0:
-            raise ValueError(
-                f"resolution_mm must be at most the {self.resolution_mm:g} mm that {self.name} was trained at, got "
-                f"{resolution_mm:g}"
-            )
         if not finer:
             return self
         return replace(
@@ -155,27 +151,27 @@ COARSE_LEVEL_PARTS = ("co_attention",)
 def to_finer_levels(tensors: Mapping[str, torch.Tensor], row: Row, halvings: int = 1) -> dict[str, torch.Tensor]:
     """Weights of a network for ``row.on_finer_voxels(halvings)``: a level keeps its millimetres.
 
-    In the paper's network level l becomes level ``l + halvings``, and the finer levels are copies of level 0. All
-    levels have one width, so that shapes agree; the encoder, which all levels share, and which has no level of its own,
-    stays. A bilateral filter's spatial widths, in voxels, double with each halving. The networks of other teams stay as
-    they are.
+    In the paper's network level l becomes level ``l + halvings``, and the finer levels are copies of level 0; for
+    coarser voxels the finest levels are dropped. All levels have one width, so that shapes agree; the encoder, which
+    all levels share, and which has no level of its own, stays. A bilateral filter's spatial widths, in voxels, double
+    with each halving. The networks of other teams stay as they are.
 
     Args:
         tensors: Tensors by name.
         row: Row whose network they are of.
-        halvings: Number of halvings of the voxel's edge, 0 or more.
+        halvings: Number of halvings of the voxel's edge; negative for doublings.
 
     Returns:
         By name; what is unchanged is not copied.
     """
-    if halvings < 0:
-        raise ValueError(f"halvings must be 0 or more, got {halvings}")
     if not isinstance(row, Variant):
         return dict(tensors)
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         level, _, place = rest.partition(".")
+        if part in LEVEL_PARTS + COARSE_LEVEL_PARTS and int(level) + halvings < 0:
+            continue
         if part in LEVEL_PARTS + COARSE_LEVEL_PARTS:
             found[f"{part}.{int(level) + halvings}.{place}"] = tensor
             if part in LEVEL_PARTS and level == "0":
@@ -288,7 +284,7 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
         name: Name of the weights, one of :func:`lumirlib.training.weights.names`; it says the voxel size that the
             weights were trained at, and images are to have.
         device: Device's name: "auto", "cpu", "cuda" ...
-        resolution_mm: Edge of finer voxels that images are to have instead, in mm, see :func:`to_finer_levels`.
+        resolution_mm: Edge of the voxels that images are to have instead, in mm, see :func:`to_finer_levels`.
 
     Returns:
         A module in evaluation mode: images ``(B, 1, D, H, W)`` in [0, 1], in LUMIR's frame, to displacement
@@ -308,7 +304,7 @@ def _network_options(row: Row) -> dict[str, object]:
 
 
 def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | None:
-    """The weights that a run starts from; coarser ones are passed on by :func:`to_finer_levels`.
+    """The weights that a run starts from; those of other voxels are passed on by :func:`to_finer_levels`.
 
     Args:
         init: Choice of the weights: empty or "random" for random ones; a name of :func:`names`; "pretrained" for the

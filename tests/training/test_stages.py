@@ -172,6 +172,8 @@ def test_a_level_keeps_its_millimetres_and_finer_ones_are_copies_of_the_finest(n
             assert torch.equal(fine[key.replace("co_attention.2.", "co_attention.4.")], tensor)
         if key == "bilateral_filter.log_sigma":
             assert (fine[key] - tensor).tolist() == pytest.approx([math.log(4)] * 3 + [0], abs=1e-6)
+    back = to_finer_levels(fine, finer, -2)
+    assert back.keys() == coarse.keys() and all(torch.allclose(back[key], coarse[key]) for key in coarse)
 
 
 def test_a_coarser_network_moves_as_far_in_mm_as_the_finer_one_made_of_it():
@@ -199,8 +201,6 @@ def test_other_teams_networks_pass_on_as_they_are():
     row = parse_row("VoxelMorph")
     coarse = row.narrowed(8).build().state_dict()
     assert same_weights(to_finer_levels(coarse, row), coarse) and row.on_finer_voxels(1) == row
-    with pytest.raises(ValueError, match="halvings must be 0 or more, got -1"):
-        to_finer_levels(coarse, row, -1)
     with pytest.raises(ValueError, match=r"levels of COMP must be above 2, one for each doubling of a voxel; got 2"):
         parse_variant("COMP", levels=2).on_finer_voxels(-2)
 
@@ -298,8 +298,8 @@ def test_coarse_weights_start_and_register_on_finer_voxels(small_cohort_json, tm
     assert fine.resolution_mm == 1 and "at 1 mm" in fine.facts["run"]
     expected = to_finer_levels(weights(coarse.checkpoint), read_checkpoint(coarse.checkpoint).row)
     assert same_weights(fine.method.state_dict(), expected)
-    with pytest.raises(ValueError, match=r"resolution_mm must be at most the 2 mm that .* was trained at, got 4"):
-        choose_registrar(weights=coarse.checkpoint, resolution_mm=4)
+    coarser = choose_registrar(weights=coarse.checkpoint, resolution_mm=4, device="cpu")
+    assert coarser.resolution_mm == 4 and len(coarser.method.estimators) == 1
     run = staged_run(small_cohort_json, tmp_path, init=str(coarse.checkpoint))  # its first stage is at 2 mm
     assert same_weights(run.start.tensors, weights(coarse.checkpoint))
     row = replace(run.config.row, name="COMP")
@@ -327,5 +327,8 @@ def test_pretrained_weights_run_on_finer_voxels_by_name():
     assert len(fine.estimators) == len(coarse.estimators) + 1
     for level, old in enumerate((0, 0, 1, 2, 3)):
         assert torch.equal(fine.estimators[level].conv1.weight, coarse.estimators[old].conv1.weight)
-    with pytest.raises(ValueError, match="resolution_mm must be at most the 4 mm that comp-4mm-cpu was trained at"):
-        pretrained("comp-4mm-cpu", resolution_mm=8)
+    assert len(pretrained("comp-4mm-cpu", "cpu", resolution_mm=8).estimators) == len(coarse.estimators) - 1
+    with pytest.raises(ValueError, match="resolutions must differ by powers of two, got 4 mm and 3 mm"):
+        pretrained("comp-4mm-cpu", resolution_mm=3)
+    with pytest.raises(ValueError, match=r"levels of .* must be above 4, one for each doubling of a voxel; got 4"):
+        pretrained("comp-4mm-cpu", resolution_mm=64)
