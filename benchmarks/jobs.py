@@ -1,9 +1,9 @@
-"""Training steps an hour of two cores: one job with two threads, or two jobs with one thread each.
+"""Training steps an hour of two cores: one job or two, and freed memory kept or given back at once.
 
     python benchmarks/jobs.py --rows backbone LC-2
 
 Each job is a process of its own that trains on random images at the last stage of a preset, under bfloat16 autocast.
-The two ways take turns. Writes results/benchmarks/jobs_cpu.json. The machine should have nothing else to do.
+The ways take turns. Writes results/benchmarks/jobs_cpu.json. The machine should have nothing else to do.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 
 import torch
@@ -25,10 +26,15 @@ from lumirlib.methods.presets import get_preset
 from lumirlib.study.costs import image_shape
 from lumirlib.training.trainer import make_optimizer
 
-WAYS = {"1 job, 2 threads": (1, 2), "2 jobs, 1 thread each": (2, 1)}
+#: Jobs, threads of each, whether freed memory is kept.
+WAYS = {
+    "1 job, 2 threads": (1, 2, True),
+    "2 jobs, 1 thread each": (2, 1, True),
+    "2 jobs, 1 thread each, freed memory given back": (2, 1, False),
+}
 
 
-def steps_per_hour(name: str, preset_name: str, stage: int, threads: int, until: float) -> float:
+def steps_per_hour(name: str, preset_name: str, stage: int, threads: int, kept: bool, until: float) -> float:
     """Steps an hour of one job from after its first step to the time `until`."""
     torch.set_num_threads(threads)
     full = parse_row(name)
@@ -45,7 +51,7 @@ def steps_per_hour(name: str, preset_name: str, stage: int, threads: int, until:
         terms["total"].backward()
         optimizer.step()
 
-    with freed_memory_kept():
+    with freed_memory_kept() if kept else nullcontext():
         step()
         started, done = time.time(), 0
         while time.time() < until or not done:
@@ -67,10 +73,10 @@ def main() -> int:
     found = {name: {way: [] for way in WAYS} for name in given.rows}
     for _ in range(given.rounds):
         for name in given.rows:
-            for way, (jobs, threads) in WAYS.items():
+            for way, (jobs, threads, kept) in WAYS.items():
                 until = time.time() + given.seconds
                 with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-                    arguments = (name, given.preset, given.stage, threads, until)
+                    arguments = (name, given.preset, given.stage, threads, kept, until)
                     speeds = [pool.submit(steps_per_hour, *arguments) for _ in range(jobs)]
                     found[name][way].append(sum(speed.result() for speed in speeds))
                 print(name, way, [round(speed) for speed in found[name][way]], flush=True)
