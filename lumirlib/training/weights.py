@@ -22,8 +22,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lumirlib._checks import check_choice
 from lumirlib.files import parse_json
 from lumirlib.methods.base import Row, halvings
+from lumirlib.methods.contrast import MatchedContrast
 from lumirlib.methods.variants import NetworkOptions, Variant
 from lumirlib.models.layers import place
 from lumirlib.training.checkpoints import check_schema, check_weights, described_row, load_checkpoint, shapes_of
@@ -277,7 +279,13 @@ def _described(
     return Weights(name, row, float(resolution), content["config"], content["model"], facts or {})
 
 
-def pretrained(name: str, device: str = "auto", resolution_mm: float | None = None) -> nn.Module:
+#: What images a network is given: of the contrast that it was trained on, or any, see `MatchedContrast`.
+CONTRASTS = ("trained", "any")
+
+
+def pretrained(
+    name: str, device: str = "auto", resolution_mm: float | None = None, contrast: str = "trained"
+) -> nn.Module:
     """The network with the weights of a name, ready for ``model(fixed, moving)``.
 
     Args:
@@ -285,16 +293,21 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
             weights were trained at, and images are to have.
         device: Device's name: "auto", "cpu", "cuda" ...
         resolution_mm: Edge of the voxels that images are to have instead, in mm, see :func:`to_finer_levels`.
+        contrast: One of :data:`CONTRASTS`: "any" gives the network the moving image in the fixed one's contrast, see
+            :class:`lumirlib.methods.contrast.MatchedContrast`.
 
     Returns:
         A module in evaluation mode: images ``(B, 1, D, H, W)`` in [0, 1], in LUMIR's frame, to displacement
         ``(B, 3, D, H, W)`` in voxels.
 
     Raises:
-        ValueError: an unknown name, with the choices listed; voxels coarser than those trained at.
+        ValueError: an unknown name or contrast, with the choices listed; voxels that halving or doubling does not lead
+            to.
     """
+    check_choice(contrast, CONTRASTS, "contrast")
     found = read_packaged(name)
-    return (found if resolution_mm is None else found.at_resolution(resolution_mm)).network(device)
+    network = (found if resolution_mm is None else found.at_resolution(resolution_mm)).network(device)
+    return MatchedContrast(network).eval() if contrast == "any" else network
 
 
 def _network_options(row: Row) -> dict[str, object]:

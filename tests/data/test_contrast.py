@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lumirlib import parse_variant
+from lumirlib import parse_variant, pretrained
 from lumirlib.data.intensity import match_contrast
 from lumirlib.methods.contrast import MatchedContrast
 
@@ -82,3 +82,13 @@ def test_match_is_put_before_the_network_and_its_optimization_and_uses_their_wei
     method(fixed, moving)
     assert torch.equal(seen[0][0], fixed) and torch.equal(seen[0][1], match_contrast(moving, fixed))
     assert method.last_run == {}
+
+
+def test_pretrained_weights_register_an_inverted_scan_as_the_scan_itself():
+    network = pretrained("comp-4mm-cpu", "cpu", contrast="any")
+    fixed, moving = anatomy(), anatomy(1)
+    inverted = torch.where(moving > 0, 1.1 - moving, 0.0)
+    with torch.no_grad():
+        assert torch.allclose(network(fixed, inverted), network(fixed, moving), atol=0.02)
+    with pytest.raises(ValueError, match="contrast must be one of trained, any"):
+        pretrained("comp-4mm-cpu", contrast="T2")
