@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "tally.json")
         commit = provenance.commit()
-        command = [sys.executable, "-m", "pytest", "--long", "-q", TESTS, *arguments]
+        command = [sys.executable, "-m", "pytest", "--long", "-q", "-n0", TESTS, *arguments]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "LUMIRLIB_TALLY": str(target)})
         if done.returncode:
             return done.returncode

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults import TALLY
+from faults import KILLS, LONG_KILLS, TALLY
 from small_cohorts import write_small_cohort
 
 
@@ -34,6 +34,12 @@ def embedded_cohort():
     from lumirlib import load_cohort
 
     return load_cohort("embedded", 4)
+
+
+@pytest.fixture
+def kills(request) -> int:
+    """How often a test kills what it is about."""
+    return LONG_KILLS if request.config.getoption("--long") else KILLS
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import lumirlib
 
 PACKAGE = str(Path(lumirlib.__file__).parent)
-#: How many inputs a reader gets: in every run of the tests, and with --long.
+#: How many inputs a reader gets, and how often a writer is killed: in every run of the tests, and with --long.
 QUICK, LONG = 25, 300
+KILLS, LONG_KILLS = 5, 20
 
 
 class Tally:

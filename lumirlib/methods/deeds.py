@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numba import config, set_num_threads
 from tqdm.auto import tqdm
 
 from lumirlib import spatial
@@ -120,6 +121,7 @@ class Deeds(Tool):
         """
         self._check(fixed, moving)
         threads = torch.get_num_threads()  # Numba's parallel loops change it: both use OpenMP
+        set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
         grid = [side * self.upsampling for side in fixed.shape[2:]]
         images = [
             spatial.resize(image.detach().float().cpu(), grid)[0, 0].contiguous().numpy() for image in (fixed, moving)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
+from lumirlib._threads import threads_each
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine
 from lumirlib.data.nifti import write_nifti
 from lumirlib.files import check_writable, read_json, write_atomically, write_json
@@ -223,7 +223,7 @@ def prepare_folder(
     records = {one: known for one, path in scans.items() if (known := _record(out, one, path, skipped))}
     missing = {one: path for one, path in scans.items() if one not in records}
     broken: dict[str, str] = {}
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 else 0
+    threads = threads_each(jobs) if jobs > 1 else 0
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 and missing else None
     with (
         pool or nullcontext(),

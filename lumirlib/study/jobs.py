@@ -18,6 +18,7 @@ import psutil
 
 from lumirlib import provenance
 from lumirlib._checks import check_choice
+from lumirlib._threads import environment_of
 from lumirlib.data import load_cohort
 from lumirlib.data.dataset_json import joined_names
 from lumirlib.methods import parse_row
@@ -165,7 +166,6 @@ class SweepRun:
                 threads.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with (
             # a run that was stopped goes on in the same file
             self.partial.open("a+", encoding="utf-8") if self.launcher == "train" else tempfile.TemporaryFile("w+")
@@ -174,7 +174,7 @@ class SweepRun:
                 self.command(self.partial),
                 stdout=messages,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=os.environ | environment_of(threads),
                 start_new_session=shielded,
                 # Slurm may send its warning to all processes of a job; those started here would die of it
                 preexec_fn=(lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)) if shielded else None,

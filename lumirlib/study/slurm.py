@@ -30,6 +30,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
+from lumirlib._threads import threads_each
 from lumirlib.files import read_json, write_json
 from lumirlib.methods import parse_row
 
@@ -71,9 +72,8 @@ class SweepJob:
         if self.run.is_finished():  # Slurm may requeue a job at any time
             return
         signal.signal(signal.SIGTERM, self._terminate)
-        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processors = int(os.environ.get("SLURM_CPUS_PER_TASK", own))
-        error = self.run.execute(max(1, processors // self.run.processes), self._started, shielded=True)
+        processors = int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
+        error = self.run.execute(threads_each(self.run.processes, processors), self._started, shielded=True)
         if error and self._stopped:
             sys.exit(128 + signal.SIGTERM)  # no result: neither a success nor an error of the run
         if error:

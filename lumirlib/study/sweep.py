@@ -11,7 +11,6 @@ metrics are in `<out>/metrics/` is skipped, so the same command goes on where it
 
 from __future__ import annotations
 
-import os
 import subprocess
 import threading
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from lumirlib._threads import threads_each
 from lumirlib.study.jobs import SweepRun
 from lumirlib.study.paper import uses_other_weights
 from lumirlib.study.run import Run
@@ -50,7 +50,7 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
             if ending.is_set():
                 run.stop(process)
 
-        return run.execute(max(1, (os.cpu_count() or 1) // jobs // run.processes), started)
+        return run.execute(threads_each(jobs * run.processes), started)
 
     with (
         ending_on_sigterm(),
@@ -101,7 +101,7 @@ def execute_run(job: SweepRun, run: Run, progress: bool = True) -> str:
         ThreadPoolExecutor(max_workers=1) as pool,
         tqdm(total=epochs, desc=f"train {row.name}", unit="epoch", disable=not progress or not epochs) as bar,
     ):
-        future = pool.submit(job.execute, max(1, (os.cpu_count() or 1) // job.processes), under_way.append)
+        future = pool.submit(job.execute, threads_each(job.processes), under_way.append)
         try:
             while not future.done():
                 wait([future], timeout=0.5)

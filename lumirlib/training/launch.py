@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from lumirlib._threads import environment_of, threads_each
 from lumirlib.data import Cohort
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.training.config import RunConfig
@@ -171,8 +172,7 @@ def train_in_processes(
         "--quiet",
         *([] if resume else ["--restart"]),
     ]
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = environment_of(threads_each(processes)) | os.environ
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
         tqdm(

@@ -1,7 +1,9 @@
 """Where and how a run is computed: several processes, precision, and runs that are killed."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import torch
 from small_cohorts import write_small_cohort
 
 from lumirlib.study.run import Run
-from lumirlib.training import trainer
+from lumirlib.training import launch, trainer
 from lumirlib.training.engine import Engine
 
 LUMIRLIB_RUN = ["-m", "lumirlib", "run"]
@@ -46,21 +48,48 @@ def one_thread(monkeypatch):
 # several processes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["LC-2", "uniGradICON"])
+def train_in_two_forks(run):
+    """Train a run in two processes with what torchrun would tell them; they have everything imported."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = []
+    for rank in ("0", "1"):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {**told, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+            try:
+                launch.train(run.config, run.cohort, run.out, Engine("cpu"), progress=False)
+            finally:
+                os._exit(sys.exc_info()[0] is not None)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    return run.train(progress=False)
+
+
+@pytest.mark.parametrize(("variant", "processes"), [("LC-2", 2), ("uniGradICON", 1)])
 def test_two_processes_give_the_weights_and_the_log_of_one_at_the_same_batch(
-    small_cohort_json, tmp_path, one_thread, variant
+    small_cohort_json, tmp_path, one_thread, variant, processes
 ):
     alone = prepare(small_cohort_json, tmp_path / "alone", variant)
-    shared = prepare(small_cohort_json, tmp_path / "shared", variant, Engine("cpu", processes=2))
+    shared = prepare(small_cohort_json, tmp_path / "shared", variant, Engine("cpu", processes=processes))
     assert alone.config.run == shared.config.run
-    first, second = alone.train(progress=False), shared.train(progress=False)
+    first = alone.train(progress=False)
+    second = shared.train(progress=False) if processes == 2 else train_in_two_forks(shared)
     assert first.trained_by != second.trained_by and "2 processes" in second.trained_by[0]
     assert same_weights(weights(alone), weights(shared))
     columns = ["epoch", "steps", "loss", "similarity", "smoothness", "val_dice", "val_similarity", "val_ndv_percent"]
     pd.testing.assert_frame_equal(first.history[columns], second.history[columns], rtol=1e-12)
 
 
-@pytest.mark.parametrize("starter", [TORCHRUN, [sys.executable, *LUMIRLIB_RUN, "--no-notebook", "--processes=2"]])
+@pytest.mark.parametrize(
+    "starter",
+    [
+        [sys.executable, *LUMIRLIB_RUN, "--no-notebook", "--processes=2"],  # which starts torchrun
+        pytest.param(TORCHRUN, marks=pytest.mark.long),
+    ],
+    ids=["lumirlib", "torchrun"],
+)
 def test_processes_that_are_told_to_stop_save_and_another_number_of_them_goes_on(
     small_cohort_json, tmp_path, one_thread, starter
 ):
@@ -176,14 +205,15 @@ import numpy as np
 import torch
 from lumirlib.study.run import Run
 
-cohort, out, checkpoint, options, ahead = *sys.argv[1:4], json.loads(sys.argv[4]), float(sys.argv[5])
+cohort, out, checkpoint, options = *sys.argv[1:4], json.loads(sys.argv[4])
+ahead, kills = float(sys.argv[5]), int(sys.argv[6])
 torch.set_num_threads(1)
 generator = np.random.default_rng(0)
 
 def written():
     return Path(checkpoint).stat().st_mtime_ns if Path(checkpoint).exists() else 0
 
-for number in range(20):  # children of one process that has everything imported: they start in no time
+for number in range(kills):  # children of one process that has everything imported: they start in no time
     before, child = written(), os.fork()
     if child == 0:
         try:
@@ -204,18 +234,18 @@ for number in range(20):  # children of one process that has everything imported
 """
 
 
-def test_killed_twenty_times_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, one_thread):
+def test_killed_again_and_again_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, one_thread, kills):
     cohort = write_small_cohort(tmp_path / "small")
-    options = {**TINY, "epochs": 150, "batch_size": 1}
+    options = {**TINY, "epochs": 8 * kills, "batch_size": 1}
     whole, cut = (prepare(cohort, tmp_path / name, **options) for name in ("whole", "cut"))
     result = whole.train(progress=False)
     epoch_seconds = 4 * result.history["seconds"].median()
     last = cut.out / "checkpoints" / cut.config.run / "last.pt"
-    words = [str(cohort), str(cut.out), str(last), json.dumps(options), str(4 * epoch_seconds)]
+    words = [str(cohort), str(cut.out), str(last), json.dumps(options), str(4 * epoch_seconds), str(kills)]
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     epochs = trainer.load_checkpoint(last)["state"]["epoch"]
-    assert 0 < epochs < 150
+    assert 0 < epochs < options["epochs"]
     resumed = cut.train(progress=False)
     assert same_weights(weights(whole), weights(cut))
     assert same_weights(weights(whole, "best.pt"), weights(cut, "best.pt"))
