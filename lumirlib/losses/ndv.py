@@ -88,11 +88,13 @@ def _volume_of_slab(slab: torch.Tensor) -> torch.Tensor:
     """Its volume, and a gradient that costs what the folded voxels do."""
     if not (torch.is_grad_enabled() and slab.requires_grad):
         return _volume_of_all(slab)
-    voxels = folded_voxels(slab)
-    listed = voxels.nonzero()
-    if len(listed) > DENSE * voxels.numel():
-        return checkpoint(_volume_of_all, slab, use_reentrant=False, preserve_rng_state=False)
-    return _folded_volume(_listed(slab, listed))
+    if slab.device.type == "cpu":
+        voxels = folded_voxels(slab)
+        listed = voxels.nonzero()
+        if len(listed) <= DENSE * voxels.numel():
+            return _folded_volume(_listed(slab, listed))
+    # elsewhere always: a GPU would be waited for to know how many voxels to list, and no graph holds such a list
+    return checkpoint(_volume_of_all, slab, use_reentrant=False, preserve_rng_state=False)
 
 
 def ndv_loss(displacement: torch.Tensor) -> torch.Tensor:
@@ -100,8 +102,9 @@ def ndv_loss(displacement: torch.Tensor) -> torch.Tensor:
 
     Of each inner voxel ten determinants are taken, those of all choices of forward and backward differences and of the
     two tetrahedra between them; the negative ones, halved and divided by six, add up. Without a mask, 100 times the
-    result is :func:`lumirlib.metrics.ndv_percent`. The gradient is zero where nothing folds, and taken of the
-    voxels that do alone; slabs with many of them are computed again in the backward pass instead of being kept.
+    result is :func:`lumirlib.metrics.ndv_percent`. The gradient is zero where nothing folds. On the CPU it is taken of
+    the voxels that do alone; slabs with many of them, and on a GPU all slabs, are computed again in the backward pass
+    instead of being kept, with what does not fold masked out.
 
     Args:
         displacement: Displacement ``(B, 3, D, H, W)`` in voxels, sides of at least 3.
