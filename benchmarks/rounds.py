@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib.files import write_json
+from lumirlib.files import read_json, write_json
 from lumirlib.study.costs import MEBIBYTE, PeakMemory, in_own_process
 from lumirlib.training.engine import pick_device
 
@@ -74,6 +74,7 @@ def parser(text: str, default_sizes: dict[str, list[str]]) -> argparse.ArgumentP
     options.add_argument("--repeats", type=int, default=2, help="timed calls in each round, after one that is not")
     options.add_argument("--only", default="", help="candidates whose name holds this text, and the first one")
     options.add_argument("--out", default="", help="results folder")
+    options.add_argument("--resume", action="store_true", help="keep what the file has of the same code and device")
     return options
 
 
@@ -106,7 +107,8 @@ def run(
         "images": "random",
     }
     path = provenance.results_folder(given.out) / "benchmarks" / f"{name}_{device.type}.json"
-    for table in measure_all(chosen, sizes, str(device), given.rounds, given.repeats):  # a cut loses one measurement
+    kept = measured_before(path, about) if given.resume else {}
+    for table in measure_all(chosen, sizes, str(device), given.rounds, given.repeats, kept):  # a cut loses one
         rows = table.astype(object).where(table.notna(), None).to_dict("records")
         write_json(path, {"provenance": about, "rows": rows})
     print(table.drop(columns="seconds").to_string(index=False, float_format="%.3f"))
@@ -114,10 +116,32 @@ def run(
     return path
 
 
+def measured_before(path: Path, about: dict) -> dict[tuple[str, str], list[dict]]:
+    """Measurements by size and candidate of a file that the same commit, device and versions wrote; else none."""
+    content = read_json(path) if path.is_file() else {"provenance": {}}
+    if any(content["provenance"].get(name) != about[name] for name in ("commit", "device", "versions", "repeats")):
+        return {}
+    return {
+        (row["size"], row["candidate"]): [
+            {"note": "", "times": row["seconds"], "first": row["first_s"], "mib": row["mib"]}
+        ]
+        for row in content["rows"]
+        if not row["note"]
+    }
+
+
 def measure_all(
-    candidates: dict[str, Callable], sizes: Sequence[str], device: str, rounds: int, repeats: int
+    candidates: dict[str, Callable],
+    sizes: Sequence[str],
+    device: str,
+    rounds: int,
+    repeats: int,
+    kept: Mapping[tuple[str, str], list[dict]] | None = None,
 ) -> Iterator[pd.DataFrame]:
-    """After each measurement, all so far: medians and minima by size and candidate, ratios to the first candidate."""
+    """After each measurement, all so far: medians and minima by size and candidate, ratios to the first candidate.
+
+    What is in `kept`, by size and candidate, is not measured again.
+    """
     found: dict[tuple[str, str], list[dict]] = {}
     with tqdm(total=len(candidates) * len(sizes) * rounds, unit="measurement") as bar:
         for size in sizes:
@@ -126,8 +150,8 @@ def measure_all(
                 for one, make in candidates.items():
                     bar.set_postfix_str(f"{size} {one}")
                     work = (make, (shape, int(channels)), device, repeats, torch.get_num_threads())
-                    measured = found.setdefault((size, one), [])
-                    if not measured or not measured[-1]["note"]:
+                    measured = found.setdefault((size, one), list((kept or {}).get((size, one), ())))
+                    if (size, one) not in (kept or {}) and (not measured or not measured[-1]["note"]):
                         try:
                             measured.append(in_own_process(one, _measure, *work))
                         except MemoryError:

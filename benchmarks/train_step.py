@@ -4,8 +4,9 @@
     python benchmarks/train_step.py --device cuda      # 160x224x192 voxels, N = 32
 
 The plain step is benchmarks/plain.py with the same weights; on a GPU its convolutions use TF32, as PyTorch does by
-default. Peers are the networks of the packages voxelmorph (with neurite's NCC) and MONAI (with its own) at the widths
-in their names: other networks than ours, at the time that a step of them takes on the same images.
+default. "row ours ..." is the row `ours` with its optimizer in place of the backbone. Peers are the networks of the
+packages voxelmorph (with neurite's NCC) and MONAI (with its own) at the widths in their names: other networks than
+ours, at the time that a step of them takes on the same images.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import rounds
 import torch
 from torch import nn
 
+from lumirlib.losses import multilevel
 from lumirlib.methods.base import PAPER
 from lumirlib.methods.variants import parse_variant
 from lumirlib.models.layers import compile_model, place
@@ -26,9 +28,9 @@ from lumirlib.training.trainer import make_optimizer
 SIZES = {"cpu": ["40x56x48:8", "64x96x64:32"], "cuda": ["160x224x192:32"]}
 
 
-def step_of(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+def step_of(model: nn.Module, loss: Callable[[], torch.Tensor], optimizer: str = "adam") -> Callable[[], None]:
     """A function that trains a network by one step."""
-    optimizer = make_optimizer(model, PAPER)
+    optimizer = make_optimizer(model, PAPER, optimizer)
 
     def step() -> None:
         value = loss()
@@ -56,10 +58,19 @@ def our_step(
     compiled: bool = False,
     checkpointing: bool = False,
     channels_last: bool = True,
+    row: str = "backbone",
+    fused_lncc: bool = False,
 ) -> Callable[[], None]:
-    """lumirlib's."""
+    """lumirlib's; with the NCC of the package fused-lncc in place of ours, where that is asked for."""
+    if fused_lncc:
+        try:
+            from fused_lncc import fused_lncc_loss
+        except ImportError as error:
+            how = "pip install --no-build-isolation fused-lncc==0.1.0, with nvcc"
+            raise ImportError(f"not installed: {how} ({error})") from error
+        multilevel.ncc_loss = fused_lncc_loss  # in this process, which measures nothing else
     fixed, moving = rounds.images(shape, device)
-    variant = parse_variant("backbone", start_channels=channels)
+    variant = parse_variant(row, start_channels=channels)
     torch.manual_seed(0)
     model = place(variant.build(), device, channels_last)
     model.checkpointing = checkpointing
@@ -70,7 +81,7 @@ def our_step(
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             return variant.loss_terms(model, fixed, moving, PAPER, torch.Generator())["total"]
 
-    return step_of(model, loss)
+    return step_of(model, loss, variant.optimizer)
 
 
 def _smoothness(field: torch.Tensor) -> torch.Tensor:
@@ -153,6 +164,9 @@ def candidates(kind: str) -> dict[str, Callable]:
         found["ours bfloat16, compiled, checkpointing"] = partial(
             our_step, bfloat16=True, compiled=True, checkpointing=True
         )
+        found["ours bfloat16, fused-lncc"] = partial(our_step, bfloat16=True, fused_lncc=True)
+    for name in [one for one in found if one.startswith("ours")]:
+        found[f"row {name}"] = partial(found[name], row="ours")
     found["voxelmorph 16-32-32-32-32, neurite NCC"] = voxelmorph_step
     for network in ("VoxelMorph", "LocalNet", "RegUNet"):
         found[f"MONAI {network}, its NCC"] = partial(monai_step, network=network)
