@@ -109,7 +109,7 @@ class _Group(click.Group):
     lumirlib evaluate --run <run> --cohort brains
     lumirlib submission write disp.zip --run <run> --cohort lumir --data-root FOLDER
     lumirlib prepare scans --out cohort
-    lumirlib register fixed.nii.gz moving.nii.gz --out registered --method deedsBCV
+    lumirlib register fixed.nii.gz moving.nii.gz --out registered
     """),
 )
 @click.version_option(__version__, message="lumirlib %(version)s")
@@ -580,35 +580,114 @@ def prepare(quiet: bool, **given: Any) -> int:
     return 1 if made.broken else 3 if made.implausible and not kept else 0
 
 
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace results that are there.")
+
+
 @lumirlib.command(
     "register",
     examples="""
+    lumirlib register fixed.nii.gz moving.nii.gz --out registered                  # the best packaged weights, 1 mm
+    lumirlib register fixed.nii.gz moving.nii.gz --out registered --fast           # the same at 2 mm
+    lumirlib register fixed.nii.gz moving.nii.gz --out registered --moving-mask lesion.nii.gz
+    lumirlib register t1.nii.gz flair.nii.gz --out registered --contrast any
     lumirlib register fixed.nii.gz moving.nii.gz --out registered --method deedsBCV
-    lumirlib register fixed.nii.gz moving.nii.gz --out registered --weights runs/checkpoints/<run>/best.pt
-    lumirlib register fixed.nii.gz moving.nii.gz --out registered --method affine --skip strip bias
+    lumirlib register sub-01_T1w.nii.gz sub-02_T1w.nii.gz --out derivatives --bids
     antsApplyTransforms -d 3 -i moving.nii.gz -r fixed.nii.gz -t registered/transform.nii.gz -o warped.nii.gz
     """,
 )
 @click.argument("fixed")
 @click.argument("moving")
-@click.option("--out", required=True, help="Folder for warped image, displacement, transform and QC page.")
+@click.option("--out", required=True, help="Folder of the results.")
+@click.option("--fast", is_flag=True, help="The packaged weights at 2 mm in place of 1 mm.")
+@click.option(
+    "--contrast",
+    default="t1",
+    type=click.Choice(["t1", "any"]),
+    help="any: other sequences than T1, or two that differ; optimized on the pair with MIND as similarity, at 2 mm.",
+)
+@_text("--fixed-mask", metavar="FILE", help="What of the fixed scan is not to count (lesion, resection): not zero.")
+@_text(
+    "--moving-mask", metavar="FILE", help="The same of the moving scan; with a mask the result is optimized, at 2 mm."
+)
+@click.option("--displacements", is_flag=True, help="Write displacements in voxels too, as Learn2Reg has them.")
+@click.option("--bids", is_flag=True, help="Name the results as derivatives of BIDS.")
+@_OVERWRITE
 @_METHOD
 @_several("--skip", metavar="STEP", help=f"Steps done before to both scans: {_SKIP}.")
 @_several("--skip-fixed", metavar="STEP", help="Steps done before to the fixed scan.")
 @_several("--skip-moving", metavar="STEP", help="Steps done before to the moving scan.")
 @_QUIET
 def register(quiet: bool, **given: Any) -> None:
-    """Register two T1 scans in the fixed scan's own space.
+    """Register two scans: images, transforms and their inverses in the spaces of both.
 
-    FIXED and MOVING are NIfTI files of T1 heads, any orientation and spacing. The last example applies the map
-    elsewhere.
+    FIXED and MOVING are NIfTI files of heads, any orientation and spacing. Without --weights, --run, --pretrained or
+    --method the best packaged weights are taken. `lumirlib apply` takes labels, images and points along.
     """
     from lumirlib.scans.register import register
 
     found = register(**given, progress=not quiet, command=_called())
+    facts = json.loads(found.files["report"].read_text(encoding="utf-8"))
+    by = facts.get("pretrained") or facts.get("run") or facts["method"]
+    print(f"registered by {by}, voxels of {facts['resolution_mm']} mm{', optimized' if 'optimized' in facts else ''}")
     for name, value in found.measures.items():
-        print(f"{name:18s} {value:.4f}")
+        print(f"{name:24s} {value:.4f}")
     print(*(f"{kind}: {path}" for kind, path in found.files.items()), sep="\n")
+
+
+@lumirlib.command(
+    "apply",
+    examples="""
+    lumirlib apply registered/transform.nii.gz labels.nii.gz --reference fixed.nii.gz --out labels_on_fixed.nii.gz
+    lumirlib apply registered/transform.nii.gz moving_bold.nii.gz --reference fixed.nii.gz --out bold_on_fixed.nii.gz
+    lumirlib apply registered/inverse_transform.nii.gz atlas.nii.gz --reference moving.nii.gz --out on_moving.nii.gz
+    lumirlib apply to_template.nii.gz affine.mat scan.nii.gz --reference template.nii.gz --out scan_in_template.nii.gz
+    lumirlib apply registered/transform.nii.gz points.csv --points ras --out points_on_fixed.csv
+    """,
+)
+@click.argument("transforms", metavar="TRANSFORM...", nargs=-1, required=True)
+@click.argument("input")
+@_text("--reference", metavar="FILE", help="NIfTI file whose grid the result gets; for points, with voxels only.")
+@click.option("--out", required=True, metavar="FILE", help="File to write.")
+@click.option(
+    "--interpolation",
+    default="auto",
+    type=click.Choice(["auto", "linear", "cubic", "nearest"]),
+    help="auto: nearest for label maps, else linear.",
+)
+@click.option("--inverse", is_flag=True, help="Invert the transforms, all of them as one.")
+@click.option("--points", type=click.Choice(["ras", "lps", "voxels"]), help="INPUT is a CSV of points: what they are.")
+@_text("--points-of", metavar="FILE", help="With voxels: the image that the points are of.")
+@_OVERWRITE
+def apply(
+    transforms: tuple[str, ...],
+    input: str,
+    reference: str,
+    out: str,
+    interpolation: str,
+    inverse: bool,
+    points: str | None,
+    points_of: str,
+    overwrite: bool,
+) -> None:
+    """Carry an image, label map, series or points by transforms, interpolated once.
+
+    TRANSFORMs are displacement fields of ITK and ANTs (NIfTI) or files that ITK reads (.mat, .txt, .tfm, .xfm, .h5).
+    The first one leads away from the reference, the last one to INPUT, as for antsApplyTransforms. Points go with
+    the image: from where they lie in INPUT to where they lie in the reference.
+    """
+    from lumirlib.scans.apply import apply_to_image, apply_to_points
+
+    if points:
+        done = apply_to_points(transforms, input, points, out, reference, points_of, inverse, overwrite)
+    elif input.lower().endswith(".csv"):
+        raise click.UsageError("a CSV of points needs --points ras, lps or voxels")
+    elif not reference:
+        raise click.UsageError("an image needs --reference")
+    else:
+        done = apply_to_image(transforms, input, reference, out, interpolation, inverse, overwrite)
+    for remark in done.remarks:
+        click.echo(f"remark: {remark}", err=True)
+    print(f"{done.path}: {done.about}")
 
 
 # weights of the package -----------------------------------------------------------------------------------------------

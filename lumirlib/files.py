@@ -79,6 +79,14 @@ def check_writable_file(path: str | Path) -> None:
     check_writable(path.parent)
 
 
+def check_new(path: str | Path, overwrite: bool) -> None:
+    """As :func:`check_writable_file`, and raise FileExistsError for a file that is there, unless it may be replaced."""
+    path = Path(path)
+    check_writable_file(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(errno.EEXIST, "exists already; --overwrite replaces it", str(path))
+
+
 def write_json(path: str | Path, content: Any) -> Path:
     """Write `content` as indented JSON, atomically."""
     return write_atomically(path, lambda to: to.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))

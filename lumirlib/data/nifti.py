@@ -346,7 +346,12 @@ def read_label_volume(path: str | Path, check: GridCheck | None = None) -> tuple
 
 
 def write_nifti(
-    path: str | Path, array: np.ndarray, affine: np.ndarray, intent: str = "none", description: str = ""
+    path: str | Path,
+    array: np.ndarray,
+    affine: np.ndarray,
+    intent: str = "none",
+    description: str = "",
+    seconds: float | None = None,
 ) -> Path:
     """Write a NIfTI file atomically: a reader sees the whole file or none.
 
@@ -356,6 +361,7 @@ def write_nifti(
         affine: Matrix 4 x 4, voxels to world in mm.
         intent: NIfTI's name for the kind of the voxels, "vector" for a displacement field of ITK.
         description: Text for the header's `descrip`, 79 characters at most.
+        seconds: Seconds between two volumes of a series; None where it is none, or where they are not known.
 
     Returns:
         `path`.
@@ -365,7 +371,9 @@ def write_nifti(
     if not path.name.endswith(suffix):
         raise ValueError(f"path must end in .nii or .nii.gz, got {path.name}")
     image = nib.Nifti1Image(array, affine)
-    image.header.set_xyzt_units("mm")
+    image.header.set_xyzt_units("mm", None if seconds is None else "sec")
+    if seconds is not None:
+        image.header["pixdim"][4] = seconds
     image.header.set_intent(intent)
     image.header["descrip"] = description
     return write_atomically(path, lambda to: nib.save(image, to))

@@ -1,22 +1,27 @@
 """Losses: similarity and smoothness of the paper, their deep supervision, and losses of our own.
 
-The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `ndv` and `consistency` are ours.
+The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `ndv`, `consistency` and `pair` are ours.
 """
 
 from lumirlib.losses.consistency import group_consistency_loss, inverse_consistency_loss
 from lumirlib.losses.multilevel import PYRAMID_BLURS, SIMILARITIES, gaussian_pyramid, gaussian_smooth, registration_loss
 from lumirlib.losses.ndv import ndv_loss
+from lumirlib.losses.pair import PAIR_SIMILARITIES, PairLoss, masked_ncc_loss, mind_ssc
 from lumirlib.losses.similarity import mse_loss, ncc_loss
 from lumirlib.losses.smoothness import diffusion_loss
 
 __all__ = [
+    "PAIR_SIMILARITIES",
     "PYRAMID_BLURS",
     "SIMILARITIES",
+    "PairLoss",
     "diffusion_loss",
     "gaussian_pyramid",
     "gaussian_smooth",
     "group_consistency_loss",
     "inverse_consistency_loss",
+    "masked_ncc_loss",
+    "mind_ssc",
     "mse_loss",
     "ncc_loss",
     "ndv_loss",

@@ -21,7 +21,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from scipy.ndimage import binary_erosion, binary_fill_holes
-from tqdm.auto import tqdm
 
 from lumirlib import spatial
 from lumirlib._checks import check_choice
@@ -199,16 +198,20 @@ def corrected_bias(scan: Scan, mask: torch.Tensor) -> torch.Tensor:
     return scan.values / torch.from_numpy(np.ascontiguousarray(bias, dtype=np.float32))
 
 
-def affine_to_frame(values: torch.Tensor, mask: torch.Tensor, affine: np.ndarray, name: str = "scan") -> np.ndarray:
+def affine_to_frame(
+    values: torch.Tensor, mask: torch.Tensor, affine: np.ndarray, name: str = "scan", contrast: str = "t1"
+) -> np.ndarray:
     """The affine from the LUMIR frame to a scan, by the correlation of its brain with the template's.
 
-    Starts from the header's orientation, with centres of mass and volumes made equal.
+    Starts from the header's orientation, with centres of mass and volumes made equal. For any contrast the brains'
+    masks are correlated first, and then the mutual information of the images is maximized from there.
 
     Args:
         values: Values of the scan, ``(1, 1, D, H, W)``.
         mask: Mask of the brain, same shape, bool.
         affine: Matrix 4 x 4 from the scan's voxels to its world, in mm.
         name: Name of the scan, for the message.
+        contrast: Contrast of the scan, "t1" or "any".
 
     Returns:
         4 x 4: world of the frame in mm to world of the scan in mm.
@@ -231,17 +234,15 @@ def affine_to_frame(values: torch.Tensor, mask: torch.Tensor, affine: np.ndarray
     found.SetCenter((RAS_TO_LPS @ there).tolist())
     found.SetMatrix((scale * np.eye(3)).ravel().tolist())
     found.SetTranslation((RAS_TO_LPS @ (here - there)).tolist())
-    search = sitk.ImageRegistrationMethod()
-    search.SetMetricAsCorrelation()
-    search.SetInterpolator(sitk.sitkLinear)
-    search.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, 100, 0.5, 1e-8)  # steps in mm
-    search.SetOptimizerScalesFromPhysicalShift()
-    search.SetShrinkFactorsPerLevel([2, 1])
-    search.SetSmoothingSigmasPerLevel([2, 1])
-    search.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    search.SetInitialTransform(found, inPlace=True)
+    ours = _to_itk(template[0, 0].numpy(), target), _to_itk(brain[0, 0].numpy(), affine)
+    searches = [(False, *ours)]
+    if contrast == "any":
+        masks = (template > 0.02).float(), mask.float()
+        searches = [(False, *(_to_itk(m[0, 0].numpy(), on) for m, on in zip(masks, (target, affine), strict=True)))]
+        searches += [(True, *ours)]
     try:
-        search.Execute(_to_itk(template[0, 0].numpy(), target), _to_itk(brain[0, 0].numpy(), affine))
+        for any_contrast, *images in searches:
+            _search(found, any_contrast).Execute(*images)
     except RuntimeError as error:
         raise ValueError(f"{name}: no affine to the template was found: {error}") from error
     matrix, center = np.reshape(found.GetMatrix(), (3, 3)), np.array(found.GetCenter())
@@ -249,6 +250,24 @@ def affine_to_frame(values: torch.Tensor, mask: torch.Tensor, affine: np.ndarray
     to_scan[:3, :3] = RAS_TO_LPS @ matrix @ RAS_TO_LPS
     to_scan[:3, 3] = RAS_TO_LPS @ (np.array(found.GetTranslation()) + center - matrix @ center)
     return to_scan
+
+
+def _search(found: object, any_contrast: bool) -> object:
+    """SimpleITK's search for an affine, which starts at the one that is given, and changes it."""
+    sitk = require("SimpleITK")
+    search = sitk.ImageRegistrationMethod()
+    if any_contrast:
+        search.SetMetricAsMattesMutualInformation(32)
+    else:
+        search.SetMetricAsCorrelation()
+    search.SetInterpolator(sitk.sitkLinear)
+    search.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, 100, 0.5, 1e-8)  # steps in mm
+    search.SetOptimizerScalesFromPhysicalShift()
+    search.SetShrinkFactorsPerLevel([2, 1])
+    search.SetSmoothingSigmasPerLevel([2, 1])
+    search.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
+    search.SetInitialTransform(found, inPlace=True)
+    return search
 
 
 def _center(mask: torch.Tensor, affine: np.ndarray) -> np.ndarray:
@@ -306,6 +325,14 @@ class PreparedScan:
             values[:, :, planes] = self.brain_at(places(points))
         return values
 
+    def mask_in_frame(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask ``(1, 1, D, H, W)`` bool of the scan on the frame's grid, nearest: ``(1, 1, 160, 224, 192)`` bool."""
+        found = torch.empty(1, 1, *FRAME_SHAPE, dtype=torch.bool)
+        to_voxels = np.linalg.inv(self.scan.affine) @ self.to_scan
+        for planes, points in world_slabs(FRAME_SHAPE, frame_affine(1)):
+            found[:, :, planes] = spatial.sample_nearest(mask, transform(to_voxels, points))
+        return found
+
     @property
     def brain_ml(self) -> float:
         """Volume of the brain."""
@@ -322,7 +349,11 @@ def as_cohort(values: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def prepare_scan(
-    path: str | Path, skip: Iterable[str] = (), device: torch.device | str = "cpu", progress: bool = False
+    path: str | Path,
+    skip: Iterable[str] = (),
+    device: torch.device | str = "cpu",
+    step_done: Callable[[str], object] = lambda step: None,
+    contrast: str = "t1",
 ) -> PreparedScan:
     """Find brain, bias field and place in the LUMIR frame of a T1 scan.
 
@@ -331,7 +362,8 @@ def prepare_scan(
         skip: Steps of :data:`STEPS` that have been done before: "strip" (its background is constant), "bias", "affine"
             (its world coordinates are those of the frame, on whatever grid).
         device: Device that the skull is stripped on.
-        progress: Whether to show a progress bar.
+        step_done: Function that is called with each of :data:`STEPS` when it is done.
+        contrast: Contrast of the scan, "t1" or "any", see :func:`affine_to_frame`.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_scan`; a step that fails.
@@ -340,19 +372,20 @@ def prepare_scan(
     skipped = check_skip(skip)
     seconds: dict[str, float] = {}
     scan = read_scan(path)
-    with tqdm(total=len(STEPS), desc=scan.name, unit="step", disable=not progress) as bar:
 
-        def timed(step: str, work, otherwise):
-            started = time.perf_counter()
-            found = otherwise() if step in skipped else work()
-            seconds[step] = 0.0 if step in skipped else round(time.perf_counter() - started, 2)
-            bar.update()
-            return found
+    def timed(step: str, work, otherwise):
+        started = time.perf_counter()
+        found = otherwise() if step in skipped else work()
+        seconds[step] = 0.0 if step in skipped else round(time.perf_counter() - started, 2)
+        step_done(step)
+        return found
 
-        mask = timed("strip", lambda: brain_mask(scan, device), lambda: stripped_mask(scan))
-        positive = replace(scan, values=above_zero(scan, mask))
-        corrected = timed("bias", lambda: corrected_bias(positive, mask), lambda: positive.values)
-        to_scan = timed("affine", lambda: affine_to_frame(corrected, mask, scan.affine, str(path)), lambda: np.eye(4))
+    mask = timed("strip", lambda: brain_mask(scan, device), lambda: stripped_mask(scan))
+    positive = replace(scan, values=above_zero(scan, mask))
+    corrected = timed("bias", lambda: corrected_bias(positive, mask), lambda: positive.values)
+    to_scan = timed(
+        "affine", lambda: affine_to_frame(corrected, mask, scan.affine, str(path), contrast), lambda: np.eye(4)
+    )
     return PreparedScan(scan, corrected, mask, to_scan, skipped, seconds)
 
 

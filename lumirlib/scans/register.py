@@ -1,18 +1,19 @@
-"""Two T1 scans as they come from a scanner, registered; results in the fixed scan's own space.
+"""Two scans of heads as they come from a scanner, registered; results in their own spaces.
 
-    lumirlib register FIXED MOVING --out DIR --method deedsBCV
+    lumirlib register FIXED MOVING --out DIR
 
 Both scans are brought to the LUMIR frame (:mod:`lumirlib.scans.prepare`). There a trained network, or a method that
 needs no training, gives the displacement between them. Affine, displacement and affine are joined into one map from
-the fixed scan's voxels to the moving scan's, through which the moving file is interpolated once.
+the fixed scan's voxels to the moving scan's, through which the moving file is interpolated once; its inverse carries
+the fixed scan to the moving one.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,98 +22,39 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lumirlib import losses, metrics, provenance, spatial
+from lumirlib._checks import check_choice
 from lumirlib.data import field_formats
 from lumirlib.data.frame import frame_affine
-from lumirlib.data.nifti import write_nifti
-from lumirlib.files import check_writable_file, write_json
+from lumirlib.data.nifti import read_grid, read_volume, write_nifti
+from lumirlib.files import check_new, write_json
+from lumirlib.scans.bids import BidsName, root_of, write_description, write_sidecar
+from lumirlib.scans.maps import FieldMap, InverseMap, ScanMap, WorldMap, carry, field_on, in_voxels, is_orthogonal
 from lumirlib.scans.plausibility import likeness
-from lumirlib.scans.prepare import PreparedScan, as_cohort, background_value, check_skip, prepare_scan
-from lumirlib.scans.scan import Scan, collected_warnings, correlation, sample_world, transform, world_slabs
+from lumirlib.scans.prepare import STEPS, PreparedScan, as_cohort, background_value, check_skip, prepare_scan
+from lumirlib.scans.scan import Scan, collected_warnings, correlation, transform, world_slabs
 from lumirlib.training.engine import pick_device
-from lumirlib.training.registrar import choose_registrar
+from lumirlib.training.registrar import CONTRASTS, Registrar, choose_registrar, default_registrar
 
-#: What :func:`register` writes.
+#: What :func:`register` writes, as a rule and if displacements are asked for.
 FILES = {
     "warped": "warped.nii.gz",
-    "displacement": "displacement.nii.gz",
+    "warped_fixed": "warped_fixed.nii.gz",
     "transform": "transform.nii.gz",
+    "inverse_transform": "inverse_transform.nii.gz",
+    "jacobian": "jacobian.nii.gz",
     "qc": "qc.png",
     "report": "registration.json",
 }
-#: Cosine of the angle between two axes, at most; ITK refuses files from between 1e-4 and 3e-4.
-MAX_SHEAR = 5e-5
+DISPLACEMENTS = {"displacement": "displacement.nii.gz", "inverse_displacement": "inverse_displacement.nii.gz"}
+#: Displacements are rounded to a part of a mm or voxel, which the eye of no interpolation sees and gzip does.
+FINEST = 1024
 #: Correlation of two registered brains, at least. Of real ones it is 0.43 and more after an affine alone.
 MIN_NCC = 0.4
-
-
-@dataclass(frozen=True)
-class ScanMap:
-    """The whole map from the world of a fixed scan to that of a moving one: affine, displacement, affine.
-
-    Attributes:
-        fixed_to_frame: Matrix 4 x 4 from the fixed scan's world to the frame, in mm.
-        displacement: Displacement ``(1, 3, D, H, W)`` in voxels of `resolution_mm`, on the frame's grid.
-        resolution_mm: Edge of the displacement's voxels in mm: 1, 2 or 4.
-        frame_to_moving: Matrix 4 x 4 from the frame to the moving scan's world, in mm.
-    """
-
-    fixed_to_frame: np.ndarray
-    displacement: torch.Tensor
-    resolution_mm: int
-    frame_to_moving: np.ndarray
-
-    def __call__(self, points: torch.Tensor) -> torch.Tensor:
-        """World points ``(1, 3, ...)`` of the fixed scan, in mm, in the world of the moving scan, float64."""
-        return self.from_frame(transform(self.fixed_to_frame, points))
-
-    def from_frame(self, points: torch.Tensor) -> torch.Tensor:
-        """World points of the frame in the world of the moving scan."""
-        grid = frame_affine(self.resolution_mm)
-        voxels = transform(np.linalg.inv(grid), points)
-        return transform(self.frame_to_moving, transform(grid, voxels + self.displacement_at(voxels)))
-
-    def displacement_at(self, voxels: torch.Tensor) -> torch.Tensor:
-        """Displacement at voxel coordinates of its own grid, trilinear; outside, that of the nearest border point."""
-        last = torch.tensor(self.displacement.shape[2:], dtype=torch.float64).view(1, 3, 1, 1, 1) - 1
-        within = torch.minimum(voxels.clamp(min=0), last)
-        return spatial.sample(self.displacement, within).double()
-
-    def displacement_1mm(self) -> torch.Tensor:
-        """The displacement on the frame's own grid, ``(1, 3, 160, 224, 192)`` in voxels of 1 mm."""
-        return spatial.to_finer_grid(self.displacement, self.resolution_mm)
-
-    def on_scan(self, fixed: Scan, moving: Scan) -> tuple[torch.Tensor, torch.Tensor]:
-        """The moving scan on the fixed scan's grid, and the displacement that carries it there.
-
-        Returns:
-            ``(1, 1, D, H, W)``, interpolated once, with the moving scan's background (zero where nothing is negative,
-            else its most frequent or lowest value) outside it; ``(1, 3, D, H, W)`` in voxels of the
-            fixed scan, the affine included: ``warped(p)`` is what lies at ``p + u(p)`` of the fixed scan's grid in
-            the moving scan's world.
-        """
-        warped, displacement = torch.empty(1, 1, *fixed.shape), torch.empty(1, 3, *fixed.shape)
-        background = background_value(moving.values)
-        outside = float(moving.values.min()) if background is None else background
-        raised = moving.values - outside
-        for planes, points in world_slabs(fixed.shape, fixed.affine):
-            places = self(points)
-            warped[:, :, planes] = sample_world(raised, moving.affine, places) + outside
-            displacement[:, :, planes] = _in_voxels(fixed.affine, places - points)
-        return warped, displacement
-
-    def displacement_on(self, shape: Sequence[int], affine: np.ndarray) -> torch.Tensor:
-        """The displacement of the whole map on a grid in the fixed scan's world, ``(1, 3, *shape)`` in its voxels."""
-        displacement = torch.empty(1, 3, *shape)
-        for planes, points in world_slabs(shape, affine):
-            displacement[:, :, planes] = _in_voxels(affine, self(points) - points)
-        return displacement
-
-
-def _in_voxels(affine: np.ndarray, vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors ``(1, 3, ...)`` in mm along the world's axes, in voxels along a grid's."""
-    turned = np.eye(4)
-    turned[:3, :3] = np.linalg.inv(affine[:3, :3])
-    return transform(turned, vectors)
+#: The map and its inverse, one behind the other, lead back within this at 99 % of the moving brain, or it is said.
+MAX_INVERSE_MM = 0.5
+#: Seconds of each part on two cores, whose ratios make the progress bar's guess at what is left.
+USUAL_SECONDS = {"strip": 12, "bias": 4, "affine": 4, "frame": 4, "displacement": 25, "optimization": 90}
+USUAL_SECONDS |= {"forward": 12, "inverse": 30, "qc": 20}
 
 
 @dataclass(frozen=True)
@@ -121,10 +63,13 @@ class Registration:
 
     Attributes:
         map: Map from the fixed scan's world to the moving scan's.
-        files: Paths that were written, by kind: warped, displacement, transform, qc, report.
+        files: Paths that were written, by kind, see :data:`FILES` and :data:`DISPLACEMENTS`.
         measures: Measures by name: ncc_* (Pearson correlation of the two brains inside the fixed one, by the headers
             alone, after the affine, and after the whole map), local_ncc_* (1 - the paper's NCC loss, after the affine
-            and after the whole map), ndv_percent, jacobian_min and jacobian_max.
+            and after the whole map), ndv_percent, jacobian_min and jacobian_max (without the affine);
+            inverse_p50_mm, inverse_p99_mm and inverse_max_mm (how far from where it was a point of the moving brain
+            is after the inverse transform and the transform, as they are written) and inverse_outside_percent (of the
+            moving brain, what the inverse leads out of the fixed scan). What is masked counts in no ncc.
         seconds: Seconds of each part.
         remarks: Remarks made on the way, and on what about the scans or the result is hardly right.
     """
@@ -134,6 +79,31 @@ class Registration:
     measures: dict[str, float]
     seconds: dict[str, float]
     remarks: list[str] = field(default_factory=list)
+
+
+class _Progress:
+    """A bar with the time that is left, by the usual seconds of each part; and what each part took."""
+
+    def __init__(self, parts: Sequence[str], show: bool) -> None:
+        total = sum(USUAL_SECONDS[part] for part in parts)
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} to go"
+        self.bar = tqdm(total=total, smoothing=0, bar_format=form, disable=not show)
+        self.seconds: dict[str, float] = {}
+        self._begun = 0.0
+
+    def advance(self, part: str, share: float = 1.0) -> None:
+        """Say that a share of a part is done."""
+        self.bar.update(share * USUAL_SECONDS[part])
+
+    def timed(self, name: str, part: str, work: Callable, own_steps: bool = False):
+        """The result of a part's work, which advances the bar itself or is advanced when it is done."""
+        self.bar.set_description_str(name.replace("_", " "))
+        started = time.perf_counter()
+        found = work()
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        if not own_steps:
+            self.advance(part)
+        return found
 
 
 def register(
@@ -152,20 +122,36 @@ def register(
     progress: bool = True,
     command: str = "lumirlib.scans.register.register",
     pretrained: str = "",
+    fast: bool = False,
+    contrast: str = "t1",
+    fixed_mask: str | Path = "",
+    moving_mask: str | Path = "",
+    displacements: bool = False,
+    bids: bool = False,
+    overwrite: bool = False,
 ) -> Registration:
-    """Register two T1 scans and write the results in the fixed scan's own space.
+    """Register two scans and write the results in the spaces of both.
 
     The files, in `out`:
 
     * `warped.nii.gz`: the moving scan on the fixed scan's grid, interpolated once, in its own units;
-    * `displacement.nii.gz`: ``(D, H, W, 3)`` in voxels of the fixed scan (Learn2Reg's layout), affine included;
-    * `transform.nii.gz`: the same as displacement field of ITK and ANTs, in mm, LPS: ``antsApplyTransforms -t``; where
-      the fixed scan's axes are not at right angles, on a grid of right angles that covers it;
-    * `qc.png`, `qc.pdf`: the page to look at; `registration.json`: measures, remarks, timings, provenance.
+      `warped_fixed.nii.gz`: the fixed scan on the moving scan's grid, by the inverse;
+    * `transform.nii.gz`: the displacement field of ITK and ANTs on the fixed scan's grid, in mm, LPS, affine included:
+      ``antsApplyTransforms -t``; where the scan's axes are not at right angles, on a grid of right angles that covers
+      it. `inverse_transform.nii.gz`: its inverse, on the moving scan's grid;
+    * `jacobian.nii.gz`: determinant of the whole map on the fixed scan's grid: volume of the moving scan per volume of
+      the fixed one, affine included;
+    * `qc.png`, `qc.pdf`: the page to look at; `registration.json`: measures, remarks, timings, provenance;
+    * on demand `displacement.nii.gz` and `inverse_displacement.nii.gz`: the same as the transforms, ``(D, H, W, 3)`` in
+      voxels of the grid (Learn2Reg's layout).
+
+    Without `weights`, `run`, `method` and `pretrained` the best packaged weights are taken, see
+    :func:`lumirlib.training.registrar.default_registrar`. Where masks are given, or `contrast` is "any", what the
+    network predicts is optimized on the pair (:meth:`lumirlib.training.registrar.Registrar.optimized`).
 
     Args:
-        fixed: NIfTI file of a T1 head, any orientation and spacing.
-        moving: NIfTI file of another T1 head, any orientation and spacing.
+        fixed: NIfTI file of a head, any orientation and spacing.
+        moving: NIfTI file of another head, any orientation and spacing.
         out: Folder of the results; it is made.
         weights: Path of a best.pt, see :func:`choose_registrar`, as for `run`, `method`, `results` and `resolution_mm`.
         run: Name of a run.
@@ -176,53 +162,81 @@ def register(
         skip_fixed: Steps to skip for the fixed scan besides.
         skip_moving: Steps to skip for the moving scan besides.
         device: Device's name: "auto", "cpu", "cuda" ...
-        progress: Whether to show progress bars.
+        progress: Whether to show a progress bar, with the time that is left.
         command: Command for the provenance.
         pretrained: Name of weights that the package carries, see :func:`choose_registrar`.
+        fast: Whether the packaged weights work at 2 mm in place of 1 mm, where nothing else is chosen.
+        contrast: Contrast of the scans: "t1", or "any" for others, and for two that differ.
+        fixed_mask: NIfTI file on the fixed scan's grid, not zero where it is not to count (lesion, resection).
+        moving_mask: NIfTI file on the moving scan's grid, the same.
+        displacements: Whether to write the displacements in voxels too.
+        bids: Whether to name the files as derivatives of BIDS; scans need names of BIDS.
+        overwrite: Whether files that are there may be replaced.
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: as :func:`choose_registrar` and
-            :func:`lumirlib.scans.prepare.prepare_scan`.
+            :func:`lumirlib.scans.prepare.prepare_scan`; masks of another grid, or with a method that is not optimized.
+        FileExistsError: a result is there already.
         OSError: `out` cannot be written, said before anything is prepared.
     """
-    registrar = choose_registrar(weights, run, method, results, resolution_mm, device, pretrained)
+    check_choice(contrast, tuple(CONTRASTS), "contrast")
+    optimize = contrast != "t1" or bool(fixed_mask or moving_mask)
+    registrar = _registrar(
+        (weights, run, method, results, resolution_mm, device, pretrained),
+        fast,
+        contrast,
+        optimize,
+    )
+    if optimize:
+        registrar.optimized(contrast)  # says now what cannot be optimized
     target, out = pick_device(device), Path(out)
-    for path in (fixed, moving):
-        if not Path(path).is_file():
+    paths = Path(fixed), Path(moving)
+    for path in paths:
+        if not path.is_file():
             raise FileNotFoundError(f"no such NIfTI file: {path}")
-    for name in FILES.values():
-        check_writable_file(out / name)
+    names = _bids_names(*paths, out) if bids else {kind: out / name for kind, name in (FILES | DISPLACEMENTS).items()}
+    names = names if displacements else {kind: path for kind, path in names.items() if kind not in DISPLACEMENTS}
+    for path in names.values():
+        check_new(path, overwrite)
     skips = [check_skip({*skip, *own}) for own in (skip_fixed, skip_moving)]
-    seconds: dict[str, float] = {}
-    remarks: list[str] = []
-    scans = []
-    for path, steps in zip((fixed, moving), skips, strict=True):
-        with collected_warnings() as told:
-            scans.append(prepare_scan(path, steps, target, progress))
-        remarks += [one.replace(str(path), Path(path).name) for one in told]
-    for role, prepared in zip(("fixed", "moving"), scans, strict=True):
-        seconds |= {f"{step}_{role}": spent for step, spent in prepared.seconds.items()}
-    with tqdm(total=4, desc="register", unit="part", disable=not progress) as bar:
-
-        def timed(part: str, work):
-            started = time.perf_counter()
-            found = work()
-            seconds[part] = round(time.perf_counter() - started, 2)
-            bar.update()
-            return found
-
-        in_frame = timed("resample_to_frame", lambda: [prepared.in_frame for prepared in scans])
-        displacement = timed("displacement", lambda: registrar.displacement(*in_frame, target))
-        whole = ScanMap(np.linalg.inv(scans[0].to_scan), displacement, registrar.resolution_mm, scans[1].to_scan)
-        files = timed("map_and_write", lambda: write_registration(whole, scans[0].scan, scans[1].scan, out))
-        measures = timed("qc", lambda: _check(whole, *scans, registrar.name, out))
-    files |= {"qc": out / FILES["qc"]}
-    if not is_orthogonal(scans[0].scan.affine):
-        remarks.append(
-            f"{scans[0].scan.path.name}: its axes are not at right angles, which ITK and ANTs do not read; "
-            f"{FILES['transform']} lies on a grid of right angles that covers it, and maps the same points"
+    masks = [
+        read_mask(mask, path) if mask else None for mask, path in zip((fixed_mask, moving_mask), paths, strict=True)
+    ]
+    parts = [*STEPS, *STEPS, "frame", "optimization" if optimize else "displacement", "forward", "inverse", "qc"]
+    work = _Progress(parts, progress)
+    with work.bar:
+        remarks: list[str] = []
+        scans: list[PreparedScan] = []
+        for path, steps in zip(paths, skips, strict=True):
+            work.bar.set_description_str(f"prepare {path.name}")
+            with collected_warnings() as told:
+                scans.append(prepare_scan(path, steps, target, work.advance, contrast))
+            remarks += [one.replace(str(path), path.name) for one in told]
+        for role, prepared in zip(("fixed", "moving"), scans, strict=True):
+            work.seconds |= {f"{step}_{role}": spent for step, spent in prepared.seconds.items()}
+        in_frame = work.timed("resample_to_frame", "frame", lambda: [prepared.in_frame for prepared in scans])
+        left_out = [
+            None if mask is None else prepared.mask_in_frame(mask) for mask, prepared in zip(masks, scans, strict=True)
+        ]
+        if optimize:
+            chosen, step = registrar, lambda: work.advance("optimization", 1 / 52)
+            registrar = chosen.optimized(contrast, *left_out, step)
+        displacement = work.timed(
+            "displacement", "displacement", lambda: registrar.displacement(*in_frame, target), own_steps=optimize
         )
-    remarks += _doubts(scans, measures)
+        whole = ScanMap(np.linalg.inv(scans[0].to_scan), displacement, registrar.resolution_mm, scans[1].to_scan)
+        determinant = metrics.jacobian_determinant(whole.displacement_1mm())
+        fields = write_both(whole, scans[0].scan, scans[1].scan, names, determinant, work)
+        measures = work.timed(
+            "qc", "qc", lambda: _check(whole, *scans, left_out, determinant, registrar.name, names["qc"])
+        )
+        measures |= inverse_error(*fields, scans[1])
+    if not is_orthogonal(scans[0].scan.affine) or not is_orthogonal(scans[1].scan.affine):
+        remarks.append(
+            "the axes of a scan are not at right angles, which ITK and ANTs do not read; the transform that starts "
+            "from it lies on a grid of right angles that covers it, and maps the same points"
+        )
+    remarks += _doubts(scans, measures, contrast)
     for remark in remarks:
         tqdm.write(f"remark: {remark}", file=sys.stderr)
     worked_on = target if isinstance(registrar.method, nn.Module) else torch.device("cpu")
@@ -232,31 +246,76 @@ def register(
         "method": registrar.name,
         "resolution_mm": registrar.resolution_mm,
         **registrar.facts,
+        **getattr(registrar.method, "last_run", {}),
+        "contrast": contrast,
+        "masks": [Path(mask).name if mask else None for mask in (fixed_mask, moving_mask)],
+        "affine_determinant": float(np.linalg.det(whole.linear[:3, :3])),
         "measures": measures,
         "remarks": remarks,
-        "seconds": seconds,
+        "seconds": work.seconds,
         "command": command,
         "device": provenance.describe_device(worked_on),
         "commit": provenance.commit(),
         "written": provenance.now(),
         "versions": provenance.versions(),
     }
-    files["report"] = write_json(out / FILES["report"], about)
-    return Registration(whole, files, measures, seconds, remarks)
+    write_json(names["report"], about)
+    if bids:
+        _write_bids(*paths, out, names)
+    return Registration(whole, names, measures, work.seconds, remarks)
 
 
-def _doubts(scans: Sequence[PreparedScan], measures: Mapping[str, float]) -> list[str]:
+def _registrar(chosen: tuple, fast: bool, contrast: str, optimize: bool) -> Registrar:
+    weights, run, method, _, resolution_mm, device, pretrained = chosen
+    if any((weights, run, method, pretrained)):
+        if fast:
+            raise ValueError("fast goes with the packaged weights; with a choice of your own give the resolution")
+        return choose_registrar(*chosen)
+    if resolution_mm is not None:
+        if fast:
+            raise ValueError(f"fast is a resolution of 2 mm; got a resolution of {resolution_mm} mm besides")
+        return default_registrar(contrast=contrast, device=device, resolution_mm=resolution_mm)
+    return default_registrar(fast, contrast, optimize, device)
+
+
+def read_mask(path: str | Path, scan: str | Path) -> torch.Tensor:
+    """A mask of a scan, ``(1, 1, D, H, W)`` bool: what is not zero.
+
+    Raises:
+        ValueError: another grid than the scan's, or all or nothing masked.
+    """
+    shape, affine = read_grid(scan)
+
+    def fits(sides: tuple[int, ...], own: np.ndarray) -> None:
+        if sides != shape or not np.allclose(own, affine, atol=1e-3):
+            raise ValueError(
+                f"{path}: expected the grid of {Path(scan).name}, {shape} with affine {affine.round(3).tolist()}; "
+                f"got {sides} with {own.round(3).tolist()}"
+            )
+
+    found = torch.from_numpy(np.ascontiguousarray(read_volume(path, fits)[0] != 0))[None, None]
+    if not found.any() or found.all():
+        raise ValueError(f"{path}: expected a mask of a part of the scan, got {'all' if found.any() else 'none'} of it")
+    return found
+
+
+def _doubts(scans: Sequence[PreparedScan], measures: Mapping[str, float], contrast: str) -> list[str]:
     """What is hardly right about two scans, or about their registration."""
     found = [
         f"{prepared.scan.path.name}: hardly a T1 brain; it {doubts}"
         for prepared in scans
-        if (doubts := likeness(prepared).doubts)
+        if contrast == "t1" and (doubts := likeness(prepared).doubts)
     ]
     fixed, moving = (prepared.scan for prepared in scans)
     if fixed.values.equal(moving.values) and np.allclose(fixed.affine, moving.affine, atol=1e-3):
         found.append("both scans have the same voxels in the same place: are they one file?")
-    if measures["ncc"] < MIN_NCC:
+    if contrast == "t1" and measures["ncc"] < MIN_NCC:
         found.append(f"the brains correlate {measures['ncc']:.3f} after the registration, below {MIN_NCC}")
+    if not measures["inverse_p99_mm"] <= MAX_INVERSE_MM:
+        found.append(
+            f"transform and inverse lead back within {measures['inverse_p99_mm']:.2f} mm at 99 % of the moving brain, "
+            f"expected {MAX_INVERSE_MM} mm: the map folds, or the voxels are too coarse for it"
+        )
     return found
 
 
@@ -269,12 +328,6 @@ def _about(prepared: PreparedScan) -> dict[str, object]:
         "skipped_steps": list(prepared.skipped),
         "frame_to_scan_mm": prepared.to_scan.tolist(),
     }
-
-
-def is_orthogonal(affine: np.ndarray) -> bool:
-    """Whether a grid's axes are at right angles, as ITK wants them of a file."""
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    return bool(np.abs(directions.T @ directions - np.eye(3)).max() < MAX_SHEAR)
 
 
 def orthogonal_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
@@ -290,22 +343,100 @@ def orthogonal_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int
     return tuple(int(side) for side in np.ceil((along.max(1) - along.min(1)) / spacing - 1e-6) + 1), new
 
 
-def write_registration(whole: ScanMap, fixed: Scan, moving: Scan, out: Path) -> dict[str, Path]:
-    """Write warped image, displacement and transform of :func:`register`; their paths by kind."""
-    warped, displacement = whole.on_scan(fixed, moving)
-    in_voxels, grid, for_others = field_formats.voxel_to_channels_last(displacement), fixed.affine, displacement
-    if not is_orthogonal(grid):
-        shape, grid = orthogonal_grid(fixed.shape, fixed.affine)
-        for_others = whole.displacement_on(shape, grid)
-    for_itk = field_formats.voxel_to_itk(for_others, grid)
+def write_both(
+    whole: ScanMap,
+    fixed: Scan,
+    moving: Scan,
+    names: Mapping[str, Path],
+    determinant: torch.Tensor,
+    work: _Progress | None = None,
+) -> tuple[FieldMap, FieldMap]:
+    """Write images, transforms and what else lies on the grid of a scan; the two fields as they are written.
+
+    Args:
+        whole: Map from the fixed scan's world to the moving scan's.
+        fixed: Fixed scan.
+        moving: Moving scan.
+        names: Path of each kind of file, see :data:`FILES`; displacements are written where they have one.
+        determinant: Determinant of the displacement's Jacobian in the frame at 1 mm, ``(1, 1, 160, 224, 192)``.
+        work: Progress to tell.
+    """
+    work = work or _Progress(list(USUAL_SECONDS), False)
+    forward = work.timed(
+        "forward", "forward", lambda: _write_direction(whole, fixed, moving, names, "", "warped", work, "forward"), True
+    )
+    found = torch.empty(1, 1, *fixed.shape)
+    to_frame = np.linalg.inv(frame_affine(1)) @ whole.fixed_to_frame
+    last = torch.tensor(determinant.shape[2:], dtype=torch.float64).view(1, 3, 1, 1, 1) - 1
+    for planes, points in world_slabs(fixed.shape, fixed.affine):
+        voxels = transform(to_frame, points)
+        found[:, :, planes] = spatial.sample(determinant, torch.minimum(voxels.clamp(min=0), last))
+    found *= float(np.linalg.det(whole.linear[:3, :3]))
+    write_nifti(names["jacobian"], found[0, 0].numpy(), fixed.affine)
+    back = InverseMap(whole)
+    inverse = work.timed(
+        "inverse",
+        "inverse",
+        lambda: _write_direction(back, moving, fixed, names, "inverse_", "warped_fixed", work, "inverse"),
+        True,
+    )
+    return forward, inverse
+
+
+def _write_direction(
+    by: WorldMap, onto: Scan, of: Scan, names: Mapping[str, Path], prefix: str, warped: str, work: _Progress, part: str
+) -> FieldMap:
+    """Write one scan on the grid of the other, and the transform that brings it there; the latter."""
+    field_ = _rounded(field_on(by, onto.shape, onto.affine, lambda share: work.advance(part, share)))
+    displacement = in_voxels(field_, of.affine)
+    background = background_value(of.values)
+    outside = float(of.values.min()) if background is None else background
+    image = carry(of.values[0, 0].numpy(), displacement, "linear", outside)
+    write_nifti(names[warped], image, onto.affine)
+    if f"{prefix}displacement" in names:
+        of_grid = in_voxels(field_, onto.affine)
+        write_nifti(names[f"{prefix}displacement"], np.round(of_grid * FINEST) / FINEST, onto.affine)
+    if not is_orthogonal(onto.affine):
+        field_ = _rounded(field_on(by, *orthogonal_grid(onto.shape, onto.affine)))
+    array = field_.displacement[0].movedim(0, -1).numpy() @ field_formats.RAS_TO_LPS.astype(np.float32)
+    write_nifti(names[f"{prefix}transform"], array[:, :, :, None], field_.affine, intent="vector")
+    return field_
+
+
+def _rounded(field_: FieldMap) -> FieldMap:
+    """A field whose numbers have fewer digits, so that its file is smaller by a third."""
+    return replace(field_, displacement=(field_.displacement * FINEST).round_().div_(FINEST))
+
+
+def inverse_error(forward: FieldMap, inverse: FieldMap, moving: PreparedScan) -> dict[str, float]:
+    """How well two transforms, as they are written, undo each other at the voxels of the moving brain, in mm."""
+    places = transform(moving.scan.affine, torch.nonzero(moving.mask[0, 0]).T[None].double())
+    points = inverse(places)
+    there = points.isfinite().all(1, keepdim=True) & forward.defined(points.nan_to_num())
+    error = (forward.extended(points.nan_to_num()) - places).norm(dim=1)[there[:, 0]].numpy()
+    if not error.size:
+        return {"inverse_p50_mm": np.inf, "inverse_p99_mm": np.inf, "inverse_max_mm": np.inf} | {
+            "inverse_outside_percent": 100.0
+        }
+    p50, p99, most = np.percentile(error, (50, 99, 100)).round(5).tolist()
+    outside = round(100 * float(1 - there.double().mean()), 4)
     return {
-        "warped": write_nifti(out / FILES["warped"], warped[0, 0].numpy(), fixed.affine),
-        "displacement": write_nifti(out / FILES["displacement"], in_voxels, fixed.affine),
-        "transform": write_nifti(out / FILES["transform"], for_itk, grid, intent="vector"),
+        "inverse_p50_mm": p50,
+        "inverse_p99_mm": p99,
+        "inverse_max_mm": most,
+        "inverse_outside_percent": outside,
     }
 
 
-def _check(whole: ScanMap, fixed: PreparedScan, moving: PreparedScan, method: str, out: Path) -> dict[str, float]:
+def _check(
+    whole: ScanMap,
+    fixed: PreparedScan,
+    moving: PreparedScan,
+    left_out: Sequence[torch.Tensor | None],
+    determinant: torch.Tensor,
+    method: str,
+    page: Path,
+) -> dict[str, float]:
     """Measures of a registration in the frame at 1 mm, and its QC page."""
     import matplotlib.pyplot as plt
 
@@ -316,13 +447,27 @@ def _check(whole: ScanMap, fixed: PreparedScan, moving: PreparedScan, method: st
     by_headers = moving.resampled(lambda points: transform(fixed.to_scan, points))
     warped = as_cohort(moving.resampled(whole.from_frame), str(moving.scan.path))
     displacement = whole.displacement_1mm()
-    determinant = metrics.jacobian_determinant(displacement)
+    of_fixed, of_moving = left_out
+    carried = None if of_moving is None else spatial.warp(of_moving.float(), displacement) > 0
+
+    def counting(*masks: torch.Tensor | None) -> torch.Tensor:
+        found = torch.ones_like(brain)
+        for mask in masks:
+            found = found if mask is None else found & ~mask
+        return found
+
+    def local(image_: torch.Tensor, *masks: torch.Tensor | None) -> float:
+        if all(mask is None for mask in left_out):
+            return 1 - float(losses.ncc_loss(image_ / 255, image / 255))
+        return 1 - float(losses.masked_ncc_loss(image_ / 255, image / 255, counting(*masks).float()))
+
+    affine, both = brain & counting(of_fixed, of_moving), brain & counting(of_fixed, carried)
     measures = {
-        "ncc_headers": correlation(by_headers, image, brain),
-        "ncc_affine": correlation(moving.in_frame, image, brain),
-        "ncc": correlation(warped, image, brain),
-        "local_ncc_affine": 1 - float(losses.ncc_loss(moving.in_frame / 255, image / 255)),
-        "local_ncc": 1 - float(losses.ncc_loss(warped / 255, image / 255)),
+        "ncc_headers": correlation(by_headers, image, brain & counting(of_fixed)),
+        "ncc_affine": correlation(moving.in_frame, image, affine),
+        "ncc": correlation(warped, image, both),
+        "local_ncc_affine": local(moving.in_frame, of_fixed, of_moving),
+        "local_ncc": local(warped, of_fixed, carried),
         "ndv_percent": metrics.ndv_percent(displacement, brain),
         "jacobian_min": float(determinant[brain].min()),
         "jacobian_max": float(determinant[brain].max()),
@@ -333,6 +478,55 @@ def _check(whole: ScanMap, fixed: PreparedScan, moving: PreparedScan, method: st
         f"registered {measures['ncc']:.3f}; folds {measures['ndv_percent']:.3g} % of the brain"
     )
     figure = registration_figure(image, moving.in_frame, warped, displacement, determinant, title)
-    save_figure(figure, (out / FILES["qc"]).with_suffix(""))
+    save_figure(figure, page.with_suffix(""))
     plt.close(figure)
     return {name: round(value, 6) for name, value in measures.items()}
+
+
+# BIDS -----------------------------------------------------------------------------------------------------------------
+def _bids_names(fixed: Path, moving: Path, out: Path) -> dict[str, Path]:
+    """Path of each kind of file as BIDS names derivatives; an image stands with its own person."""
+    to, of = BidsName.of(fixed), BidsName.of(moving)
+    if to.label == of.label:
+        raise ValueError(f"{fixed} and {moving}: expected names of BIDS that differ in a person, session or other part")
+    there, back = {"space": to.label}, {"space": of.label}
+    page = of.with_(**there, desc="registered")
+    return {
+        "warped": out / of.with_(**there, desc="warped").file(),
+        "warped_fixed": out / to.with_(**back, desc="warped").file(),
+        "transform": out / of.with_("xfm", **{"from": of.label, "to": to.label}, mode="image").file(),
+        "inverse_transform": out / to.with_("xfm", **{"from": to.label, "to": of.label}, mode="image").file(),
+        "jacobian": out / of.with_(**there, desc="jacobian").file(),
+        "displacement": out / of.with_("xfm", **{"from": of.label, "to": to.label}, mode="image", desc="voxels").file(),
+        "inverse_displacement": out
+        / to.with_("xfm", **{"from": to.label, "to": of.label}, mode="image", desc="voxels").file(),
+        "qc": out / "figures" / f"{page.stem}.png",
+        "report": out / "logs" / f"{page.stem}.json",
+    }
+
+
+def _write_bids(fixed: Path, moving: Path, out: Path, names: Mapping[str, Path]) -> None:
+    """Description and sidecars of :func:`_bids_names`."""
+    name = {fixed: BidsName.of(fixed), moving: BidsName.of(moving)}
+    roots = {path: root_of(path, one) for path, one in name.items()}
+    write_description(out, roots.values(), "lumirlib register")
+    source = {roots[fixed]: "raw"} | {roots[moving]: "raw2" if roots[moving] != roots[fixed] else "raw"}
+    uri = {path: f"bids:{source[roots[path]]}:{one.file(_ending(path)).as_posix()}" for path, one in name.items()}
+    words = {
+        "warped": (moving, fixed, "The moving scan on the fixed scan's grid, interpolated once."),
+        "warped_fixed": (fixed, moving, "The fixed scan on the moving scan's grid, interpolated once."),
+        "jacobian": (moving, fixed, "Determinant of the map's Jacobian: volume of the moving scan per volume here."),
+    }
+    for kind, (of, onto, description) in words.items():
+        sidecar = {"Description": description, "Sources": [uri[of], uri[onto]], "SpatialReference": uri[onto]}
+        if kind != "jacobian":
+            sidecar["SkullStripped"] = False
+        write_sidecar(names[kind], sidecar)
+    for kind in ("transform", "inverse_transform", "displacement", "inverse_displacement"):
+        if kind in names:
+            unit = "voxels, Learn2Reg's layout" if "displacement" in kind else "mm, LPS, as ITK and ANTs have it"
+            write_sidecar(names[kind], {"Description": f"Displacement field in {unit}.", "Sources": list(uri.values())})
+
+
+def _ending(path: Path) -> str:
+    return ".nii.gz" if path.name.lower().endswith(".gz") else ".nii"

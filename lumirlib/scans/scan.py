@@ -36,7 +36,7 @@ def require(package: str) -> ModuleType:
         if error.name != package:
             raise
         raise ModuleNotFoundError(
-            f"preparing scans needs the package {package}, which is not installed: "
+            f"work on scans needs the package {package}, which is not installed: "
             'pip install "lumirlib[prepare]", or skip the steps that need it'
         ) from error
 

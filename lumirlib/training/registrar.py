@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from lumirlib import provenance
+from lumirlib._checks import check_choice
 from lumirlib._memory import freed_memory_kept
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.methods import BASELINES, parse_row
+from lumirlib.methods.instance_optimization import PairOptimization, PairOptions
 from lumirlib.methods.presets import get_preset
+from lumirlib.models.backbone import RegistrationNetwork
 from lumirlib.training.weights import read_checkpoint, read_packaged
 
 #: A method's name for the affine alone.
@@ -21,6 +25,14 @@ AFFINE = "affine"
 RESOLUTIONS_MM = (1, 2, 4)
 #: For methods that are not trained, where none is given.
 DEFAULT_RESOLUTION_MM = 2
+#: The packaged weights that `lumirlib register` takes where nothing is chosen, and its voxels in mm: as a rule, with
+#: `--fast`, and where the result is optimized on the pair, which takes some 50 times as long.
+DEFAULT_WEIGHTS = "ours-4mm-cpu"
+BEST_MM, FAST_MM = 1, 2
+#: Packaged weights for scans of any contrast; empty as long as there are none, and those for T1 are taken.
+ANY_CONTRAST_WEIGHTS = ""
+#: Contrast of the scans -> similarity that the pair is optimized with, and its weight beside the smoothness'.
+CONTRASTS = {"t1": ("ncc", 1.0), "any": ("mind", 16.0)}
 
 
 @dataclass(frozen=True)
@@ -32,12 +44,52 @@ class Registrar:
         resolution_mm: Edge of the voxels that it works on, in mm.
         method: Function of two images ``(1, 1, D, H, W)`` in [0, 1] that returns the displacement in voxels.
         facts: Facts about its origin.
+        trained_with: Weight of the smoothness and window of the NCC in voxels that a network was trained with.
     """
 
     name: str
     resolution_mm: int
     method: Method
     facts: dict[str, object] = field(default_factory=dict)
+    trained_with: tuple[float, int] | None = None
+
+    def optimized(
+        self,
+        contrast: str = "t1",
+        fixed_mask: torch.Tensor | None = None,
+        moving_mask: torch.Tensor | None = None,
+        step_done: Callable[[], object] = lambda: None,
+    ) -> Registrar:
+        """The same with instance optimization behind it, for one pair.
+
+        With contrast "any", and as long as no weights are packaged for it, the network's own prediction is not used:
+        a network that was trained on T1 cannot read another contrast.
+
+        Args:
+            contrast: Contrast of the scans, one of :data:`CONTRASTS`.
+            fixed_mask: What is left out of the fixed image, ``(1, 1, 160, 224, 192)`` bool at 1 mm.
+            moving_mask: The same of the moving image.
+            step_done: Function that is called at each step.
+
+        Raises:
+            ValueError: not the paper's network, or an unknown contrast.
+        """
+        check_choice(contrast, tuple(CONTRASTS), "contrast")
+        if not isinstance(self.method, RegistrationNetwork) or self.trained_with is None:
+            raise ValueError(
+                f"{self.name}: masks and contrast 'any' need a network whose result is optimized, got another method"
+            )
+        similarity, weight = CONTRASTS[contrast]
+        counts = [
+            None if mask is None else 1 - F.max_pool3d(mask.float(), self.resolution_mm)
+            for mask in (fixed_mask, moving_mask)
+        ]
+        smoothness, window = self.trained_with
+        options = PairOptions(
+            similarity, weight, smoothness, window, *counts, contrast == "any" and not ANY_CONTRAST_WEIGHTS, step_done
+        )
+        facts = self.facts | {"optimized": {"similarity": similarity, "weight": weight, "steps": options.steps}}
+        return replace(self, method=PairOptimization(self.method, options), facts=facts)
 
     @freed_memory_kept()
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -106,7 +158,30 @@ def choose_registrar(
         "preset": found.config["preset"].get("name"),
         "weights": found.digest,
     }
-    return Registrar(found.row.name, int(found.resolution_mm), found.network(device), facts)
+    preset = found.config["preset"]
+    trained_with = float(preset["smoothness_weight"]), int(preset["window"])
+    return Registrar(found.row.name, int(found.resolution_mm), found.network(device), facts, trained_with)
+
+
+def default_registrar(
+    fast: bool = False,
+    contrast: str = "t1",
+    optimize: bool = False,
+    device: str = "auto",
+    resolution_mm: int | None = None,
+) -> Registrar:
+    """The best packaged weights, for users who choose nothing.
+
+    Args:
+        fast: Whether to work at :data:`FAST_MM` in place of :data:`BEST_MM`; so it does where it is optimized.
+        contrast: Contrast of the scans, one of :data:`CONTRASTS`.
+        optimize: Whether the result is going to be optimized.
+        device: Device that the network works on.
+        resolution_mm: Edge of the voxels in mm, where it is chosen.
+    """
+    name = (ANY_CONTRAST_WEIGHTS if contrast == "any" else "") or DEFAULT_WEIGHTS
+    resolution_mm = resolution_mm or (FAST_MM if fast or optimize else BEST_MM)
+    return choose_registrar(pretrained=name, resolution_mm=resolution_mm, device=device)
 
 
 def _untrained(name: str, resolution_mm: int, train_first: str) -> Registrar:
