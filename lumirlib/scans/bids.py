@@ -17,10 +17,8 @@ VERSION = "1.10.0"
 ORDER = ("sub", "ses", "sample", "task", "acq", "ce", "trc", "stain", "rec", "dir", "run", "mod", "echo", "flip", "inv")
 ORDER += ("mt", "part", "proc", "hemi", "space", "from", "to", "mode", "split", "recording", "chunk", "seg", "res")
 ORDER += ("den", "label", "desc")
-#: Label of the LUMIR frame as a space.
-SPACE = "LUMIR"
-#: What of our outputs is not of BIDS: pages, reports, the cohort, and transforms, which BIDS has no name for yet.
-IGNORED = ("figures/", "logs/", "prepared/", "dataset.json", "source.json", "qc*", "*_xfm.*")
+#: What of our outputs is not of BIDS: pages, reports, and transforms, which it has no name for yet.
+IGNORED = ("figures", "figures/**", "logs", "logs/**", "**/*_xfm.*")
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,6 @@ class BidsName:
     def file(self, ending: str = ".nii.gz") -> Path:
         """Its path in a dataset."""
         return self.folder / f"{self.stem}{ending}"
-
-
-def is_dataset(folder: str | Path) -> bool:
-    """Whether a folder is the root of a BIDS dataset, by its description."""
-    return (Path(folder) / "dataset_description.json").is_file()
 
 
 def write_description(out: str | Path, sources: Iterable[Path], about: str) -> Path:

@@ -518,10 +518,8 @@ def _write_bids(fixed: Path, moving: Path, out: Path, names: Mapping[str, Path])
         "jacobian": (moving, fixed, "Determinant of the map's Jacobian: volume of the moving scan per volume here."),
     }
     for kind, (of, onto, description) in words.items():
-        sidecar = {"Description": description, "Sources": [uri[of], uri[onto]], "SpatialReference": uri[onto]}
-        if kind != "jacobian":
-            sidecar["SkullStripped"] = False
-        write_sidecar(names[kind], sidecar)
+        sources = {"Sources": [uri[of], uri[onto]], "SpatialReference": uri[onto]}
+        write_sidecar(names[kind], {"Description": description, **sources, "SkullStripped": False})
     for kind in ("transform", "inverse_transform", "displacement", "inverse_displacement"):
         if kind in names:
             unit = "voxels, Learn2Reg's layout" if "displacement" in kind else "mm, LPS, as ITK and ANTs have it"
