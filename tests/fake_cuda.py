@@ -83,8 +83,13 @@ def fake_cuda() -> Iterator[Watch]:
 
 def bfloat16() -> torch.autocast:
     """Autocast as on a GPU that has bfloat16."""
+    return _autocast("cuda", torch.bfloat16)
+
+
+def _autocast(*given: object, **named: object) -> torch.autocast:
+    """PyTorch's, which would be off where no GPU is."""
     with mock.patch.multiple("torch.cuda", is_available=lambda: True, is_bf16_supported=lambda: True):
-        return torch.autocast("cuda", torch.bfloat16)
+        return torch.autocast(*given, **named)
 
 
 def on_cuda(model: nn.Module, layout: torch.memory_format = torch.preserve_format) -> nn.Module:
@@ -108,7 +113,8 @@ def gradients(total: torch.Tensor, wanted: list[torch.Tensor]) -> list[torch.Ten
     """
     waiting: dict[object, list[torch.Tensor | None]] = {total.grad_fn: [torch.ones_like(total)]}
     found: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), mock.patch("torch._C._current_graph_task_id", return_value=0):
+    of_checkpoints = mock.patch("torch.amp.autocast", _autocast)  # when they are computed again
+    with torch.no_grad(), of_checkpoints, mock.patch("torch._C._current_graph_task_id", return_value=0):
         for node in _from_the_end(total.grad_fn):
             given = waiting.pop(node, None)
             if given is None:
