@@ -9,13 +9,14 @@ from pathlib import Path
 
 import click
 import nbformat
+import numpy as np
 import pytest
 
 from lumirlib import cli
 from lumirlib.data.cache import DTYPES
 from lumirlib.data.dataset_json import NAMED_COHORTS
 from lumirlib.data.frame import frame_affine, template_in_frame
-from lumirlib.data.nifti import write_nifti
+from lumirlib.data.nifti import read_nifti, write_nifti
 from lumirlib.methods.external import MethodUnavailableError
 from lumirlib.methods.presets import PRESETS
 from lumirlib.methods.variants import variant_choices
@@ -105,7 +106,7 @@ def test_one_flag_takes_several_words_up_to_the_next_option(tmp_path, capsys):
         (["run", "LK", "--train-only"], "--train-only and --consistency go with --no-notebook"),
         (
             ["register", "a.nii", "b.nii", "--out", "c"],
-            "lumirlib register: give one of weights, run, method and pretrained",
+            "lumirlib register: no such NIfTI file: a.nii",
         ),
         (["prepare", "no folder", "--out", "c"], "lumirlib prepare: no such folder: no folder"),
         (["evaluate", "--method", "VoxelMorph"], "VoxelMorph is a network, which needs weights"),
@@ -268,8 +269,10 @@ def test_commands_of_the_page_on_own_scans_work_as_they_stand(tmp_path, monkeypa
             template_in_frame(4) * 800, frame_affine(4), (4 * number, 0, 5), orientation="LIA", spacing_mm=(4, 5, 4)
         )
         write_nifti(tmp_path / "scans" / f"person{number}.nii.gz", array, affine)
+    write_nifti(tmp_path / "labels_of_person1.nii.gz", (array > 0).astype(np.int16), affine)
     commands = commands_on_own_scans()
-    assert [command[1] for command in commands] == ["prepare", "register"]
+    assert [command[1] for command in commands] == ["prepare", "register", "apply"]
     for command in commands:
         assert cli.main(command[1:]) == 0, command
     assert (tmp_path / "cohort" / "dataset.json").is_file() and (tmp_path / "registered" / "qc.png").is_file()
+    assert set(np.unique(read_nifti(tmp_path / "labels.nii.gz")[0])) == {0, 1}
