@@ -958,7 +958,54 @@ def _page(name: str) -> Path:
 
 @lumirlib.group("report")
 def report() -> None:
-    """Verdicts, costs and ranks, from finished runs."""
+    """Verdicts, costs and ranks, from finished runs; what follows from them, checked or made anew."""
+
+
+@report.command(
+    "verify",
+    examples="""
+    lumirlib report verify
+    lumirlib report verify --write
+    """,
+)
+@click.option("--write", is_flag=True, help="Put what the results make now in the place of what is committed.")
+def report_verify(write: bool) -> int:
+    """Make every table, figure, verdict, card and part of a page anew from the committed results, and compare.
+
+    Lists what drifted, with file and line; the status is 1 then. To be called in a checkout.
+    """
+    from lumirlib.study.report import verify
+
+    root = _page("")
+    if write:
+        print(*verify.renew(root), sep="\n")
+        return 0
+    found = verify.verify(root)
+    print(*found.drifts, sep="\n", end="\n" * bool(found.drifts))
+    print("made anew and compared: " + ", ".join(f"{len(what)} {kind}" for kind, what in found.compared.items()))
+    print(f"pictures of scans, which need weights and scans: {len(found.pictures)}")
+    print(f"{len(found.drifts)} drifted")
+    return 1 if found.drifts else 0
+
+
+@report.command("crate", examples="lumirlib report crate")
+def report_crate() -> None:
+    """Describe results/ of the checkout as an RO-Crate: licence, source and SHA-256 of every file."""
+    from lumirlib.study.report import crate
+
+    print(crate.write_crate(_page("")))
+
+
+@report.command("manifest", examples="lumirlib report manifest --cohort brains")
+@_cohort()
+@_OUT
+def report_manifest(cohort: str, data_root: str, out: str) -> None:
+    """Write which files a cohort is made of, with their SHA-256, to cohorts/ of the results folder."""
+    from lumirlib.data import load_cohort
+    from lumirlib.provenance import results_folder
+    from lumirlib.study.report import crate
+
+    print(crate.write_manifest(load_cohort(cohort, 4, data_root or None), results_folder(out)))
 
 
 @report.command(

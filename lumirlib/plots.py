@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +28,20 @@ from lumirlib.metrics.pair import MEASURES
 
 #: Of large figures where they are shown: notebooks are committed with what they show. Files have 120.
 SHOWN_DPI = 80
+#: Numbers of one thing drawn that :func:`figure_data` lists.
+MAX_NUMBERS = 2000
+#: Whether :func:`save_figure` draws; :func:`without_pictures` says no.
+_DRAWS: ContextVar[bool] = ContextVar("draws", default=True)
+
+
+@contextmanager
+def without_pictures() -> Iterator[None]:
+    """Have :func:`save_figure` write the data of figures, and draw none."""
+    before = _DRAWS.set(False)
+    try:
+        yield
+    finally:
+        _DRAWS.reset(before)
 
 
 def use_style() -> None:
@@ -232,12 +252,72 @@ def plot_pair(
     return axes
 
 
-def save_figure(figure: Figure, path: str | Path) -> Figure:
-    """Write a figure to `<path>.png` and, for print, `<path>.pdf`; returns the figure."""
-    for ending in ("png", "pdf"):
+def save_figure(figure: Figure, path: str | Path, data: bool = True) -> Figure:
+    """Write a figure to `<path>.png` and, for print, `<path>.pdf`.
+
+    Args:
+        figure: Figure to write.
+        path: Path without ending.
+        data: Whether :func:`figure_data` goes to `<path>.figure.jsonl`, by which `lumirlib report verify` compares it.
+
+    Returns:
+        The figure.
+    """
+    written: dict[str, str] = {}
+    for ending in ("png", "pdf") if _DRAWS.get() else ():
         target = Path(f"{path}.{ending}")
         write_atomically(target, lambda to, form=ending: figure.savefig(to, format=form, dpi=120))
+        written[ending] = hashlib.sha256(target.read_bytes()).hexdigest()
+    if data:
+        lines = [json.dumps(line, ensure_ascii=False) for line in ({"sha256": written}, *figure_data(figure))]
+        text = "\n".join(lines) + "\n"
+        write_atomically(f"{path}.figure.jsonl", lambda to: to.write_text(text, encoding="utf-8"))
     return figure
+
+
+def figure_data(figure: Figure) -> list[dict[str, object]]:
+    """What a figure shows, as numbers and words: a line for each panel and for each thing that is drawn in it.
+
+    Returns:
+        Of a panel its title and labels; of lines, dots, areas and bars their points, in the units of the axes, to six
+        significant digits; of what has more than :data:`MAX_NUMBERS` numbers, images among it, their shape, mean,
+        standard deviation and range.
+    """
+    found: list[dict[str, object]] = [{"title": figure.get_suptitle()}]
+    for ax in figure.axes:
+        if not ax.get_visible():
+            continue
+        found.append({"panel": ax.get_title(), "x": ax.get_xlabel(), "y": ax.get_ylabel()})
+        found += [{"line": _numbers(line.get_xydata()), "label": line.get_label()} for line in ax.lines]
+        for drawn in ax.collections:
+            dots = drawn.get_offsets()
+            places = dots if len(dots) > 1 or np.any(dots) else [path.vertices for path in drawn.get_paths()]
+            found.append({"points": _numbers(places)})
+        for patch in ax.patches:
+            found.append({"area": _numbers(patch.get_patch_transform().transform(patch.get_path().vertices))})
+        found += [{"image": _numbers(image.get_array(), 0)} for image in ax.images]
+        found += [{"text": text.get_text(), "at": _numbers(text.get_position())} for text in ax.texts]
+        if legend := ax.get_legend():
+            found.append({"legend": [text.get_text() for text in legend.get_texts()]})
+    return found
+
+
+def _numbers(values: Any, most: int = MAX_NUMBERS) -> object:
+    """Numbers as JSON has them, or, of more than `most`, what they are like."""
+    parts = [np.ma.filled(np.ma.asarray(part, dtype=float), np.nan) for part in values]
+    if sum(part.size for part in parts) > most:
+        whole = np.concatenate([part.ravel() for part in parts])
+        whole = whole[np.isfinite(whole)]
+        about = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max} if whole.size else {}
+        shape = [len(parts), *(parts[0].shape if len({part.shape for part in parts}) == 1 else ())]
+        return {"shape": shape, **{name: float(f"{measure(whole):.6g}") for name, measure in about.items()}}
+    return [_rounded(part.tolist()) for part in parts]
+
+
+def _rounded(value: Any) -> object:
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def curves_figure(history: pd.DataFrame, title: str) -> Figure:

@@ -79,7 +79,7 @@ def prepared_figures(scans: Sequence[tuple[dict, Path]], out: str | Path, title:
                 fontsize=9,
             )
         figure.suptitle(f"{title}, page {number} of {len(pages)}: contours of the template, r with it, brain volume")
-        save_figure(figure, Path(out) / f"qc_{number}")
+        save_figure(figure, Path(out) / f"qc_{number}", data=False)
         plt.close(figure)
         paths.append(Path(out) / f"qc_{number}.png")
     return paths

@@ -478,7 +478,7 @@ def _check(
         f"registered {measures['ncc']:.3f}; folds {measures['ndv_percent']:.3g} % of the brain"
     )
     figure = registration_figure(image, moving.in_frame, warped, displacement, determinant, title)
-    save_figure(figure, page.with_suffix(""))
+    save_figure(figure, page.with_suffix(""), data=False)
     plt.close(figure)
     return {name: round(value, 6) for name, value in measures.items()}
 

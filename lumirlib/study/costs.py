@@ -344,7 +344,8 @@ BYTES = 4
 #: Seeds of the study.
 SEEDS = 3
 
-MARKERS = ("<!-- lumirlib report budget --write -->", "<!-- end of lumirlib report budget -->")
+COMMAND = "lumirlib report budget"
+MARKERS = (f"<!-- {COMMAND} --write -->", f"<!-- end of {COMMAND} -->")
 #: Table of the paper -> name of its measured costs, without the preset and the device.
 SOURCES = {2: "", 1: "table1_"}
 

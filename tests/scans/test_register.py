@@ -255,7 +255,7 @@ def test_network_of_a_checkpoint_registers_two_scans_from_the_command_line(tmp_p
 @pytest.fixture
 def no_pages(monkeypatch):
     """Without the QC page, which takes most of the time of so small scans."""
-    monkeypatch.setattr("lumirlib.plots.save_figure", lambda figure, path: None)
+    monkeypatch.setattr("lumirlib.plots.save_figure", lambda figure, path, data: None)
 
 
 def test_scans_in_microns_and_in_mm_register_to_each_other(tmp_path, no_pages):

@@ -53,7 +53,8 @@ ARRIVED, EARLY = 0.9, 0.25
 #: Range of Dice over pairs (points) that is wide, and one that is not.
 WIDE, NARROW = 10.0, 5.0
 
-MARKERS = ("<!-- lumirlib report claims --write -->", "<!-- end of lumirlib report claims -->")
+COMMAND = "lumirlib report claims"
+MARKERS = (f"<!-- {COMMAND} --write -->", f"<!-- end of {COMMAND} -->")
 
 _SWAPPED = {"better": "worse", "worse": "better"}
 

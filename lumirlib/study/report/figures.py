@@ -82,10 +82,13 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
 
     def draw(ax: Axes, table: pd.DataFrame, value: str, names: list[str]) -> None:
         pairs = table.groupby(["variant", "pair"], as_index=False)[value].mean()
-        shared = {"data": pairs, "x": value, "y": "variant", "order": names, "ax": ax, "legend": False}
-        sns.stripplot(**shared, hue="variant", palette=colours, size=3, alpha=0.6, zorder=1)
         sns.pointplot(
-            **shared,
+            pairs,
+            x=value,
+            y="variant",
+            order=names,
+            ax=ax,
+            legend=False,
             estimator="median",
             errorbar=("pi", 50),
             linestyle="none",
@@ -95,6 +98,11 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
             err_kws={"linewidth": 2},
             zorder=3,
         )
+        scatter = np.random.default_rng(0)  # the same picture every time
+        for place, name in enumerate(names):
+            own = pairs.loc[pairs["variant"] == name, value]
+            heights = place + scatter.uniform(-0.1, 0.1, len(own))
+            ax.scatter(own, heights, s=9, color=colours[name], alpha=0.6, linewidths=0, zorder=1)
 
     for column, (metric, measure) in enumerate((name, METRICS[name]) for name in CHALLENGE):
         above, below = axes[:, column]
