@@ -22,7 +22,7 @@ import torch
 from lumirlib import provenance
 from lumirlib.files import write_between, write_json
 from lumirlib.provenance import describe_device
-from lumirlib.study.report.publish import to_markdown
+from lumirlib.study.results import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests/reliability"

@@ -45,8 +45,7 @@ from lumirlib.methods.presets import get_preset
 from lumirlib.methods.variants import Variant
 from lumirlib.metrics.labels import LUMIR_LABELS
 from lumirlib.study.paper import rows_of_table, table_rows
-from lumirlib.study.report.publish import to_markdown
-from lumirlib.study.results import read_measured, write_results
+from lumirlib.study.results import read_measured, to_markdown, write_results
 from lumirlib.training.engine import pick_device
 from lumirlib.training.trainer import make_optimizer
 from lumirlib.training.weights import to_device

@@ -108,6 +108,11 @@ def read_results(path: str | Path) -> tuple[pd.DataFrame, dict]:
     return read_table(path, about), about
 
 
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A table of text as Markdown."""
+    return frame.to_markdown(index=False, disable_numparse=True)
+
+
 def data_title(cohort: str, name: str, simulated: bool, resolution_mm: float, scored_mm: float | None = None) -> str:
     """What data a table or figure is of, for its title: says "simulated" where it is, and what is not LUMIR.
 

@@ -34,9 +34,8 @@ from lumirlib.study.paper import (
     rows_of_table,
 )
 from lumirlib.study.report import publish, runs, statistics, tables
-from lumirlib.study.report.publish import to_markdown
 from lumirlib.study.report.runs import Runs
-from lumirlib.study.results import Measured
+from lumirlib.study.results import Measured, to_markdown
 
 SUPPORTED, NOT_SUPPORTED, OPEN = "supported", "not supported", "cannot be told"
 

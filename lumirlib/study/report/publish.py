@@ -15,7 +15,7 @@ from lumirlib.provenance import now, versions
 from lumirlib.study.paper import BEFORE, CHALLENGE, METRICS, SHOWN_COLUMNS
 from lumirlib.study.report import difficulty, statistics, tables
 from lumirlib.study.report.runs import CONVERGED, Runs, late_rises
-from lumirlib.study.results import Measured, data_title
+from lumirlib.study.results import Measured, data_title, to_markdown
 
 
 def as_text(value: float, digits: int, signed: bool = False) -> str:
@@ -168,11 +168,6 @@ def readable_costs(costs: pd.DataFrame, reference: str = "backbone") -> pd.DataF
             }
         )
     return pd.DataFrame(rows)
-
-
-def to_markdown(frame: pd.DataFrame) -> str:
-    """A table of text as Markdown."""
-    return frame.to_markdown(index=False, disable_numparse=True)
 
 
 def publish(

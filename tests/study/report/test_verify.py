@@ -153,7 +153,7 @@ def test_tables_and_figures_whose_runs_are_missing_are_found(small_study, tmp_pa
     assert {figure, f"results/tables/table2{TAIL}.csv", "README.md", crate.NAME} <= found
     for path in root.glob("results/metrics/*"):
         path.unlink()
-    monkeypatch.setattr(cli, "_page", lambda name: root / name)
+    monkeypatch.setattr("lumirlib.provenance.project_root", lambda: root)
     assert cli.main(["report", "verify"]) == 1
     told = capsys.readouterr().out
     assert f"{figure}: no notebook makes it anew from the results: are its runs in results/metrics/?" in told
@@ -180,6 +180,15 @@ def test_a_folder_that_is_no_checkout_is_named(tmp_path):
         verify.verify(tmp_path)
 
 
+def test_the_crate_is_described_anew_by_a_command(small_study, tmp_path, monkeypatch):
+    root = tampered(small_study, tmp_path)
+    (root / "results" / "new.csv").write_text("a\n1\n")
+    assert [file for file, *_ in crate.differences(root)] == ["results/new.csv"]
+    monkeypatch.setattr("lumirlib.provenance.project_root", lambda: root)
+    assert cli.main(["report", "crate"]) == 0
+    assert not list(crate.differences(root))
+
+
 def test_the_crate_has_licence_source_and_checksum_of_every_file():
     described = {one["@id"]: one for one in json.loads((ROOT / crate.NAME).read_text())["@graph"]}
     files = [one for one in described.values() if one["@type"] == "File"]
@@ -194,8 +203,8 @@ def test_the_crate_has_licence_source_and_checksum_of_every_file():
 
 
 def test_a_manifest_names_every_file_of_a_cohort_with_its_checksum(cohort, tmp_path):
-    path = crate.write_manifest(cohort, tmp_path)
-    found = json.loads(path.read_text())
+    assert cli.main(["report", "manifest", "--cohort", str(cohort.path), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "cohorts" / f"{cohort.short_name}.json").read_text())
     people = [*found["training"], *found["validation"]]
     assert len(found["training"]) == len(cohort.train) and found["pairs"] == [
         one.name for one in cohort.validation_pairs
