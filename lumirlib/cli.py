@@ -473,7 +473,7 @@ def evaluate(cohort: str, data_root: str, out: str, quiet: bool, device: str, **
 
 @lumirlib.group("submission")
 def submission() -> None:
-    """Write, validate or score the challenge's zip of displacements."""
+    """Write, validate or score the challenge's zip of displacements, or its files in a container."""
 
 
 _ZIP = click.argument("path", metavar="ZIP")
@@ -499,6 +499,37 @@ def write_zip(path: str, cohort: str, data_root: str, quiet: bool, device: str, 
     registrar = choose_registrar(device=device, **chosen)
     people = load_cohort(cohort, registrar.resolution_mm, data_root or None)
     print(write_submission(registrar.method, people, path, device=pick_device(device), progress=not quiet))
+
+
+@submission.command(
+    "predict",
+    resumes=True,
+    examples="""
+    lumirlib submission predict --input input --output output --pretrained comp-4mm-cpu
+    lumirlib submission predict --input input --output output --weights best.pt --json input/LUMIR_dataset.json
+    """,
+)
+@click.option("--input", "folder", default="/input", help="Folder that the JSON's paths are relative to.")
+@click.option("--output", default="/output", help="Folder for disp_FIXED_MOVING.nii.gz of every pair.")
+@_text("--json", "json_path", help="Dataset JSON; the only *dataset*.json in --input or beside it, if not given.")
+@_METHOD
+@_QUIET
+def predict(folder: str, output: str, json_path: str, quiet: bool, device: str, **chosen: Any) -> None:
+    """Run a network or a method as the challenge's test phase does, on mounted folders and without network.
+
+    Reads the pairs under "validation" (or else "test") of the JSON, and nothing else that it names.
+    """
+    from lumirlib.study import submission
+    from lumirlib.training.engine import pick_device
+    from lumirlib.training.registrar import choose_registrar
+
+    registrar = choose_registrar(device=device, **chosen)
+    people = submission.load_test_pairs(
+        json_path or submission.find_dataset_json(folder), folder, registrar.resolution_mm
+    )
+    pairs = people.submission_pairs
+    submission.write_displacements(registrar.method, people, output, pairs, pick_device(device), not quiet)
+    print(f"{len(pairs)} displacements in {output}")
 
 
 @submission.command("validate", examples="lumirlib submission validate disp.zip --cohort lumir --data-root FOLDER")

@@ -14,6 +14,7 @@ import re
 import shutil
 import struct
 import sys
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -31,10 +32,10 @@ from tqdm.auto import tqdm
 
 from lumirlib import spatial
 from lumirlib._checks import check_finite
-from lumirlib.data import Cohort, Pair, field_formats
+from lumirlib.data import Cohort, Pair, field_formats, load_cohort
 from lumirlib.data.nifti import parse_nifti, write_nifti
 from lumirlib.evaluation import Method, evaluate_method
-from lumirlib.files import check_writable, check_writable_file, write_atomically
+from lumirlib.files import check_writable, check_writable_file, read_json, write_atomically, write_json
 from lumirlib.metrics import tre_per_landmark_mm
 from lumirlib.study.method_digest import method_digest
 
@@ -42,6 +43,8 @@ from lumirlib.study.method_digest import method_digest
 HEADER_BYTES = 1 << 20
 #: What zipfile, gzip and zlib raise for a broken file, an encrypted one and one of a later version.
 BROKEN_ZIP = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, struct.error, ArithmeticError)
+#: Parts of a dataset JSON that the test phase does not need: what they name is not mounted there.
+UNUSED_IN_TEST = ("training", "numTraining", "test", "numTest", "validation", "numValidation", "labelled", "simulated")
 #: A misreading is named when it aligns the images this much better than the file as it is (correlation, 0 to 1).
 MARGIN = 0.01
 
@@ -108,33 +111,10 @@ def write_submission(
     path = Path(path)
     if path.suffix != ".zip":
         raise ValueError(f"path must end in .zip, got {path.name}")
-    files = files_of(cohort.submission_pairs if pairs is None else pairs)
-    parts, affine = path.with_suffix(".parts"), cohort.at_own_resolution.affine
+    parts, chosen = path.with_suffix(".parts"), cohort.submission_pairs if pairs is None else pairs
+    files = files_of(chosen)
     check_writable_file(path)
-    check_writable(parts)
-    if isinstance(method, torch.nn.Module):
-        method.eval()
-    digest = _digest_of(method, cohort)
-    others = [name for name in files if (parts / name).is_file() and _digest_in(parts / name) != digest]
-    if others:
-        tqdm.write(
-            f"{parts}: {len(others)} of the displacements there, {others[0]} for one, are another method's or of other "
-            "images; they are made anew",
-            file=sys.stderr,
-        )
-    for name, pair in tqdm(files.items(), desc="submission", unit="pair", disable=not progress):
-        if (parts / name).is_file() and name not in others:
-            continue
-        fixed, moving = (cohort.image(subject).to(device) for subject in (pair.fixed, pair.moving))
-        with torch.no_grad():
-            displacement = method(fixed, moving).float().cpu()
-        if displacement.shape != (1, 3, *cohort.shape) or not torch.isfinite(displacement).all():
-            raise ValueError(
-                f"the method must give finite displacements of {(1, 3, *cohort.shape)}, got "
-                f"{tuple(displacement.shape)} for {pair.name}"
-            )
-        array = field_formats.voxel_to_channels_last(spatial.to_finer_grid(displacement, cohort.downsampling))
-        write_nifti(parts / name, array, affine, description=digest)
+    digest = write_displacements(method, cohort, parts, chosen, device, progress)
 
     def pack(to: Path) -> None:
         for name in files:
@@ -147,6 +127,98 @@ def write_submission(
     write_atomically(path, pack)
     shutil.rmtree(parts)  # what killed writers have left there too
     return path
+
+
+def write_displacements(
+    method: Method,
+    cohort: Cohort,
+    folder: str | Path,
+    pairs: tuple[Pair, ...],
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> str:
+    """Run a method on pairs and write a file of :func:`files_of` for each, as for :func:`write_submission`.
+
+    Returns:
+        The digest of method and cohort, which stands in the header of each file. Files that have it are kept.
+
+    Raises:
+        ValueError: as for :func:`write_submission`.
+        OSError: the folder cannot be written, said before the method runs.
+    """
+    folder, files, affine = Path(folder), files_of(pairs), cohort.at_own_resolution.affine
+    check_writable(folder)
+    if isinstance(method, torch.nn.Module):
+        method.eval()
+    digest = _digest_of(method, cohort)
+    others = [name for name in files if (folder / name).is_file() and _digest_in(folder / name) != digest]
+    if others:
+        tqdm.write(
+            f"{folder}: {len(others)} of the displacements there, {others[0]} for one, are another method's or of "
+            "other images; they are made anew",
+            file=sys.stderr,
+        )
+    for name, pair in tqdm(files.items(), desc="submission", unit="pair", disable=not progress):
+        if (folder / name).is_file() and name not in others:
+            continue
+        fixed, moving = (cohort.image(subject).to(device) for subject in (pair.fixed, pair.moving))
+        with torch.no_grad():
+            displacement = method(fixed, moving).float().cpu()
+        if displacement.shape != (1, 3, *cohort.shape) or not torch.isfinite(displacement).all():
+            raise ValueError(
+                f"the method must give finite displacements of {(1, 3, *cohort.shape)}, got "
+                f"{tuple(displacement.shape)} for {pair.name}"
+            )
+        array = field_formats.voxel_to_channels_last(spatial.to_finer_grid(displacement, cohort.downsampling))
+        write_nifti(folder / name, array, affine, description=digest)
+    return digest
+
+
+# the test phase -------------------------------------------------------------------------------------------------------
+#: Lists of pairs in a dataset JSON, the first that is there counts.
+PAIR_LISTS = ("validation", "test")
+
+
+def find_dataset_json(folder: str | Path) -> Path:
+    """The dataset JSON of the test phase: in the folder of the images, or, as the challenge mounts it, beside it.
+
+    Raises:
+        FileNotFoundError: no such folder, or no `*dataset*.json` there.
+        ValueError: several.
+    """
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder of images: {folder}")
+    for place in (folder, folder.parent):
+        found = sorted(place.glob("*dataset*.json"))
+        if len(found) > 1:
+            raise ValueError(f"{place} has several dataset JSONs: {', '.join(path.name for path in found)}; name one")
+        if found:
+            return found[0]
+    raise FileNotFoundError(f"no *dataset*.json in {folder} or beside it, expected LUMIR_dataset.json; name one")
+
+
+def load_test_pairs(json_path: str | Path, folder: str | Path, resolution_mm: float) -> Cohort:
+    """The pairs of a dataset JSON, of whose other lists nothing needs to be there.
+
+    Args:
+        json_path: Dataset JSON, with "fixed" and "moving" of each pair under "validation" or else "test".
+        folder: Folder that the paths in the JSON are relative to.
+        resolution_mm: Edge of the voxels that are registered.
+
+    Raises:
+        FileNotFoundError: no such JSON or image.
+        ValueError: no pairs, or a JSON or an image that cannot be read.
+    """
+    json_path = Path(json_path)
+    content = read_json(json_path)
+    kept = {key: value for key, value in content.items() if key not in UNUSED_IN_TEST}
+    pairs = next((content[key] for key in PAIR_LISTS if content.get(key)), None)
+    if not pairs:
+        raise ValueError(f"{json_path}: expected pairs of fixed and moving under {' or '.join(PAIR_LISTS)}, got none")
+    kept |= {"training": [], "numTraining": 0, "validation": pairs, "numValidation": len(pairs)}
+    with tempfile.TemporaryDirectory() as place:
+        return load_cohort(write_json(Path(place) / json_path.name, kept), resolution_mm, folder)
 
 
 def _digest_of(method: Method, cohort: Cohort) -> str:

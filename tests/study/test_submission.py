@@ -1,7 +1,9 @@
 """Submissions: conventions of displacements, writing, reading, what the validator names, and scores."""
 
 import gzip
+import json
 import re
+import shutil
 import zipfile
 from dataclasses import replace
 
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from lumirlib import spatial
+from lumirlib import cli, spatial
 from lumirlib.data import field_formats, load_cohort
 from lumirlib.evaluation import evaluate_method, zero_displacement
+from lumirlib.provenance import project_root
 from lumirlib.study import submission
 
 SHAPE = (5, 6, 7)
@@ -387,3 +390,95 @@ def test_a_missing_file_and_a_broken_zip_are_named_by_the_reader(embedded_cohort
         submission.validate_submission(tmp_path / "torn.zip", embedded_cohort, pairs)
     with pytest.raises(FileNotFoundError, match="no such submission"):
         submission.validate_submission(tmp_path / "none.zip", embedded_cohort, pairs)
+
+
+# the test phase ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mounted(embedded_cohort, tmp_path):
+    """The folders that the challenge's test phase mounts, with two pairs of simulated people: images alone.
+
+    The JSON stands beside the folder of images, and names training scans that are not there.
+    """
+    root, people = tmp_path / "mounted", json.loads(embedded_cohort.path.read_text())
+    pairs = []
+    for pair in people["validation"][:2]:
+        pairs.append({key: pair[key].replace("SIM_", "LUMIRMRI_") for key in ("fixed", "moving")})
+        for key, name in pairs[-1].items():
+            target = root / "input" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(embedded_cohort.path.parent / pair[key], target)
+    content = {
+        "name": "LUMIR",
+        "tensorImageShape": people["tensorImageShape"],
+        "training": [{"image": "./imagesTr/LUMIRMRI_0001_0000.nii.gz"}],
+        "numTraining": 1,
+        "validation": pairs,
+        "numValidation": 2,
+    }
+    (root / "LUMIR_dataset.json").write_text(json.dumps(content))
+    return root
+
+
+def predict(mounted, *more):
+    folders = ["--input", str(mounted / "input"), "--output", str(mounted / "output"), "--quiet"]
+    return cli.main(["submission", "predict", *folders, *more])
+
+
+def test_the_containers_command_writes_the_displacements_of_a_submission(mounted, embedded_cohort, capsys):
+    assert predict(mounted, "--method", "deedsBCV", "--resolution", "4") == 0
+    assert "2 displacements in" in capsys.readouterr().out
+    names = sorted(path.name for path in (mounted / "output").iterdir())
+    assert names == ["disp_0024_0025.nii.gz", "disp_0024_0026.nii.gz"]
+    people = submission.load_test_pairs(mounted / "LUMIR_dataset.json", mounted / "input", 4)
+    assert [pair.name for pair in people.submission_pairs] == [
+        "LUMIRMRI_0024_LUMIRMRI_0025",
+        "LUMIRMRI_0024_LUMIRMRI_0026",
+    ]
+    first = embedded_cohort.validation_pairs[0]
+    array = nib.load(mounted / "output" / names[0]).get_fdata()
+    assert array.shape == (*embedded_cohort.shape, 3)
+    found = field_formats.channels_last_to_voxel(array)
+    before, after = (
+        evaluate_method(method, embedded_cohort, (first,), progress=False).set_index("metric")["value"]["dice"]
+        for method in (zero_displacement, lambda fixed, moving: found)
+    )
+    assert after > before + 0.03
+
+
+def test_the_dockerfile_calls_it_with_weights_that_the_package_has(mounted):
+    text = (project_root() / "Dockerfile").read_text()
+    entry, default = (json.loads(re.search(rf"^{word} (.*)$", text, re.M)[1]) for word in ("ENTRYPOINT", "CMD"))
+    assert entry[0] == "lumirlib" and entry[entry.index("--input") + 1] == "/input"
+    folders = {"/input": str(mounted / "input"), "/output": str(mounted / "output")}
+    assert cli.main([folders.get(word, word) for word in [*entry[1:], *default]]) == 0
+    assert len(list((mounted / "output").glob("disp_*.nii.gz"))) == 2
+    copied = re.findall(r"^COPY (.*) \S+$", text, re.M)
+    assert all((project_root() / name).exists() for line in copied for name in line.split())
+    kept = (project_root() / ".dockerignore").read_text().split()
+    assert {name for line in copied for name in line.split()} == {name[1:] for name in kept if name.startswith("!")}
+
+
+def test_what_is_not_mounted_as_it_should_be_is_named(mounted, capsys):
+    chosen = ["--method", "affine", "--resolution", "4"]
+    json_path = mounted / "LUMIR_dataset.json"
+    (mounted / "other_dataset.json").write_text("{}")
+    assert predict(mounted, *chosen) == 2
+    assert "several dataset JSONs: LUMIR_dataset.json, other_dataset.json; name one" in capsys.readouterr().err
+    assert predict(mounted, *chosen, "--json", str(mounted / "other_dataset.json")) == 2
+    assert "other_dataset.json: expected pairs of fixed and moving under validation or test" in capsys.readouterr().err
+    (mounted / "other_dataset.json").unlink()
+    content = json.loads(json_path.read_text())
+    json_path.unlink()
+    assert predict(mounted, *chosen) == 2
+    assert "or beside it, expected LUMIR_dataset.json" in capsys.readouterr().err
+    inside = mounted / "input" / "LUMIR_dataset.json"  # in the folder itself, and as the list of the test people
+    inside.write_text(json.dumps({**content, "validation": [], "test": content["validation"]}))
+    assert predict(mounted, *chosen) == 0
+    next((mounted / "input" / "imagesVal").glob("*0026_0000.nii.gz")).unlink()
+    assert predict(mounted, *chosen) == 2
+    assert "LUMIRMRI_0026_0000.nii.gz" in capsys.readouterr().err
+    shutil.rmtree(mounted / "input")
+    assert predict(mounted, *chosen) == 2
+    assert "no such folder of images" in capsys.readouterr().err
