@@ -1027,6 +1027,21 @@ def report_crate() -> None:
     print(crate.write_crate(_page("")))
 
 
+@report.command("site", examples="lumirlib report site --out site")
+@click.option("--out", default="site", help="Folder to write to; index.html there is the start page.")
+def report_site(out: str) -> int:
+    """Build the study as pages that open from disk: start page, notebooks, tables, docs, API reference, search.
+
+    The status is 1 where a link leads nowhere.
+    """
+    from lumirlib.study.report.site import build_site
+
+    warnings = build_site(_page(""), out)
+    click.echo("\n".join(warnings), err=True, nl=bool(warnings))
+    print(Path(out) / "index.html")
+    return 1 if warnings else 0
+
+
 @report.command("manifest", examples="lumirlib report manifest --cohort brains")
 @_cohort()
 @_OUT
