@@ -1042,6 +1042,17 @@ def report_site(out: str) -> int:
     return 1 if warnings else 0
 
 
+@report.command("pdf", examples="lumirlib report pdf --out report.pdf")
+@click.option("--cohort", default="brains", help="Short name of the cohort of the runs.")
+@click.option("--preset", default="real-cpu", help="Preset of the runs.")
+@click.option("--out", default="report.pdf", help="Path of the PDF.")
+def report_pdf(cohort: str, preset: str, out: str) -> None:
+    """Typeset the study on four pages: question, methods, tables, figures, claims, limits and every deviation."""
+    from lumirlib.study.report.pdf import build_pdf
+
+    print(build_pdf(_page(""), out, cohort, preset))
+
+
 @report.command("manifest", examples="lumirlib report manifest --cohort brains")
 @_cohort()
 @_OUT

@@ -225,17 +225,6 @@ def test_the_page_about_data_is_true_of_a_folder_laid_out_as_it_says(tmp_path, c
     assert load_cohort("brains").has_labels
 
 
-def test_api_reference_is_built_without_a_warning_and_its_references_lead_somewhere(tmp_path):
-    pytest.importorskip("pdoc", reason="needs pdoc, of requirements.txt")
-    modules = runpy.run_path(str(ROOT / "docs" / "build_api.py"))["build"](tmp_path)
-    assert {"lumirlib", "lumirlib.viewer", "lumirlib.models.backbone", "lumirlib.metrics.overlap"} <= set(modules)
-    assert not [module for module in modules if "._" in module]
-    pages = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")]
-    assert len(pages) == len(modules) + 1  # and the index
-    lost = {name for page in pages for name in re.findall(r"<code>(lumirlib\.[\w.]+)(?:\(\))?</code>", page)}
-    assert not lost, "references to what is not there"
-
-
 def test_additions_take_ten_lines_as_promised():
     for block in fenced((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), "python"):
         kept = [line for line in block.splitlines() if line.strip() and not re.match(r"(from|import|#|@)\b", line)]
@@ -259,7 +248,8 @@ def test_every_notebook_is_listed_with_its_time_and_opens_with_its_command():
     listed = text_of(ROOT / "notebooks" / "README.md")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         assert f"]({path.name})" in listed, f"notebooks/README.md lacks {path.name}"
-        first, second = nbformat.read(path, 4).cells[:2]
+        cells = [cell for cell in nbformat.read(path, 4).cells if "colab" not in cell.metadata.get("tags", [])]
+        first, second = cells[:2]
         assert first.cell_type == "markdown" and first.source.startswith("# ")
         assert f"papermill notebooks/{path.name}" in first.source
         assert re.search(r"second|minute|hour", first.source), f"{path.name} does not say how long it takes"

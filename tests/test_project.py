@@ -59,9 +59,21 @@ def test_notebook_with_a_misspelt_parameter_fails_in_its_first_cell_with_what_is
     assert "check_parameters(globals())" in cells[broken].source and cells[broken].source == sources[2]
 
 
+def colab(cell) -> bool:
+    """Whether a cell only makes a machine of Colab ready."""
+    return "colab" in cell.metadata.get("tags", [])
+
+
+def test_the_start_page_gets_ready_on_colab_alone():
+    (cell,) = [cell for cell in nbformat.read(ROOT / "notebooks" / "00_start_here.ipynb", 4).cells if colab(cell)]
+    names: dict = {}
+    exec(cell.source, names)
+    assert "subprocess" not in names and "source" not in names  # nothing is installed elsewhere
+
+
 def test_notebooks_check_their_parameters_before_anything_else():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
-        code = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        code = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code" and not colab(cell)]
         statements = [ast.unparse(line) for line in ast.parse(code[1]).body if not isinstance(line, IMPORTS)]
         assert statements[0] == "check_parameters(globals())", path.name
         declared = {line.target.id: ast.unparse(line.annotation) for line in ast.parse(code[0]).body}
@@ -238,4 +250,41 @@ def test_environment_requirements_and_project_agree_and_versions_stand_in_one_pl
         )
     declared = {canonicalize_name(requirement.name) for requirement in chosen}
     assert set(pinned) - declared == BROUGHT_BY_OTHERS
-    assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["version"] == __version__
+    assert {"message", "title", "authors", "license", "date-released"} <= citation.keys()  # cffconvert --validate
+
+
+def test_binder_installs_what_the_project_pins():
+    lines = (ROOT / ".binder" / "requirements.txt").read_text().split("\n")
+    assert "-r ../requirements.txt" in lines
+    assert (ROOT / ".binder" / "runtime.txt").read_text().strip() == "python-3.11"
+
+
+#: What a reader without a checkout can do: two pairs of simulated people, registered by packaged weights.
+DEMO = """
+from lumirlib import load_cohort, pretrained
+from lumirlib.evaluation import evaluate_method, zero_displacement
+people = load_cohort("embedded", 4)
+for method in (zero_displacement, pretrained("comp-4mm-cpu")):
+    table = evaluate_method(method, people, people.validation_pairs[:2], progress=False)
+    print(table[table["metric"] == "dice"]["value"].mean())
+"""
+
+
+@pytest.mark.long
+def test_a_wheel_works_alone_in_a_bare_environment(tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("lumirlib-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "bare"], check=True)
+    python = tmp_path / "bare" / "bin" / "python"
+    pins = tmp_path / "pins.txt"
+    pins.write_text("".join(line for line in (ROOT / "requirements.txt").open() if "==" in line))
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", pins, wheel], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    given = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
+    assert "comp-4mm-cpu" in subprocess.run([python, "-m", "lumirlib", "info"], **given).stdout
+    before, after = map(float, subprocess.run([python, "-c", DEMO], **given).stdout.split())
+    assert after > before + 0.03
+    listed = subprocess.run([python, "-c", "import lumirlib; print(lumirlib.__file__)"], **given).stdout
+    assert listed.startswith(str(tmp_path / "bare"))

@@ -1,6 +1,6 @@
 """The study as static pages that open from disk: README, docs, executed notebooks, tables and the API reference.
 
-Sphinx builds them, with MyST for Markdown and notebooks: of the tools tried it is the one whose search works on pages
+Sphinx builds them, with MyST for Markdown and notebooks: of the tools considered it is the one whose search works on pages
 that are opened from disk, and whose one index covers prose, notebooks and the API reference.
 """
 
@@ -125,6 +125,8 @@ def build_site(root: str | Path, out: str | Path) -> list[str]:
             "html_copy_source": False,
             "html_show_sourcelink": False,
             "nb_execution_mode": "off",
+            "nb_render_markdown_format": "myst",
+            "napoleon_use_ivar": True,
             "nb_ipywidgets_js": {},  # which come from the network
             "nb_merge_streams": True,
             "myst_enable_extensions": [],
@@ -145,7 +147,9 @@ def build_site(root: str | Path, out: str | Path) -> list[str]:
             Sphinx(source, None, made, Path(folder, "doctrees"), "html", settings, status=None, warning=warnings).build(
                 True
             )
-        shutil.copytree(made, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".buildinfo", "objects.inv"))
+        shutil.copytree(
+            made, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".buildinfo", "objects.inv", "_sources")
+        )
     return [line.replace(f"{source}{os.sep}", "") for line in warnings.getvalue().splitlines() if line.strip()]
 
 
