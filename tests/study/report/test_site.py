@@ -158,7 +158,7 @@ def test_the_pdf_has_four_pages_with_the_numbers_of_the_files(tmp_path, capsys):
 def test_the_network_is_drawn_as_the_code_builds_it():
     for row in ("backbone", "LC-2", "CA", "LK"):
         figure, model = pdf.network_figure(row), parse_variant(row).build()
-        words = " ".join(text.get_text() for text in figure.axes[0].texts)
+        words = " ".join(" ".join(text.get_text() for text in figure.axes[0].texts).split())
         width = model.estimators[0].conv1.in_channels // 2
         assert f"1→{width} {width}→{2 * width} {2 * width}→{width}" in words
         assert f"{sum(one.numel() for one in model.parameters()):,} parameters" in words
