@@ -25,7 +25,7 @@ pytest.importorskip("SimpleITK")
 @pytest.fixture
 def scans(tmp_path, monkeypatch):
     """Two brains of 4 mm that differ by a wave; no page is drawn."""
-    monkeypatch.setattr("lumirlib.plots.save_figure", lambda figure, path: None)
+    monkeypatch.setattr("lumirlib.plots.save_figure", lambda figure, path, data: None)
     template = template_in_frame(4)
     paths = []
     for number, (moved, turn) in enumerate(((template, 0), (spatial.warp(template, wave(0.5)), 4))):

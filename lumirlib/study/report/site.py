@@ -1,7 +1,7 @@
 """The study as static pages that open from disk: README, docs, executed notebooks, tables and the API reference.
 
-Sphinx builds them, with MyST for Markdown and notebooks: of the tools considered it is the one whose search works on pages
-that are opened from disk, and whose one index covers prose, notebooks and the API reference.
+Sphinx builds them, with MyST for Markdown and notebooks: of the tools considered it is the one whose search works on
+pages that are opened from disk, and whose one index covers prose, notebooks and the API reference.
 """
 
 from __future__ import annotations
