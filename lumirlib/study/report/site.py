@@ -62,7 +62,8 @@ document.addEventListener("DOMContentLoaded", () => {
 });
 """
 STYLE = """
-.content { width: min(72em, 100%); min-width: 0; }
+.main, .content { min-width: 0; }
+.content { width: min(72em, 100%); }
 article .cell_output { overflow-x: auto; max-width: 100%; }
 article table { font-size: 0.85em; }
 article .table-wrapper, article .output { overflow-x: auto; }

@@ -178,7 +178,7 @@ def _cells(notebook: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def _parameters(notebook: Path) -> dict[str, str]:
+def _declared_parameters(notebook: Path) -> dict[str, str]:
     """Names and defaults (as source) of a notebook's parameters, which are the typed assignments of its first cell."""
     cells = _cells(notebook)
     lines = ast.parse(cells[0]).body if cells else []
@@ -188,7 +188,7 @@ def _parameters(notebook: Path) -> dict[str, str]:
 
 def from_results_alone(folder: Path) -> dict[Path, dict[str, str]]:
     """The notebooks that read results and write files without a device to compute on, with their parameters."""
-    listed = {path: _parameters(path) for path in sorted(folder.glob("*.ipynb"))}
+    listed = {path: _declared_parameters(path) for path in sorted(folder.glob("*.ipynb"))}
     needed = {"results", "out", "cohort", "preset"}
     return {path: names for path, names in listed.items() if needed <= names.keys() and "device" not in names}
 
