@@ -634,7 +634,7 @@ _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace results tha
     "--contrast",
     default="t1",
     type=click.Choice(["t1", "any"]),
-    help="any: other sequences than T1, or two that differ; optimized on the pair with MIND as similarity, at 2 mm.",
+    help="any: other sequences than T1, or two that differ, of which FIXED should be the T1.",
 )
 @_text("--fixed-mask", metavar="FILE", help="What of the fixed scan is not to count (lesion, resection): not zero.")
 @_text(

@@ -6,12 +6,11 @@ The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `nd
 from lumirlib.losses.consistency import group_consistency_loss, inverse_consistency_loss
 from lumirlib.losses.multilevel import PYRAMID_BLURS, SIMILARITIES, gaussian_pyramid, gaussian_smooth, registration_loss
 from lumirlib.losses.ndv import ndv_loss
-from lumirlib.losses.pair import PAIR_SIMILARITIES, PairLoss, masked_ncc_loss, mind_ssc
+from lumirlib.losses.pair import PairLoss, masked_ncc_loss
 from lumirlib.losses.similarity import mse_loss, ncc_loss
 from lumirlib.losses.smoothness import diffusion_loss
 
 __all__ = [
-    "PAIR_SIMILARITIES",
     "PYRAMID_BLURS",
     "SIMILARITIES",
     "PairLoss",
@@ -21,7 +20,6 @@ __all__ = [
     "group_consistency_loss",
     "inverse_consistency_loss",
     "masked_ncc_loss",
-    "mind_ssc",
     "mse_loss",
     "ncc_loss",
     "ndv_loss",

@@ -1,29 +1,21 @@
-"""The loss of one pair for instance optimization: masked, and for scans of any contrast.
+"""The masked loss of one pair, for instance optimization.
 
-What a mask leaves out counts nowhere: not in the window of a correlation, not in a descriptor's patch, not in the
-smoothing between two levels. MIND-SSC (Heinrich et al., MICCAI 2013) describes each voxel by how alike the patches
-around it are, which an inverted or remapped contrast leaves as it is.
+What a mask leaves out counts nowhere: neither in the window of a correlation nor in the smoothing between two levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 
 from lumirlib import spatial
-from lumirlib._checks import check_choice, check_image, check_same_grid
+from lumirlib._checks import check_image, check_same_grid
 from lumirlib.losses._kernels import NCC_EPSILON
 from lumirlib.losses.multilevel import gaussian_smooth
 from lumirlib.losses.smoothness import diffusion_loss
 
-#: Similarities of :class:`PairLoss`.
-PAIR_SIMILARITIES = ("ncc", "mind")
-#: Distance of the patches that MIND-SSC compares from the voxel, and the patches' half side, in voxels.
-MIND_REACH = 2
-MIND_RADIUS = 1
 #: A warped voxel counts if at most so much of it is of voxels that do not.
 TRACE = 1e-3
 
@@ -74,48 +66,11 @@ def masked_ncc_loss(warped: torch.Tensor, fixed: torch.Tensor, counts: torch.Ten
     return (1 - (squared * counts).sum() / counts.sum()).to(torch.promote_types(warped.dtype, torch.float32))
 
 
-def mind_ssc(image: torch.Tensor) -> torch.Tensor:
-    """MIND-SSC descriptors of an image: how unlike the patches of twelve pairs of neighbours are, as ``exp(-D / V)``.
-
-    The neighbours lie :data:`MIND_REACH` voxels along each axis; a pair is of two axes. D is the mean squared
-    difference of two patches less the smallest of the twelve, V the mean of these at the voxel.
-
-    Args:
-        image: Image ``(B, 1, D, H, W)``, floating point; beyond its border it goes on as there.
-
-    Returns:
-        ``(B, 12, D, H, W)`` in (0, 1], the same for ``a * image + b`` of any a that is not zero.
-    """
-    check_image(image)
-    reach = MIND_REACH
-    padded = F.pad(image.float(), [reach] * 6, mode="replicate")
-    steps = [(axis, side) for axis in range(3) for side in (-reach, reach)]
-
-    def beside(step: tuple[int, int]) -> torch.Tensor:
-        start = [reach + step[1] * (step[0] == axis) for axis in range(3)]
-        i, j, k = (slice(first, first + side) for first, side in zip(start, image.shape[2:], strict=True))
-        return padded[:, :, i, j, k]
-
-    apart = torch.cat(
-        [
-            _mean_of_windows((beside(one) - beside(other)).square(), 2 * MIND_RADIUS + 1)
-            for one, other in combinations(steps, 2)
-            if one[0] != other[0]
-        ],
-        dim=1,
-    )
-    apart -= apart.amin(1, keepdim=True)
-    scale = apart.mean(1, keepdim=True)
-    typical = scale.mean((2, 3, 4), keepdim=True)
-    return torch.exp(-apart / torch.maximum(scale, 1e-3 * typical).clamp_min(1e-12))
-
-
 class PairLoss:
     """Loss of one pair, as :class:`lumirlib.methods.instance_optimization.InstanceOptimization` takes it.
 
-    ``sum_l 2^-l (similarity_weight similarity_l + smoothness_weight smoothness_l)`` as in
-    :func:`lumirlib.losses.registration_loss`. For "mind", similarity is the mean squared difference of descriptors,
-    those of the moving image being warped.
+    ``sum_l 2^-l (similarity_l + smoothness_weight smoothness_l)`` with :func:`masked_ncc_loss`, else as
+    :func:`lumirlib.losses.registration_loss`.
 
     Args:
         fixed: Fixed image ``(1, 1, D, H, W)`` in [0, 1].
@@ -123,14 +78,12 @@ class PairLoss:
         shapes: Sides of each level, finest first.
         fixed_counts: Which voxels of the fixed image count, ``(1, 1, D, H, W)``, 1 or 0; None for all.
         moving_counts: The same of the moving image.
-        similarity: Name of the similarity, one of :data:`PAIR_SIMILARITIES`.
-        similarity_weight: Weight of the similarity.
         smoothness_weight: Weight of the smoothness.
-        window: Side of the window of "ncc" in voxels.
+        window: Side of the NCC window in voxels.
         passes: Number of velocities of a level.
 
     Raises:
-        ValueError: shapes that differ, or an unknown similarity.
+        ValueError: shapes that differ.
     """
 
     def __init__(
@@ -140,16 +93,12 @@ class PairLoss:
         shapes: Sequence[Sequence[int]],
         fixed_counts: torch.Tensor | None = None,
         moving_counts: torch.Tensor | None = None,
-        similarity: str = "ncc",
-        similarity_weight: float = 1.0,
         smoothness_weight: float = 6.0,
         window: int = 9,
         passes: int = 1,
     ) -> None:
         check_same_grid(moving, fixed, "moving", "fixed")
-        check_choice(similarity, PAIR_SIMILARITIES, "similarity")
-        self.similarity, self.window, self.passes = similarity, window, passes
-        self.similarity_weight, self.smoothness_weight = similarity_weight, smoothness_weight
+        self.window, self.passes, self.smoothness_weight = window, passes, smoothness_weight
         self.fixed = self._levels(fixed, fixed_counts, shapes)
         self.moving = self._levels(moving, moving_counts, shapes)
 
@@ -167,11 +116,7 @@ class PairLoss:
             counts = (share >= 0.5 * whole).to(image)
             levels.append((smooth * counts, counts))
             whole = torch.ones_like(counts)
-        if self.similarity == "ncc":
-            return levels
-        side = 2 * (MIND_REACH + MIND_RADIUS) + 1
-        # less one, so that the background is zero, as what a warp finds outside
-        return [(mind_ssc(image) - 1, 1 - F.max_pool3d(1 - counts, side, 1, side // 2)) for image, counts in levels]
+        return levels
 
     def __call__(self, predicted: object, fixed: torch.Tensor, moving: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scalars "total", "similarity" and "smoothness".
@@ -189,12 +134,8 @@ class PairLoss:
             warped = spatial.warp(of_moving, displacement)
             if not counts.any():  # of a small level all may be masked
                 continue
-            if self.similarity == "ncc":
-                found = masked_ncc_loss(warped, of_fixed, counts, self.window)
-            else:
-                found = ((warped - of_fixed).square().mean(1, keepdim=True) * counts).sum() / counts.sum()
-            similarity = similarity + 2.0**-level * found
+            similarity = similarity + 2.0**-level * masked_ncc_loss(warped, of_fixed, counts, self.window)
         for entry, velocity in enumerate(predicted.velocities):
             smoothness = smoothness + 2.0 ** -(entry // self.passes) * diffusion_loss(velocity)
-        total = self.similarity_weight * similarity + self.smoothness_weight * smoothness
+        total = similarity + self.smoothness_weight * smoothness
         return {"total": total, "similarity": similarity, "smoothness": smoothness}

@@ -131,30 +131,24 @@ class PairOptions:
     """What the optimization of a single pair goes by.
 
     Attributes:
-        similarity: Name of the similarity, one of :data:`lumirlib.losses.PAIR_SIMILARITIES`.
-        similarity_weight: Weight of the similarity.
         smoothness_weight: Weight of the smoothness.
-        window: Side of the window of "ncc" in voxels.
+        window: Side of the NCC window in voxels.
         fixed_counts: Which voxels of the fixed image count, ``(1, 1, D, H, W)``, 1 or 0; None for all.
         moving_counts: The same of the moving image.
-        from_identity: Whether it starts without displacement, and not at the network's prediction.
         step_done: Function that is called at each of the steps, `steps` + 1 at most.
         steps: Largest number of steps.
     """
 
-    similarity: str = "ncc"
-    similarity_weight: float = 1.0
     smoothness_weight: float = 1.0
     window: int = 9
     fixed_counts: torch.Tensor | None = None
     moving_counts: torch.Tensor | None = None
-    from_identity: bool = False
     step_done: Callable[[], object] = lambda: None
     steps: int = 50
 
 
 class PairOptimization(nn.Module):
-    """A trained network with instance optimization by the loss of one pair behind it, masked or for any contrast.
+    """A trained network with instance optimization by the loss of one pair behind it, masked.
 
     What is optimized are changes of the velocities that are smoothed before they are added: Adam makes all steps of one
     size, and where an image has no contrast their signs are chance.
@@ -181,8 +175,6 @@ class PairOptimization(nn.Module):
     def fields(self, fixed: torch.Tensor, moving: torch.Tensor) -> Fields:
         """Where the optimization starts: the network's displacements, and no change of its velocities."""
         found = self.model.fields(fixed, moving)
-        if self.options.from_identity:
-            found = Fields(*([torch.zeros_like(level) for level in levels] for levels in found))
         self._start = found.velocities
         return Fields(found.displacements, [torch.zeros_like(velocity) for velocity in found.velocities])
 
@@ -206,8 +198,6 @@ class PairOptimization(nn.Module):
             self.model.level_shapes(tuple(fixed.shape[2:])),
             options.fixed_counts,
             options.moving_counts,
-            options.similarity,
-            options.similarity_weight,
             options.smoothness_weight,
             options.window,
             self.passes,

@@ -146,8 +146,8 @@ def register(
       voxels of the grid (Learn2Reg's layout).
 
     Without `weights`, `run`, `method` and `pretrained` the best packaged weights are taken, see
-    :func:`lumirlib.training.registrar.default_registrar`. Where masks are given, or `contrast` is "any", what the
-    network predicts is optimized on the pair (:meth:`lumirlib.training.registrar.Registrar.optimized`).
+    :func:`lumirlib.training.registrar.default_registrar`. Where masks are given, what the network predicts is optimized
+    on the pair (:meth:`lumirlib.training.registrar.Registrar.optimized`).
 
     Args:
         fixed: NIfTI file of a head, any orientation and spacing.
@@ -166,7 +166,8 @@ def register(
         command: Command for the provenance.
         pretrained: Name of weights that the package carries, see :func:`choose_registrar`.
         fast: Whether the packaged weights work at 2 mm in place of 1 mm, where nothing else is chosen.
-        contrast: Contrast of the scans: "t1", or "any" for others, and for two that differ.
+        contrast: Contrast of the scans: "t1", or "any" for others, and for two that differ; then the moving scan is
+            given to the method in the fixed one's contrast, so of a T1 and another scan the T1 should be fixed.
         fixed_mask: NIfTI file on the fixed scan's grid, not zero where it is not to count (lesion, resection).
         moving_mask: NIfTI file on the moving scan's grid, the same.
         displacements: Whether to write the displacements in voxels too.
@@ -179,16 +180,15 @@ def register(
         FileExistsError: a result is there already.
         OSError: `out` cannot be written, said before anything is prepared.
     """
-    check_choice(contrast, tuple(CONTRASTS), "contrast")
-    optimize = contrast != "t1" or bool(fixed_mask or moving_mask)
+    check_choice(contrast, CONTRASTS, "contrast")
+    optimize = bool(fixed_mask or moving_mask)
     registrar = _registrar(
         (weights, run, method, results, resolution_mm, device, pretrained),
         fast,
-        contrast,
         optimize,
     )
     if optimize:
-        registrar.optimized(contrast)  # says now what cannot be optimized
+        registrar.optimized()  # says now what cannot be optimized
     target, out = pick_device(device), Path(out)
     paths = Path(fixed), Path(moving)
     for path in paths:
@@ -220,7 +220,8 @@ def register(
         ]
         if optimize:
             chosen, step = registrar, lambda: work.advance("optimization", 1 / 52)
-            registrar = chosen.optimized(contrast, *left_out, step)
+            registrar = chosen.optimized(*left_out, step)
+        registrar = registrar.for_contrast(contrast)
         displacement = work.timed(
             "displacement", "displacement", lambda: registrar.displacement(*in_frame, target), own_steps=optimize
         )
@@ -265,7 +266,7 @@ def register(
     return Registration(whole, names, measures, work.seconds, remarks)
 
 
-def _registrar(chosen: tuple, fast: bool, contrast: str, optimize: bool) -> Registrar:
+def _registrar(chosen: tuple, fast: bool, optimize: bool) -> Registrar:
     weights, run, method, _, resolution_mm, device, pretrained = chosen
     if any((weights, run, method, pretrained)):
         if fast:
@@ -274,8 +275,8 @@ def _registrar(chosen: tuple, fast: bool, contrast: str, optimize: bool) -> Regi
     if resolution_mm is not None:
         if fast:
             raise ValueError(f"fast is a resolution of 2 mm; got a resolution of {resolution_mm} mm besides")
-        return default_registrar(contrast=contrast, device=device, resolution_mm=resolution_mm)
-    return default_registrar(fast, contrast, optimize, device)
+        return default_registrar(device=device, resolution_mm=resolution_mm)
+    return default_registrar(fast, optimize, device)
 
 
 def read_mask(path: str | Path, scan: str | Path) -> torch.Tensor:

@@ -14,6 +14,7 @@ from lumirlib._checks import check_choice
 from lumirlib._memory import freed_memory_kept
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.methods import BASELINES, parse_row
+from lumirlib.methods.contrast import MatchedContrast
 from lumirlib.methods.instance_optimization import PairOptimization, PairOptions
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.backbone import RegistrationNetwork
@@ -29,10 +30,8 @@ DEFAULT_RESOLUTION_MM = 2
 #: `--fast`, and where the result is optimized on the pair, which takes some 50 times as long.
 DEFAULT_WEIGHTS = "ours-4mm-cpu"
 BEST_MM, FAST_MM = 1, 2
-#: Packaged weights for scans of any contrast; empty as long as there are none, and those for T1 are taken.
-ANY_CONTRAST_WEIGHTS = ""
-#: Contrast of the scans -> similarity that the pair is optimized with, and its weight beside the smoothness'.
-CONTRASTS = {"t1": ("ncc", 1.0), "any": ("mind", 16.0)}
+#: Contrast of the scans: both T1, or any, in which case the moving one is given in the fixed one's.
+CONTRASTS = ("t1", "any")
 
 
 @dataclass(frozen=True)
@@ -53,42 +52,42 @@ class Registrar:
     facts: dict[str, object] = field(default_factory=dict)
     trained_with: tuple[float, int] | None = None
 
+    def for_contrast(self, contrast: str) -> Registrar:
+        """The same for scans of a contrast, one of :data:`CONTRASTS`: see :class:`MatchedContrast`.
+
+        Raises:
+            ValueError: an unknown contrast.
+        """
+        check_choice(contrast, CONTRASTS, "contrast")
+        return self if contrast == "t1" else replace(self, method=MatchedContrast(self.method))
+
     def optimized(
         self,
-        contrast: str = "t1",
         fixed_mask: torch.Tensor | None = None,
         moving_mask: torch.Tensor | None = None,
         step_done: Callable[[], object] = lambda: None,
     ) -> Registrar:
         """The same with instance optimization behind it, for one pair.
 
-        With contrast "any", and as long as no weights are packaged for it, the network's own prediction is not used:
-        a network that was trained on T1 cannot read another contrast.
-
         Args:
-            contrast: Contrast of the scans, one of :data:`CONTRASTS`.
             fixed_mask: What is left out of the fixed image, ``(1, 1, 160, 224, 192)`` bool at 1 mm.
             moving_mask: The same of the moving image.
             step_done: Function that is called at each step.
 
         Raises:
-            ValueError: not the paper's network, or an unknown contrast.
+            ValueError: not the paper's network.
         """
-        check_choice(contrast, tuple(CONTRASTS), "contrast")
         if not isinstance(self.method, RegistrationNetwork) or self.trained_with is None:
             raise ValueError(
-                f"{self.name}: masks and contrast 'any' need a network whose result is optimized, got another method"
+                f"{self.name}: masks need a network of the paper's kind, whose result is optimized; got another method"
             )
-        similarity, weight = CONTRASTS[contrast]
         counts = [
             None if mask is None else 1 - F.max_pool3d(mask.float(), self.resolution_mm)
             for mask in (fixed_mask, moving_mask)
         ]
         smoothness, window = self.trained_with
-        options = PairOptions(
-            similarity, weight, smoothness, window, *counts, contrast == "any" and not ANY_CONTRAST_WEIGHTS, step_done
-        )
-        facts = self.facts | {"optimized": {"similarity": similarity, "weight": weight, "steps": options.steps}}
+        options = PairOptions(smoothness, window, *counts, step_done)
+        facts = self.facts | {"optimized": {"similarity": "ncc", "steps": options.steps}}
         return replace(self, method=PairOptimization(self.method, options), facts=facts)
 
     @freed_memory_kept()
@@ -165,7 +164,6 @@ def choose_registrar(
 
 def default_registrar(
     fast: bool = False,
-    contrast: str = "t1",
     optimize: bool = False,
     device: str = "auto",
     resolution_mm: int | None = None,
@@ -174,14 +172,12 @@ def default_registrar(
 
     Args:
         fast: Whether to work at :data:`FAST_MM` in place of :data:`BEST_MM`; so it does where it is optimized.
-        contrast: Contrast of the scans, one of :data:`CONTRASTS`.
         optimize: Whether the result is going to be optimized.
         device: Device that the network works on.
         resolution_mm: Edge of the voxels in mm, where it is chosen.
     """
-    name = (ANY_CONTRAST_WEIGHTS if contrast == "any" else "") or DEFAULT_WEIGHTS
     resolution_mm = resolution_mm or (FAST_MM if fast or optimize else BEST_MM)
-    return choose_registrar(pretrained=name, resolution_mm=resolution_mm, device=device)
+    return choose_registrar(pretrained=DEFAULT_WEIGHTS, resolution_mm=resolution_mm, device=device)
 
 
 def _untrained(name: str, resolution_mm: int, train_first: str) -> Registrar:

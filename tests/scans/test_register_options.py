@@ -79,21 +79,41 @@ def test_without_a_choice_the_best_packaged_weights_work_at_1_mm_or_2(scans, tmp
 
 
 def test_masked_voxels_have_no_say_in_the_optimization():
-    """From the identity on, so that the network, which sees all, has none either."""
+    """By a network that predicts nothing, as it sees all."""
     fixed = template_in_frame(1).clone() * 255
     moving = torch.nn.functional.interpolate(spatial.warp(template_in_frame(4), wave(0.6)), scale_factor=4.0) * 255
     registrar = choose_registrar(pretrained=DEFAULT_WEIGHTS, device="cpu")
+    with torch.no_grad():
+        for estimator in registrar.method.estimators:
+            for weight in estimator.conv3.parameters():
+                weight.zero_()
     masks = [torch.zeros(1, 1, 160, 224, 192, dtype=torch.bool) for _ in range(2)]
     masks[0][..., 60:84, 100:124, 80:100] = True
     masks[1][..., 90:106, 60:84, 60:84] = True
     found = []
     for value in (0.0, 250.0):
         images = [image.masked_fill(mask, value) for image, mask in zip((fixed, moving), masks, strict=True)]
-        found.append(registrar.optimized("any", *masks).displacement(*images, "cpu"))
+        found.append(registrar.optimized(*masks).displacement(*images, "cpu"))
     torch.testing.assert_close(*found, atol=1e-4, rtol=0)
     assert found[0].abs().max() > 0.3
-    unmasked = registrar.optimized("any").displacement(*images, "cpu")
+    unmasked = registrar.optimized().displacement(*images, "cpu")
     assert (unmasked - found[1]).abs().max() > 0.1
+
+
+def test_an_inverted_scan_is_registered_as_the_scan_itself():
+    fixed = template_in_frame(1).clone() * 255
+    moving = torch.nn.functional.interpolate(spatial.warp(template_in_frame(4), wave(0.6)), scale_factor=4.0) * 255
+    inverted = torch.where(moving > 0, 256 - moving, 0.0)
+    plain = choose_registrar(pretrained=DEFAULT_WEIGHTS, device="cpu")
+    matched = plain.for_contrast("any")
+    of_inverted = matched.displacement(fixed, inverted, "cpu")
+    torch.testing.assert_close(of_inverted, matched.displacement(fixed, moving, "cpu"), atol=1e-3, rtol=0)
+    wanted = plain.displacement(fixed, moving, "cpu")
+    off, far = ((one - wanted).norm(dim=1).mean() for one in (of_inverted, plain.displacement(fixed, inverted, "cpu")))
+    assert off < 0.25 * far
+    assert plain.for_contrast("t1") is plain
+    with pytest.raises(ValueError, match="contrast must be one of t1, any"):
+        plain.for_contrast("t2")
 
 
 def test_masks_of_another_grid_or_with_a_method_are_refused(scans, tmp_path, capsys):
@@ -107,7 +127,7 @@ def test_masks_of_another_grid_or_with_a_method_are_refused(scans, tmp_path, cap
         assert cli.main(["register", *base, "--fixed-mask", str(tmp_path / "mask.nii.gz")]) == 2
         assert f"expected a mask of a part of the scan, got {what} of it" in capsys.readouterr().err
     assert cli.main(["register", *base, "--fixed-mask", "x.nii", "--method", "deedsBCV"]) == 2
-    assert "deedsBCV: masks and contrast 'any' need a network" in capsys.readouterr().err
+    assert "deedsBCV: masks need a network" in capsys.readouterr().err
 
 
 def test_names_of_bids_are_taken_apart_and_put_in_order():
