@@ -24,6 +24,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.core.interactiveshell import InteractiveShell
 
 from lumirlib import plots
 from lumirlib.data.dataset_json import BRAINS_VARIABLE
@@ -214,14 +215,17 @@ def execute(notebook: Path, parameters: Mapping[str, object], pictures: bool = F
     """
     first, *rest = _cells(notebook)
     given = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    names: dict[str, object] = {"__name__": notebook.stem, "In": []}
+    shell = InteractiveShell(history_load_length=0)
+    shell.history_manager.enabled = False
+    names: dict[str, object] = shell.user_ns
+    names["In"] = sources = []
     drawn = nullcontext() if pictures else plots.without_pictures()
     before = plt.rcParams.copy()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), drawn, _without_scans(), plt.ioff():
         try:
-            for number, source in enumerate([first, given, *rest]):
-                names["In"].append(source)  # type: ignore[attr-defined]
-                exec(compile(source, f"{notebook.name}, cell {number}", "exec"), names)
+            for source in [first, given, *rest]:
+                sources.append(source)
+                shell.run_cell(source, silent=True).raise_error()
         finally:
             plt.close("all")
             plt.rcParams.update(before)
