@@ -280,8 +280,8 @@ def test_a_wheel_works_alone_in_a_bare_environment(tmp_path):
     python = tmp_path / "bare" / "bin" / "python"
     pins = tmp_path / "pins.txt"
     pins.write_text("".join(line for line in (ROOT / "requirements.txt").open() if "==" in line))
-    subprocess.run([python, "-m", "pip", "install", "-q", "-c", pins, wheel], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", pins, wheel], check=True, cwd=tmp_path, env=environment)
     given = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
     assert "comp-4mm-cpu" in subprocess.run([python, "-m", "lumirlib", "info"], **given).stdout
     before, after = map(float, subprocess.run([python, "-c", DEMO], **given).stdout.split())
