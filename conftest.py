@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lumirlib._threads import cores, environment_of, threads_each
+from lumirlib._process import cores, environment_of, threads_each
 
 #: Workers at most: each takes up to 2 GiB.
 MAX_WORKERS = 4

@@ -1,4 +1,4 @@
-"""Pretrained weights on moving images of other contrasts, as they are and with matched contrast (MATCH).
+"""Pretrained weights on moving images of other contrasts, as they are and with matched contrast.
 
     python benchmarks/contrast.py --weights ours-4mm-cpu --resolution 4
 
@@ -20,7 +20,7 @@ from lumirlib import load_cohort, provenance
 from lumirlib.data import Pair
 from lumirlib.evaluation import evaluate_method
 from lumirlib.files import write_json
-from lumirlib.methods.contrast import MatchedContrast
+from lumirlib.methods.contrast import for_contrast
 from lumirlib.study.robustness import ALTERATIONS
 from lumirlib.training.pairs import evenly_spaced, of_first_half
 from lumirlib.training.weights import read_packaged
@@ -52,7 +52,7 @@ def main() -> int:
     cohort = load_cohort(given.cohort, given.resolution)
     weights = read_packaged(given.weights).at_resolution(given.resolution)
     network = weights.network("cpu")
-    methods = {"as it is": network, "matched": MatchedContrast(network)}
+    methods = {"as it is": network, "matched": for_contrast(network, "any")}
     pairs = evenly_spaced(of_first_half(cohort.validation_pairs), given.pairs)
     lines = []
     with tqdm(total=len(CHANGES) * len(pairs) * len(methods), unit="registration") as bar:

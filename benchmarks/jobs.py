@@ -19,7 +19,7 @@ from multiprocessing import get_context
 import torch
 
 from lumirlib import provenance
-from lumirlib._memory import freed_memory_kept
+from lumirlib._process import freed_memory_kept
 from lumirlib.files import write_json
 from lumirlib.methods import parse_row
 from lumirlib.methods.presets import get_preset

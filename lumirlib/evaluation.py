@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lumirlib import metrics, spatial
 from lumirlib._checks import check_choice
-from lumirlib._memory import freed_memory_kept
+from lumirlib._process import freed_memory_kept
 from lumirlib.data import Cohort, Pair
 from lumirlib.metrics.pair import NDV_MASKS, evaluate_pair
 

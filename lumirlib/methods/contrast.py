@@ -1,12 +1,26 @@
-"""Registration of images of any contrast by a method that knows one (MATCH)."""
+"""Registration of images of any contrast by a method that knows one."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from lumirlib._checks import check_choice
 from lumirlib.data.intensity import match_contrast
 from lumirlib.evaluation import Method
+
+#: Contrast of the images: both T1, which networks here are trained on, or any.
+CONTRASTS = ("t1", "any")
+
+
+def for_contrast(method: Method, contrast: str) -> Method:
+    """A method for images of a contrast, one of :data:`CONTRASTS`; :class:`MatchedContrast` for any.
+
+    Raises:
+        ValueError: an unknown contrast.
+    """
+    check_choice(contrast, CONTRASTS, "contrast")
+    return method if contrast == "t1" else MatchedContrast(method).eval()
 
 
 class MatchedContrast(nn.Module):

@@ -17,7 +17,6 @@ from lumirlib.losses import consistency
 from lumirlib.losses.ndv import ndv_loss
 from lumirlib.methods import instance_optimization
 from lumirlib.methods.base import ADDED_LATER, Row, check_options, nearest_odd
-from lumirlib.methods.contrast import MatchedContrast
 from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
 from lumirlib.models.local_correlation import MODES as CORRELATION_MODES
 
@@ -107,7 +106,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """What is put before and behind the trained weights: a match of contrasts, instance optimization.
+    """What is put behind the trained weights: instance optimization.
 
     Attributes:
         instance_steps: Largest number of steps of instance optimization (IO), 0 for none; see
@@ -116,15 +115,12 @@ class InferenceOptions:
         instance_tolerance: Smallest relative fall of the loss that counts, see `instance_patience`.
         instance_patience: Number of steps within which the loss must fall by `instance_tolerance`, or the optimization
             ends.
-        match_contrast: Whether the moving image is given in the fixed one's contrast (MATCH), see
-            :func:`lumirlib.data.intensity.match_contrast`.
     """
 
     instance_steps: int = field(default=0, metadata=ADDED_LATER)
     instance_learning_rate: float = field(default=0.03, metadata=ADDED_LATER)
     instance_tolerance: float = field(default=1e-3, metadata=ADDED_LATER)
     instance_patience: int = field(default=5, metadata=ADDED_LATER)
-    match_contrast: bool = field(default=False, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)
@@ -275,12 +271,12 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
         return terms
 
     def as_method(self, model: RegistrationNetwork, preset: Preset) -> nn.Module:
-        """The network itself, or with instance optimization behind it, or contrasts matched before it."""
-        method: nn.Module = model
-        if self.instance_steps:
-            objective = partial(self.objective, preset=preset)
-            method = instance_optimization.InstanceOptimization(model, objective, *self._instance_options)
-        return MatchedContrast(method) if self.match_contrast else method
+        """The network itself, or with instance optimization behind it."""
+        if not self.instance_steps:
+            return model
+        return instance_optimization.InstanceOptimization(
+            model, partial(self.objective, preset=preset), *self._instance_options
+        )
 
     @property
     def _instance_options(self) -> tuple[int, float, float, int]:
@@ -315,14 +311,11 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
             words.append(f"trained on random contrasts with probability {self.intensity_probability:g}")
         if self.instance_steps:
             words.append(f"up to {self.instance_steps} steps of instance optimization behind trained weights")
-        words += ["the moving image in the fixed one's contrast"] if self.match_contrast else []
         return ", ".join(words)
 
     def base_row(self) -> Variant:
-        """The variant whose trained weights this one uses: without "BF-post", instance optimization and "MATCH"."""
+        """The variant whose trained weights this one uses: without "BF-post" and instance optimization."""
         left_out = {"instance_": ("IO",)} if self.instance_steps else {}
-        if self.match_contrast:
-            left_out["match_"] = ("MATCH",)
         if self.bilateral_window and self.bilateral_mode == "post":
             left_out["bilateral_"] = ("BF", "BF-post")
         plain = {option.name: option.default for option in fields(self) if option.name.startswith(tuple(left_out))}
@@ -362,7 +355,6 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "NDV": {"ndv_weight": 10.0},
     "INT": {"intensity_probability": 0.8},
     "IO": {"instance_steps": 50},
-    "MATCH": {"match_contrast": True},
 }
 
 

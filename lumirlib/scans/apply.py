@@ -132,7 +132,6 @@ def apply_to_image(
 
     check_right_angles(reference, affine)
     values, own = read_nifti(image, fits)
-    values = values.reshape([*values.shape[:3], -1]) if values.ndim > 4 else values
     values = values[..., 0] if values.ndim == 4 and values.shape[3] == 1 else values
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError(f"{image}: expected finite voxels, got NaN or infinite ones: set them to the background")

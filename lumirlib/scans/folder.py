@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib._threads import threads_each
+from lumirlib._process import threads_each
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine
 from lumirlib.data.nifti import write_nifti
 from lumirlib.files import check_writable, read_json, write_atomically, write_json

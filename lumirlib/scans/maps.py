@@ -110,19 +110,14 @@ class FieldMap(WorldMap):
         found[:3] = np.linalg.lstsq(rows.T, places.reshape(3, -1).numpy().T, rcond=None)[0].T
         return found
 
-    def _voxels(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Voxel coordinates of points, and the last voxel along each axis."""
-        last = torch.tensor(self.displacement.shape[2:], dtype=torch.float64) - 1
-        return transform(np.linalg.inv(self.affine), points), last.view(1, 3, *[1] * (points.ndim - 2))
-
     def extended(self, points: torch.Tensor) -> torch.Tensor:
         """Points with the displacement there; outside, with that of the nearest border point."""
-        voxels, last = self._voxels(points)
-        return points + sample_at(self.displacement, torch.minimum(voxels.clamp(min=0), last))
+        return points + sample_at(self.displacement, transform(np.linalg.inv(self.affine), points))
 
     def defined(self, points: torch.Tensor) -> torch.Tensor:
         """Whether points lie in the field's voxels."""
-        voxels, last = self._voxels(points)
+        voxels = transform(np.linalg.inv(self.affine), points)
+        last = _last_voxel(self.displacement, points.ndim)
         return ((voxels >= -0.5) & (voxels <= last + 0.5)).all(1, keepdim=True)
 
 
@@ -188,9 +183,7 @@ class ScanMap(WorldMap):
         """World points of the frame in the world of the moving scan."""
         grid = frame_affine(self.resolution_mm)
         voxels = transform(np.linalg.inv(grid), points)
-        last = torch.tensor(self.displacement.shape[2:], dtype=torch.float64) - 1
-        within = torch.minimum(voxels.clamp(min=0), last.view(1, 3, *[1] * (voxels.ndim - 2)))
-        moved = voxels + sample_at(self.displacement, within)
+        moved = voxels + sample_at(self.displacement, voxels)
         return transform(self.frame_to_moving, transform(grid, moved))
 
     def displacement_1mm(self) -> torch.Tensor:
@@ -268,9 +261,18 @@ class InverseMap(WorldMap):
         return torch.linalg.solve(normal, slopes.mT @ residual[0].T[..., None])[..., 0].T[None]
 
 
+def _last_voxel(image: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """Index of an image's last voxel along each axis, ``(1, 3, 1, ...)`` of so many dimensions."""
+    return (torch.tensor(image.shape[2:], dtype=torch.float64) - 1).view(1, 3, *[1] * (dimensions - 2))
+
+
 def sample_at(image: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
-    """Trilinear values ``(1, C, ...)`` float64 of an image at voxel coordinates ``(1, 3, ...)`` of any shape."""
-    flat = spatial.sample(image, voxels.reshape(1, 3, -1, 1, 1))
+    """Trilinear values ``(1, C, ...)`` float64 of an image at voxel coordinates ``(1, 3, ...)`` of any shape.
+
+    Outside, those of the nearest border point.
+    """
+    within = torch.minimum(voxels.clamp(min=0), _last_voxel(image, voxels.ndim))
+    flat = spatial.sample(image, within.reshape(1, 3, -1, 1, 1))
     return flat.double().reshape(1, image.shape[1], *voxels.shape[2:])
 
 

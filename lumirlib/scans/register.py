@@ -27,13 +27,24 @@ from lumirlib.data import field_formats
 from lumirlib.data.frame import frame_affine
 from lumirlib.data.nifti import read_grid, read_volume, write_nifti
 from lumirlib.files import check_new, write_json
+from lumirlib.methods.contrast import CONTRASTS, for_contrast
 from lumirlib.scans.bids import BidsName, root_of, write_description, write_sidecar
-from lumirlib.scans.maps import FieldMap, InverseMap, ScanMap, WorldMap, carry, field_on, in_voxels, is_orthogonal
+from lumirlib.scans.maps import (
+    FieldMap,
+    InverseMap,
+    ScanMap,
+    WorldMap,
+    carry,
+    field_on,
+    in_voxels,
+    is_orthogonal,
+    sample_at,
+)
 from lumirlib.scans.plausibility import likeness
 from lumirlib.scans.prepare import STEPS, PreparedScan, as_cohort, background_value, check_skip, prepare_scan
 from lumirlib.scans.scan import Scan, collected_warnings, correlation, transform, world_slabs
 from lumirlib.training.engine import pick_device
-from lumirlib.training.registrar import CONTRASTS, Registrar, choose_registrar, default_registrar
+from lumirlib.training.registrar import choose_registrar, default_registrar
 
 #: What :func:`register` writes, as a rule and if displacements are asked for.
 FILES = {
@@ -182,11 +193,14 @@ def register(
     """
     check_choice(contrast, CONTRASTS, "contrast")
     optimize = bool(fixed_mask or moving_mask)
-    registrar = _registrar(
-        (weights, run, method, results, resolution_mm, device, pretrained),
-        fast,
-        optimize,
-    )
+    if any((weights, run, method, pretrained)):
+        if fast:
+            raise ValueError("fast goes with the packaged weights; with a choice of your own give the resolution")
+        registrar = choose_registrar(weights, run, method, results, resolution_mm, device, pretrained)
+    else:
+        if fast and resolution_mm is not None:
+            raise ValueError(f"fast is a resolution of 2 mm; got a resolution of {resolution_mm} mm besides")
+        registrar = default_registrar(fast or optimize, device, resolution_mm)
     if optimize:
         registrar.optimized()  # says now what cannot be optimized
     target, out = pick_device(device), Path(out)
@@ -221,7 +235,7 @@ def register(
         if optimize:
             chosen, step = registrar, lambda: work.advance("optimization", 1 / 52)
             registrar = chosen.optimized(*left_out, step)
-        registrar = registrar.for_contrast(contrast)
+        registrar = replace(registrar, method=for_contrast(registrar.method, contrast))
         displacement = work.timed(
             "displacement", "displacement", lambda: registrar.displacement(*in_frame, target), own_steps=optimize
         )
@@ -264,19 +278,6 @@ def register(
     if bids:
         _write_bids(*paths, out, names)
     return Registration(whole, names, measures, work.seconds, remarks)
-
-
-def _registrar(chosen: tuple, fast: bool, optimize: bool) -> Registrar:
-    weights, run, method, _, resolution_mm, device, pretrained = chosen
-    if any((weights, run, method, pretrained)):
-        if fast:
-            raise ValueError("fast goes with the packaged weights; with a choice of your own give the resolution")
-        return choose_registrar(*chosen)
-    if resolution_mm is not None:
-        if fast:
-            raise ValueError(f"fast is a resolution of 2 mm; got a resolution of {resolution_mm} mm besides")
-        return default_registrar(device=device, resolution_mm=resolution_mm)
-    return default_registrar(fast, optimize, device)
 
 
 def read_mask(path: str | Path, scan: str | Path) -> torch.Tensor:
@@ -368,10 +369,8 @@ def write_both(
     )
     found = torch.empty(1, 1, *fixed.shape)
     to_frame = np.linalg.inv(frame_affine(1)) @ whole.fixed_to_frame
-    last = torch.tensor(determinant.shape[2:], dtype=torch.float64).view(1, 3, 1, 1, 1) - 1
     for planes, points in world_slabs(fixed.shape, fixed.affine):
-        voxels = transform(to_frame, points)
-        found[:, :, planes] = spatial.sample(determinant, torch.minimum(voxels.clamp(min=0), last))
+        found[:, :, planes] = sample_at(determinant, transform(to_frame, points)).float()
     found *= float(np.linalg.det(whole.linear[:3, :3]))
     write_nifti(names["jacobian"], found[0, 0].numpy(), fixed.affine)
     back = InverseMap(whole)

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib._memory import freed_memory_kept, return_freed_memory
+from lumirlib._process import freed_memory_kept, return_freed_memory
 from lumirlib.data.dataset_json import LUMIR_SCANS
 from lumirlib.data.frame import FRAME_SHAPE
 from lumirlib.methods import parse_row

@@ -18,7 +18,7 @@ import psutil
 
 from lumirlib import provenance
 from lumirlib._checks import check_choice
-from lumirlib._threads import environment_of
+from lumirlib._process import environment_of
 from lumirlib.data import load_cohort
 from lumirlib.data.dataset_json import joined_names
 from lumirlib.methods import parse_row

@@ -51,20 +51,17 @@ def _challenge(name: str, **more) -> Metric:
     return Metric(**asdict(MEASURES[name]), **more)
 
 
+def _of_dice(name: str, title: str, **more) -> Metric:
+    """A figure of tables that is made of Dice."""
+    factor = MEASURES["dice"].factor
+    return Metric(name=name, title=title, factor=factor, digits=2, short_digits=2, unit_of_difference="points", **more)
+
+
 #: All that is known of a metric, by its name; every table, test and figure of the study takes it from here.
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            name="val_dice",
-            title="Val Dice",
-            unit="%",
-            factor=MEASURES["dice"].factor,
-            higher_is_better=True,
-            digits=2,
-            short_digits=2,
-            unit_of_difference="points",
-        ),
+        _of_dice("val_dice", "Val Dice", unit="%", higher_is_better=True),
         _challenge(
             "dice",
             digits=2,
@@ -74,25 +71,8 @@ METRICS: dict[str, Metric] = {
             snapshot_weight=1 / 6,
             final_weight=1 / 5,
         ),
-        Metric(
-            name="dice_unused",
-            title="Dice, other people",
-            unit="%",
-            factor=MEASURES["dice"].factor,
-            higher_is_better=True,
-            digits=2,
-            short_digits=2,
-            unit_of_difference="points",
-        ),
-        Metric(
-            name="dice_std",
-            title="± std",
-            unit="",
-            factor=MEASURES["dice"].factor,
-            digits=2,
-            short_digits=2,
-            unit_of_difference="points",
-        ),
+        _of_dice("dice_unused", "Dice, other people", unit="%", higher_is_better=True),
+        _of_dice("dice_std", "± std", unit=""),
         _challenge(
             "tre_mm",
             digits=4,

@@ -30,7 +30,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib._threads import threads_each
+from lumirlib._process import threads_each
 from lumirlib.files import read_json, write_json
 from lumirlib.methods import parse_row
 

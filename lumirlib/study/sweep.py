@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lumirlib._threads import threads_each
+from lumirlib._process import threads_each
 from lumirlib.study.jobs import SweepRun
 from lumirlib.study.paper import uses_other_weights
 from lumirlib.study.run import Run

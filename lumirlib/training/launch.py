@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lumirlib._threads import environment_of, threads_each
+from lumirlib._process import environment_of, threads_each
 from lumirlib.data import Cohort
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.training.config import RunConfig

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from lumirlib import provenance
-from lumirlib._checks import check_choice
-from lumirlib._memory import freed_memory_kept
+from lumirlib._process import freed_memory_kept
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.methods import BASELINES, parse_row
-from lumirlib.methods.contrast import MatchedContrast
 from lumirlib.methods.instance_optimization import PairOptimization, PairOptions
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.backbone import RegistrationNetwork
@@ -30,8 +28,6 @@ DEFAULT_RESOLUTION_MM = 2
 #: `--fast`, and where the result is optimized on the pair, which takes some 50 times as long.
 DEFAULT_WEIGHTS = "ours-4mm-cpu"
 BEST_MM, FAST_MM = 1, 2
-#: Contrast of the scans: both T1, or any, in which case the moving one is given in the fixed one's.
-CONTRASTS = ("t1", "any")
 
 
 @dataclass(frozen=True)
@@ -51,15 +47,6 @@ class Registrar:
     method: Method
     facts: dict[str, object] = field(default_factory=dict)
     trained_with: tuple[float, int] | None = None
-
-    def for_contrast(self, contrast: str) -> Registrar:
-        """The same for scans of a contrast, one of :data:`CONTRASTS`: see :class:`MatchedContrast`.
-
-        Raises:
-            ValueError: an unknown contrast.
-        """
-        check_choice(contrast, CONTRASTS, "contrast")
-        return self if contrast == "t1" else replace(self, method=MatchedContrast(self.method))
 
     def optimized(
         self,
@@ -162,21 +149,15 @@ def choose_registrar(
     return Registrar(found.row.name, int(found.resolution_mm), found.network(device), facts, trained_with)
 
 
-def default_registrar(
-    fast: bool = False,
-    optimize: bool = False,
-    device: str = "auto",
-    resolution_mm: int | None = None,
-) -> Registrar:
+def default_registrar(fast: bool = False, device: str = "auto", resolution_mm: int | None = None) -> Registrar:
     """The best packaged weights, for users who choose nothing.
 
     Args:
-        fast: Whether to work at :data:`FAST_MM` in place of :data:`BEST_MM`; so it does where it is optimized.
-        optimize: Whether the result is going to be optimized.
+        fast: Whether to work at :data:`FAST_MM` in place of :data:`BEST_MM`.
         device: Device that the network works on.
         resolution_mm: Edge of the voxels in mm, where it is chosen.
     """
-    resolution_mm = resolution_mm or (FAST_MM if fast or optimize else BEST_MM)
+    resolution_mm = resolution_mm or (FAST_MM if fast else BEST_MM)
     return choose_registrar(pretrained=DEFAULT_WEIGHTS, resolution_mm=resolution_mm, device=device)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lumirlib._memory import freed_memory_kept
+from lumirlib._process import freed_memory_kept
 from lumirlib.data import Cohort, Pair
 from lumirlib.data.loader import Batch, PairLoader
 from lumirlib.evaluation import Method, zero_displacement

@@ -22,10 +22,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lumirlib._checks import check_choice
 from lumirlib.files import parse_json
 from lumirlib.methods.base import Row, halvings
-from lumirlib.methods.contrast import MatchedContrast
+from lumirlib.methods.contrast import for_contrast
 from lumirlib.methods.variants import NetworkOptions, Variant
 from lumirlib.models.layers import place
 from lumirlib.training.checkpoints import check_schema, check_weights, described_row, load_checkpoint, shapes_of
@@ -279,13 +278,7 @@ def _described(
     return Weights(name, row, float(resolution), content["config"], content["model"], facts or {})
 
 
-#: What images a network is given: of the contrast that it was trained on, or any, see `MatchedContrast`.
-CONTRASTS = ("trained", "any")
-
-
-def pretrained(
-    name: str, device: str = "auto", resolution_mm: float | None = None, contrast: str = "trained"
-) -> nn.Module:
+def pretrained(name: str, device: str = "auto", resolution_mm: float | None = None, contrast: str = "t1") -> nn.Module:
     """The network with the weights of a name, ready for ``model(fixed, moving)``.
 
     Args:
@@ -293,8 +286,7 @@ def pretrained(
             weights were trained at, and images are to have.
         device: Device's name: "auto", "cpu", "cuda" ...
         resolution_mm: Edge of the voxels that images are to have instead, in mm, see :func:`to_finer_levels`.
-        contrast: One of :data:`CONTRASTS`: "any" gives the network the moving image in the fixed one's contrast, see
-            :class:`lumirlib.methods.contrast.MatchedContrast`.
+        contrast: Contrast of the images, see :func:`lumirlib.methods.contrast.for_contrast`.
 
     Returns:
         A module in evaluation mode: images ``(B, 1, D, H, W)`` in [0, 1], in LUMIR's frame, to displacement
@@ -304,10 +296,9 @@ def pretrained(
         ValueError: an unknown name or contrast, with the choices listed; voxels that halving or doubling does not lead
             to.
     """
-    check_choice(contrast, CONTRASTS, "contrast")
     found = read_packaged(name)
     network = (found if resolution_mm is None else found.at_resolution(resolution_mm)).network(device)
-    return MatchedContrast(network).eval() if contrast == "any" else network
+    return for_contrast(network, contrast)
 
 
 def _network_options(row: Row) -> dict[str, object]:

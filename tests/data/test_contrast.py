@@ -4,9 +4,9 @@ import pytest
 import torch
 from scipy import stats
 
-from lumirlib import parse_variant, pretrained
+from lumirlib import pretrained
 from lumirlib.data.intensity import match_contrast
-from lumirlib.methods.contrast import MatchedContrast
+from lumirlib.methods.contrast import for_contrast
 
 SIDE = 24
 
@@ -72,16 +72,13 @@ def test_brains_that_do_not_overlap_and_other_grids_are_refused():
         match_contrast(fixed[..., 1:], fixed)
 
 
-def test_match_is_put_before_the_network_and_its_optimization_and_uses_their_weights():
-    row = parse_variant("COMP+IO+MATCH")
-    assert row.base_row() == parse_variant("COMP") and parse_variant("MATCH").base_row() == parse_variant("backbone")
+def test_the_method_sees_the_fixed_image_as_it_is_and_the_moving_one_matched():
     seen = []
-    method = MatchedContrast(lambda fixed, moving: seen.append((fixed, moving)))
-    fixed, moving = anatomy(), 1.1 - anatomy(1)
-    moving = moving * (anatomy(1) > 0)
+    method = for_contrast(lambda fixed, moving: seen.append((fixed, moving)), "any")
+    fixed, moving = anatomy(), torch.where(anatomy(1) > 0, 1.1 - anatomy(1), 0.0)
     method(fixed, moving)
     assert torch.equal(seen[0][0], fixed) and torch.equal(seen[0][1], match_contrast(moving, fixed))
-    assert method.last_run == {}
+    assert method.last_run == {} and for_contrast(method, "t1") is method
 
 
 def test_pretrained_weights_register_an_inverted_scan_as_the_scan_itself():
@@ -90,5 +87,5 @@ def test_pretrained_weights_register_an_inverted_scan_as_the_scan_itself():
     inverted = torch.where(moving > 0, 1.1 - moving, 0.0)
     with torch.no_grad():
         assert torch.allclose(network(fixed, inverted), network(fixed, moving), atol=0.02)
-    with pytest.raises(ValueError, match="contrast must be one of trained, any"):
+    with pytest.raises(ValueError, match="contrast must be one of t1, any"):
         pretrained("comp-4mm-cpu", contrast="T2")

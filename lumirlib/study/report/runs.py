@@ -108,7 +108,7 @@ class Runs:
     def unused_pairs(self) -> list[str]:
         """Evaluated pairs that chose no epoch; of presets that choose by half of the people those of the other half.
 
-        None if it cannot be told.
+        Empty if it cannot be told.
         """
         if self.preset.evaluation_pairs is not None:
             return []

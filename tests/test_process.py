@@ -4,7 +4,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lumirlib._memory import freed_memory_kept
+from lumirlib._process import freed_memory_kept
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
