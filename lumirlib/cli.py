@@ -572,6 +572,7 @@ def score_zip(path: str, resolution_mm: int, cohort: str, data_root: str, quiet:
     examples="""
     lumirlib prepare scans --out cohort                       # heads as they come from the scanner
     lumirlib prepare scans --out cohort --jobs 4              # four at a time
+    lumirlib prepare raw --out derivatives/lumirlib           # a dataset of BIDS becomes a derivative of it
     lumirlib prepare brains --out cohort --skip strip bias    # brains that are stripped and corrected already
     lumirlib run LC-2 --cohort cohort/dataset.json            # train on them
     """,
@@ -582,6 +583,7 @@ def score_zip(path: str, resolution_mm: int, cohort: str, data_root: str, quiet:
 @click.option("--jobs", default=1, help="Scans at a time.")
 @click.option("--validation", type=int, help="People held out, the last by name; a tenth if not given.")
 @click.option("--keep-implausible", is_flag=True, help="Keep scans that are hardly a T1 brain.")
+@click.option("--bids", is_flag=True, help="FOLDER has to be a raw dataset of BIDS.")
 @_text("--name", help="Name of the cohort; the folder's if not given.")
 @_DEVICE
 @_QUIET
@@ -589,6 +591,7 @@ def prepare(quiet: bool, **given: Any) -> int:
     """Make a folder of T1 scans into a cohort in the LUMIR frame.
 
     FOLDER has .nii or .nii.gz files, at any depth. All scans of a person, by BIDS names, stay on one side of the split.
+    Where FOLDER has dataset_description.json, its *_T1w are taken, and --out becomes a derivative of BIDS besides.
     Skulls are stripped on --device. The status is 1 where a scan could not be prepared, 3 where one was left out as
     hardly a T1 brain.
     """

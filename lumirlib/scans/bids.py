@@ -13,12 +13,14 @@ from lumirlib.data.nifti import scan_stem
 from lumirlib.files import read_json, write_atomically, write_json
 
 VERSION = "1.10.0"
+#: File at the root of every dataset.
+DESCRIPTION = "dataset_description.json"
 #: Parts of a name of an image of a head, in the order that BIDS wants.
 ORDER = ("sub", "ses", "sample", "task", "acq", "ce", "trc", "stain", "rec", "dir", "run", "mod", "echo", "flip", "inv")
 ORDER += ("mt", "part", "proc", "hemi", "space", "from", "to", "mode", "split", "recording", "chunk", "seg", "res")
 ORDER += ("den", "label", "desc")
-#: What of our outputs is not of BIDS: pages, reports, and transforms, which it has no name for yet.
-IGNORED = ("figures", "figures/**", "logs", "logs/**", "**/*_xfm.*")
+#: What of our outputs is not of BIDS: pages, reports, the cohort, and transforms, which it has no name for yet.
+IGNORED = ("figures", "figures/**", "logs", "logs/**", "dataset.json", "source.json", "qc*", "**/*_xfm.*")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,31 @@ class BidsName:
         return self.folder / f"{self.stem}{ending}"
 
 
+def is_dataset(root: str | Path) -> bool:
+    """Whether a folder is the root of a dataset of BIDS."""
+    return (Path(root) / DESCRIPTION).is_file()
+
+
+def check_raw(root: str | Path) -> None:
+    """Raise unless a folder is the root of a raw dataset of BIDS.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no dataset_description.json, one that lacks what BIDS requires, or one of a derivative.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no such folder: {root}")
+    if not is_dataset(root):
+        raise ValueError(f"{root}: expected the root of a dataset of BIDS, with {DESCRIPTION}, which is not there")
+    description = read_json(root / DESCRIPTION)
+    missing = [key for key in ("Name", "BIDSVersion") if not isinstance(description.get(key), str)]
+    if missing:
+        raise ValueError(f"{root / DESCRIPTION}: BIDS requires {' and '.join(missing)}, as text")
+    if description.get("DatasetType", "raw") != "raw":
+        raise ValueError(f"{root / DESCRIPTION}: expected a raw dataset, got DatasetType {description['DatasetType']}")
+
+
 def write_description(out: str | Path, sources: Iterable[Path], about: str) -> Path:
     """Write dataset_description.json and .bidsignore of a derivative.
 
@@ -86,14 +113,20 @@ def write_description(out: str | Path, sources: Iterable[Path], about: str) -> P
     Raises:
         ValueError: `out` holds another dataset.
     """
-    path = Path(out) / "dataset_description.json"
+    path = Path(out) / DESCRIPTION
     if path.is_file():
         if not any(one.get("Name") == "lumirlib" for one in read_json(path).get("GeneratedBy", [])):
             raise ValueError(f"{path}: of another dataset than a derivative of lumirlib: choose another --out")
         return path
+    roots = list(dict.fromkeys(sources))
     links = {
-        name: os.path.relpath(one, out) for name, one in zip(("raw", "raw2"), dict.fromkeys(sources), strict=False)
+        name: Path(os.path.relpath(one, out)).as_posix() for name, one in zip(("raw", "raw2"), roots, strict=False)
     }
+    described = [read_json(one / DESCRIPTION) if is_dataset(one) else {} for one in roots]
+    origins = [
+        {"DOI": one["DatasetDOI"]} if "DatasetDOI" in one else {"URL": link}
+        for one, link in zip(described, links.values(), strict=True)
+    ]
     write_atomically(Path(out) / ".bidsignore", lambda to: to.write_text("\n".join(IGNORED) + "\n", encoding="utf-8"))
     content = {
         "Name": about,
@@ -101,6 +134,7 @@ def write_description(out: str | Path, sources: Iterable[Path], about: str) -> P
         "DatasetType": "derivative",
         "GeneratedBy": [{"Name": "lumirlib", "Version": __version__}],
         "License": "as the source's",
+        "SourceDatasets": origins,
         "DatasetLinks": links,
     }
     return write_json(path, content)

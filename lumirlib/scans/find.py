@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumirlib.data.nifti import scan_stem
+from lumirlib.scans.bids import BidsName, check_raw
 
 ENDINGS = (".nii", ".nii.gz")
 #: Endings of volumes that are not read.
@@ -78,8 +79,7 @@ def find_scans(folder: str | Path, out: str | Path) -> FoundScans:
     candidates = [path for path in _walk(folder, out, skipped) if _is_candidate(path, folder, skipped)]
     files = _without_copies(candidates, folder, skipped)
     if not files:
-        listed = "".join(f"\n  {name}: {why}" for name, why in sorted(skipped.items())[:20])
-        raise FileNotFoundError(f"no scan (.nii or .nii.gz file) in {folder}{listed and '; skipped were'}{listed}")
+        raise FileNotFoundError(f"no scan (.nii or .nii.gz file) in {folder}{_listed(skipped)}")
     often = Counter(map(scan_stem, files))
     named: dict[str, Path] = {}
     for path in files:
@@ -90,6 +90,46 @@ def find_scans(folder: str | Path, out: str | Path) -> FoundScans:
         named[name] = path
     people = {name: person_of(path.relative_to(folder)) or name for name, path in named.items()}
     return FoundScans(named, people, dict(sorted(skipped.items())))
+
+
+def _listed(skipped: dict[str, str]) -> str:
+    """What was skipped, for a message."""
+    listed = "".join(f"\n  {name}: {why}" for name, why in sorted(skipped.items())[:20])
+    return f"{listed and '; skipped were'}{listed}"
+
+
+def find_t1w(root: str | Path) -> FoundScans:
+    """The T1 scans of a raw dataset of BIDS: `*_T1w.nii` and `.nii.gz` where BIDS wants them; others are skipped.
+
+    Args:
+        root: Root of the dataset, with dataset_description.json and `sub-` folders.
+
+    Raises:
+        FileNotFoundError: No such folder, or no scan in it, with what was skipped.
+        ValueError: Not the root of a raw dataset, or two scans of one name.
+    """
+    root = Path(root)
+    check_raw(root)
+    skipped: dict[str, str] = {}
+    named: dict[str, Path] = {}
+    for path in sorted(root.glob("sub-*/**/*_T1w.nii*")):
+        if not _is_candidate(path, root, skipped):
+            continue
+        place = path.relative_to(root)
+        try:
+            wanted = BidsName.of(path).file("".join(path.suffixes))
+        except ValueError as error:
+            skipped[str(place)] = str(error).split(": ", 1)[1]
+            continue
+        if place != wanted:
+            skipped[str(place)] = f"not where BIDS wants it, {wanted.as_posix()}"
+            continue
+        if scan_stem(path) in named:
+            raise ValueError(f"{path} and {named[scan_stem(path)]} have one name: remove one")
+        named[scan_stem(path)] = path
+    if not named:
+        raise FileNotFoundError(f"no scan (sub-*/[ses-*/]anat/*_T1w.nii or .nii.gz) in {root}{_listed(skipped)}")
+    return FoundScans(named, {name: person_of(path.relative_to(root)) for name, path in named.items()}, skipped)
 
 
 def person_of(path: Path) -> str:

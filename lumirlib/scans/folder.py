@@ -24,7 +24,8 @@ from lumirlib._process import threads_each
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine
 from lumirlib.data.nifti import write_nifti
 from lumirlib.files import check_writable, read_json, write_atomically, write_json
-from lumirlib.scans.find import find_scans
+from lumirlib.scans.bids import BidsName, is_dataset, write_description
+from lumirlib.scans.find import find_scans, find_t1w
 from lumirlib.scans.plausibility import Likeness, likeness
 from lumirlib.scans.prepare import check_skip, prepare_scan
 from lumirlib.scans.scan import collected_warnings, require
@@ -33,6 +34,9 @@ from lumirlib.training.engine import pick_device
 LIKENESS = tuple(measure.name for measure in fields(Likeness))
 #: At most so many people, the last by name, are held out of a folder for validation.
 MAX_VALIDATION = 10
+#: What the names of prepared scans have besides, as derivatives of BIDS, and where their space is described.
+DERIVED = {"space": "LUMIR", "desc": "preproc"}
+FRAME_REFERENCE = "https://learn2reg.grand-challenge.org/learn2reg-2024/"
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,48 @@ class PreparedFolder:
     remarks: dict[str, list[str]]
 
 
-def _files_of(out: Path, name: str) -> tuple[Path, Path]:
-    """Image and record of a prepared scan."""
-    return out / "imagesTr" / f"{name}_0000.nii.gz", out / "prepared" / f"{name}.json"
+@dataclass(frozen=True)
+class _Layout:
+    """Where things lie in the folder of a cohort.
+
+    Attributes:
+        out: The folder.
+        bids: Whether it is a derivative of BIDS; the record of a scan is the image's sidecar then.
+    """
+
+    out: Path
+    bids: bool
+
+    def files(self, name: str) -> tuple[Path, Path]:
+        """Image and record of a prepared scan."""
+        if self.bids:
+            derived = BidsName.of(name).with_(**DERIVED)
+            return self.out / derived.file(), self.out / derived.file(".json")
+        return self.out / "imagesTr" / f"{name}_0000.nii.gz", self.out / "prepared" / f"{name}.json"
+
+    def records(self) -> dict[str, Path]:
+        """Record of each scan that was prepared, by its name."""
+        if not self.bids:
+            return {path.stem: path for path in sorted((self.out / "prepared").glob("*.json"))}
+        mark = "".join(f"_{key}-{label}" for key, label in DERIVED.items())
+        return {path.stem.replace(mark, ""): path for path in sorted(self.out.glob(f"sub-*/**/*{mark}_T1w.json"))}
+
+    def foreign(self) -> list[str]:
+        """Names of what a cohort consists of that are there, of folders of people the first."""
+        images = sorted(self.out.glob("sub-*"))[:1] if self.bids else [self.out / "imagesTr"]
+        return [path.name for path in (self.out / "dataset.json", *images) if path.is_file() or any(path.glob("*"))]
+
+    def about(self, scan: Path) -> dict[str, object]:
+        """What BIDS wants to know of a prepared scan."""
+        if not self.bids:
+            return {}
+        source = BidsName.of(scan).file("".join(scan.suffixes)).as_posix()
+        return {
+            "Description": f"Brain in the LUMIR frame, {'x'.join(map(str, FRAME_SHAPE))} voxels of 1 mm, uint8.",
+            "Sources": [f"bids:raw:{source}"],
+            "SpatialReference": FRAME_REFERENCE,
+            "SkullStripped": True,
+        }
 
 
 def _facts(path: Path, skip: tuple[str, ...]) -> dict[str, object]:
@@ -75,9 +118,9 @@ def _tools() -> dict[str, str]:
     return {package: provenance.version(package) for package in ("lumirlib", "deepbet", "SimpleITK", "deepmriprep")}
 
 
-def _record(out: Path, name: str, path: Path, skip: tuple[str, ...]) -> dict | None:
+def _record(layout: _Layout, name: str, path: Path, skip: tuple[str, ...]) -> dict | None:
     """The record of a scan that was prepared before: of the same bytes, steps and tools, its image as written."""
-    image, record = _files_of(out, name)
+    image, record = layout.files(name)
     try:
         known = json.loads(record.read_text(encoding="utf-8"))
         wanted = _facts(path, skip) | {"image_sha256": _digest_of(image)}
@@ -86,11 +129,13 @@ def _record(out: Path, name: str, path: Path, skip: tuple[str, ...]) -> dict | N
         return None
 
 
-def _prepare_into(out: Path, name: str, path: Path, skip: tuple[str, ...], device: str, threads: int) -> dict | str:
+def _prepare_into(
+    layout: _Layout, name: str, path: Path, skip: tuple[str, ...], device: str, threads: int
+) -> dict | str:
     """Prepare one scan of a folder, image first, record last; the record, or what went wrong."""
     if threads:
         torch.set_num_threads(threads)
-    image_path, record_path = _files_of(out, name)
+    image_path, record_path = layout.files(name)
     try:
         record_path.unlink(missing_ok=True)
         facts = _facts(path, skip)
@@ -101,6 +146,7 @@ def _prepare_into(out: Path, name: str, path: Path, skip: tuple[str, ...], devic
         write_nifti(image_path, prepared.in_frame[0, 0].numpy().astype(np.uint8), frame_affine(1))
         record = {
             "name": name,
+            **layout.about(path),
             **facts,
             "image_sha256": _digest_of(image_path),
             "shape": list(prepared.scan.shape),
@@ -126,17 +172,17 @@ def _source_of(folder: Path) -> str:
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 
-def _check_source(folder: Path, out: Path, scans: Mapping[str, Path]) -> None:
-    """Raise ValueError if `out` holds a cohort of another folder, or images that were not prepared here.
+def _check_source(folder: Path, layout: _Layout, scans: Mapping[str, Path]) -> None:
+    """Raise ValueError if a layout holds a cohort of another folder, or images that were not prepared here.
 
     What was prepared from this folder, or from one that has all of the same files by name and content (it was moved, or
     copied and added to), is gone on with.
     """
-    known = {path.stem: path for path in sorted((out / "prepared").glob("*.json"))}
+    out, known = layout.out, layout.records()
     source = out / "source.json"
     if source.is_file() and read_json(source).get("folder_sha256") == _source_of(folder):
         return
-    held = [path.name for path in (out / "dataset.json", out / "imagesTr") if path.is_file() or any(path.glob("*"))]
+    held = layout.foreign()
     if not known and not held:
         return
     if not known and not source.is_file():
@@ -177,6 +223,7 @@ def prepare_folder(
     device: str = "auto",
     progress: bool = True,
     keep_implausible: bool = False,
+    bids: bool = False,
 ) -> PreparedFolder:
     """Make a folder of T1 scans into a cohort that :func:`lumirlib.load_cohort` reads.
 
@@ -184,8 +231,12 @@ def prepare_folder(
     bytes, steps or tools have changed is prepared anew. The dataset JSON and the QC sheet are written at the end. All
     scans of a person stand on one side of the split.
 
+    A raw dataset of BIDS, a folder with dataset_description.json, becomes a derivative of BIDS, which is a cohort too:
+    `sub-X/[ses-Y/]anat/sub-X[_ses-Y]_space-LUMIR_desc-preproc_T1w.nii.gz`, each with its record as sidecar.
+
     Args:
-        folder: Folder with `.nii` or `.nii.gz` files, at any depth; see :func:`lumirlib.scans.find.find_scans`.
+        folder: Folder with `.nii` or `.nii.gz` files, at any depth; see :func:`lumirlib.scans.find.find_scans`. Of a
+            dataset of BIDS its root; see :func:`lumirlib.scans.find.find_t1w`.
         out: Folder of the cohort: dataset.json, imagesTr, prepared (a record per scan), qc.csv, qc_*.png and .pdf.
         skip: Steps to skip for all scans, as for :func:`prepare_scan`.
         jobs: Number of scans at a time, each in a process of its own with its share of the processor.
@@ -195,13 +246,15 @@ def prepare_folder(
         device: Device that skulls are stripped on.
         progress: Whether to show a progress bar.
         keep_implausible: Whether scans that are hardly a T1 brain stay in the cohort; they are named in either case.
+        bids: Whether the folder has to be a dataset of BIDS.
 
     Returns:
         What was made. Scans that were left out are named in dataset.json too.
 
     Raises:
         FileNotFoundError: No such folder, or no scan in it.
-        ValueError: An unknown step, names that clash, no scan that is left, or `out` has the cohort of another folder.
+        ValueError: An unknown step, names that clash, no scan that is left, `out` has the cohort of another folder, or
+            the folder is no raw dataset of BIDS and has to be.
         OSError: `out` cannot be written, said before anything is prepared.
         ModuleNotFoundError: A package that a step needs.
     """
@@ -210,17 +263,20 @@ def prepare_folder(
     skipped, folder, out = check_skip(skip), Path(folder), Path(out)
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs must be a whole number from 1, got {jobs!r}")
-    found = find_scans(folder, out)
+    layout = _Layout(out, bids or is_dataset(folder))
+    found = find_t1w(folder) if layout.bids else find_scans(folder, out)
     scans = found.files
     _validation_people(list(found.people.values()), validation)
     for step, package in (("strip", "deepbet"), ("bias", "SimpleITK"), ("affine", "SimpleITK")):
         if step not in skipped:
             require(package)
     check_writable(out)
-    _check_source(folder, out, scans)
+    _check_source(folder, layout, scans)
+    if layout.bids:
+        write_description(out, [folder.resolve()], "lumirlib prepare")
     write_json(out / "source.json", {"folder_sha256": _source_of(folder), "name": folder.resolve().name})
     device = str(pick_device(device))
-    records = {one: known for one, path in scans.items() if (known := _record(out, one, path, skipped))}
+    records = {one: known for one, path in scans.items() if (known := _record(layout, one, path, skipped))}
     missing = {one: path for one, path in scans.items() if one not in records}
     broken: dict[str, str] = {}
     threads = threads_each(jobs) if jobs > 1 else 0
@@ -229,7 +285,9 @@ def prepare_folder(
         pool or nullcontext(),
         tqdm(total=len(scans), initial=len(records), desc="prepare", unit="scan", disable=not progress) as bar,
     ):
-        work = {one: partial(_prepare_into, out, one, path, skipped, device, threads) for one, path in missing.items()}
+        work = {
+            one: partial(_prepare_into, layout, one, path, skipped, device, threads) for one, path in missing.items()
+        }
         try:
             for one, result in _results(work, pool):
                 if isinstance(result, str):
@@ -251,7 +309,7 @@ def prepare_folder(
         raise ValueError(f"none of the {len(scans)} scans in {folder} is left for a cohort:{reasons}")
     person = found.people
     held_out = _validation_people([person[one] for one in names], validation)
-    entry = {one: f"./{_files_of(out, one)[0].relative_to(out).as_posix()}" for one in names}
+    entry = {one: f"./{layout.files(one)[0].relative_to(out).as_posix()}" for one in names}
     held = [one for one in names if person[one] in held_out]
     pairs = [{"fixed": entry[a], "moving": entry[b]} for a in held for b in held if person[a] != person[b]]
     content = {
@@ -272,7 +330,7 @@ def prepare_folder(
     }
     shown = [records[one] | {"person": person[one]} for one in scans if one in records]
     _write_table(out / "qc.csv", shown)
-    prepared_figures([(record, _files_of(out, record["name"])[0]) for record in shown], out, content["name"])
+    prepared_figures([(record, layout.files(record["name"])[0]) for record in shown], out, content["name"])
     remarks = {one: record["remarks"] for one, record in records.items() if record["remarks"]}
     return PreparedFolder(write_json(out / "dataset.json", content), broken, implausible, found.skipped, remarks)
 
