@@ -50,25 +50,37 @@ def use_style() -> None:
         plt.style.use(path)
 
 
-def _mark_stages(ax: Axes, history: pd.DataFrame) -> None:
-    """A line where a stage of the training begins, with its voxels; figures before and after it are not comparable."""
+def stages_of(history: pd.DataFrame) -> pd.DataFrame:
+    """Stages of a training: their voxels `resolution_mm`, `start` (half an epoch before their first) and `end`."""
     if "stage" not in history:
-        return
-    trained = history[history["epoch"] > 0]
-    for _, stage in trained.groupby("stage"):
-        start = stage["epoch"].iloc[0] - 0.5
-        ax.axvline(start, color="0.7", linestyle=":", linewidth=1)
-        ax.text(start, 0.98, f" {stage['resolution_mm'].iloc[0]:g} mm", transform=ax.get_xaxis_transform(), va="top")
+        return pd.DataFrame(columns=["resolution_mm", "start", "end"])
+    trained = history[history["epoch"] > 0].groupby("stage")
+    voxels, epochs = trained["resolution_mm"].first(), trained["epoch"]
+    return pd.DataFrame({"resolution_mm": voxels, "start": epochs.min() - 0.5, "end": epochs.max() + 0.5})
+
+
+def mark_stages(ax: Axes, history: pd.DataFrame) -> None:
+    """A line where a stage of the training begins, and its voxels; losses of two stages are not comparable."""
+    for stage in stages_of(history).itertuples():
+        ax.axvline(stage.start, color="0.7", linestyle=":", linewidth=1)
+        middle, words = (stage.start + stage.end) / 2, f"{stage.resolution_mm:g} mm"
+        ax.text(middle, 0.45, words, transform=ax.get_xaxis_transform(), color="0.3", ha="center", va="center")
+
+
+def with_gaps(values: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:
+    """Values by epoch, with nothing between one stage and the next, so that no line joins them."""
+    return values.reindex(values.index.union(stages_of(history)["start"].iloc[1:]))
 
 
 def plot_loss(ax: Axes, history: pd.DataFrame) -> Axes:
     """Training loss and its similarity part over the epochs (left panel of the paper's Fig. 2)."""
-    history = history.dropna(subset="loss")
-    ax.plot(history["epoch"], history["loss"], marker="o", markersize=3, label="total")
-    ax.plot(history["epoch"], history["similarity"], marker="o", markersize=3, label="similarity part")
+    values = history.dropna(subset="loss").set_index("epoch")[["loss", "similarity"]]
+    values = with_gaps(values, history)
+    ax.plot(values["loss"], marker="o", markersize=3, label="total")
+    ax.plot(values["similarity"], marker="o", markersize=3, label="similarity part")
     ax.set(xlabel="epoch", ylabel="training loss", title="training loss")
     ax.legend()
-    _mark_stages(ax, history)
+    mark_stages(ax, history)
     return ax
 
 
@@ -87,7 +99,7 @@ def plot_validation_dice(ax: Axes, history: pd.DataFrame) -> Axes:
             color="0.3",
         )
     ax.set(xlabel="epoch", ylabel="Dice (%)", title="validation Dice")
-    _mark_stages(ax, history)
+    mark_stages(ax, history)
     return ax
 
 
@@ -96,7 +108,7 @@ def plot_validation_ndv(ax: Axes, history: pd.DataFrame) -> Axes:
     ax.plot(history["epoch"], history["val_ndv_percent"], marker="o", markersize=3, color="C1")
     ax.set(xlabel="epoch", ylabel="NDV (%)", title="validation NDV")
     ax.set_ylim(bottom=0)
-    _mark_stages(ax, history)
+    mark_stages(ax, history)
     return ax
 
 

@@ -49,6 +49,8 @@ MSE_SMOOTHNESS = (1.0, 0.1, 0.01, 0.001, 0.0001)
 FOLDS = METRICS["ndv_percent"].margin
 #: Share of a run's whole gain in Dice that counts as having arrived, and the share of its epochs that is early.
 ARRIVED, EARLY = 0.9, 0.25
+#: Steps of one of the paper's 200 epochs: one for each of LUMIR's training scans.
+PAPER_EPOCH_STEPS = 3374
 #: Range of Dice over pairs (points) that is wide, and one that is not.
 WIDE, NARROW = 10.0, 5.0
 
@@ -450,7 +452,8 @@ def convergence(study: Evidence) -> Verdict:
     rule = (
         f"Of each run of Table 2's rows: the first epoch with {ARRIVED:.0%} of the whole gain in validation Dice, as a "
         f"share of its epochs. Supported if the median is at most {EARLY:.0%}, not supported above; not to be told if "
-        f"most runs still rise by more than {runs.CONVERGED} points over their last quarter."
+        f"most runs still rise by more than {runs.CONVERGED} points over their last quarter, or if they end within "
+        f"what is the first epoch of the paper, {PAPER_EPOCH_STEPS:,} steps."
     )
     names = [name for name in rows_of_table(2) if name in study.rows]
     history = study.runs.history[study.runs.history["variant"].isin(names)]
@@ -466,10 +469,14 @@ def convergence(study: Evidence) -> Verdict:
     rises = rises[rises["variant"].isin(names)]
     rising = int((~rises["converged"].astype(bool)).sum())
     median = float(pd.Series(shares).median())
-    verdict = OPEN if rising > len(rises) / 2 else SUPPORTED if median <= EARLY else NOT_SUPPORTED
+    steps = int(history.groupby(["variant", "seed"])["steps"].sum().median())
+    verdict = SUPPORTED if median <= EARLY else NOT_SUPPORTED
+    if rising > len(rises) / 2 or steps < PAPER_EPOCH_STEPS:
+        verdict = OPEN
     ours = (
         f"{ARRIVED:.0%} of the gain after {median:.0%} of the epochs (median of {len(shares)} runs); {rising} of them "
-        f"still rise by more than {runs.CONVERGED} points over the last quarter"
+        f"still rise by more than {runs.CONVERGED} points over the last quarter; all of it is {steps:,} steps, "
+        f"{steps / PAPER_EPOCH_STEPS:.1f} epochs of the paper"
     )
     seeds = history.groupby("variant")["seed"].nunique()
     pairs = study.runs.preset.validation_pairs

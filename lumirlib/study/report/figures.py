@@ -21,7 +21,7 @@ from lumirlib import metrics, spatial
 from lumirlib._checks import check_labels
 from lumirlib.methods import parse_row
 from lumirlib.methods.synthesis import SynthesisOptions, deform_labels, synthesize
-from lumirlib.plots import SHOWN_DPI, displacement_of, plot_labels, plot_slice
+from lumirlib.plots import SHOWN_DPI, displacement_of, mark_stages, plot_labels, plot_slice, with_gaps
 from lumirlib.study import robustness
 from lumirlib.study.paper import BEFORE, CHALLENGE, METRICS, paper_method, paper_table
 from lumirlib.study.report import beyond
@@ -261,8 +261,11 @@ def histories_figure(runs: Runs, title: str, columns: int = 6) -> Figure:
             ax = axes[2 * block + row, column]
             ax.set_visible(True)
             values = own.dropna(subset=measure).pivot_table(index="epoch", columns="seed", values=measure) * factor
+            if measure == "loss":
+                values = with_gaps(values, own)
             ax.plot(values, color=colour, linewidth=0.8, alpha=0.5)
             ax.plot(values.mean(axis=1), color=colour)
+            mark_stages(ax, own)
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(5))
             if column == 0:
