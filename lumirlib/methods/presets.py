@@ -81,6 +81,8 @@ PRESET_OPTIONS = tuple(option.name for option in fields(Preset) if option.name n
 TUNED: dict[str, dict[str, dict[str, float]]] = {
     "real-2mm": {
         "CA": {"smoothness_weight": 0.5},
+        "CA+BF": {"smoothness_weight": 0.5},
+        "LK": {"smoothness_weight": 0.5},
         "LC-1": {"learning_rate": 2e-3},
         "LC-2": {"learning_rate": 2e-3, "smoothness_weight": 0.5},
     }
