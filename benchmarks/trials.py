@@ -25,7 +25,7 @@ from lumirlib import provenance
 from lumirlib.evaluation import evaluate_method
 from lumirlib.files import write_atomically
 from lumirlib.methods import parse_row
-from lumirlib.methods.presets import split_options
+from lumirlib.methods.presets import get_preset, split_options
 from lumirlib.study.paper import rows_of_table
 from lumirlib.study.run import Run
 from lumirlib.training.pairs import of_first_half
@@ -42,11 +42,12 @@ def trial(name: str, rate: float, smoothness: float, given: argparse.Namespace) 
     """Train the first stage of a row with its learning rate and lambda1 times these factors, and score it."""
     row = parse_row(name)
     preset, _ = split_options(PRESET, row, {}, tuned=False)
-    stage = replace(preset.stages[0], epochs=given.epochs or EPOCHS, steps_per_epoch=given.steps)
+    general = get_preset(PRESET)  # the row's own may have finer stages
+    stage = replace(general.stages[0], epochs=given.epochs or EPOCHS, steps_per_epoch=given.steps)
     weight = preset.smoothness_weight * smoothness
     options = {
         "stages": [stage.options()],
-        "levels": preset.levels - round(math.log2(stage.resolution_mm / preset.resolution_mm)),
+        "levels": preset.levels - round(math.log2(stage.resolution_mm / general.resolution_mm)),
         "learning_rate": preset.learning_rate * rate,
         "smoothness_weight": weight,
     }

@@ -406,6 +406,13 @@ class TransMorph(Baseline):
     learning_rate_factor: float = 0.25
     coarse_learning_rate_factor: float = 1.0
 
+    def training_preset(self, preset: Preset) -> Preset:
+        """As any baseline's, but on voxels half as large in every stage, 1 mm at the least: its network halves them."""
+        own = super().training_preset(preset)
+        if not own.stages or own.resolution_mm < 2:
+            return own
+        return replace(own, stages=tuple(replace(one, resolution_mm=one.resolution_mm / 2) for one in own.stages))
+
     def narrowed(self, divisor: int) -> TransMorph:
         """The row with its number of heads and its widths divided; the width of a head stays."""
         if divisor < 1:

@@ -315,6 +315,16 @@ def test_training_on_cuda_under_autocast_is_finite_and_float32():
 # row -----------------------------------------------------------------------------------------------------------------
 
 
+def test_stages_have_voxels_half_as_large_as_the_network_halves_them():
+    row, staged = TransMorph(), get_preset("real-2mm")
+    own = row.training_preset(staged)
+    assert [stage.resolution_mm for stage in own.stages] == [2, 1] and own.resolution_mm == 1
+    assert own.learning_rate == staged.learning_rate * row.coarse_learning_rate_factor and own.epochs == staged.epochs
+    natural = replace(staged, stages=tuple(replace(one, resolution_mm=1) for one in staged.stages))
+    assert row.training_preset(natural).resolution_mm == 1, "never finer than 1 mm"
+    assert row.training_preset(DEMO).resolution_mm == DEMO.resolution_mm, "a preset of one stage stays"
+
+
 def test_for_the_papers_preset_the_row_has_the_organisers_recipe():
     row = TransMorph()
     adapted = row.training_preset(PAPER)
