@@ -116,6 +116,13 @@ def figure(table: pd.DataFrame) -> plt.Figure:
     return shown
 
 
+def made_by(command: str) -> dict[str, object]:
+    """Provenance of what a script of benchmarks/ writes."""
+    where = provenance.describe_device(torch.device("cpu"))
+    about = {"command": command, "commit": provenance.commit(), "made": provenance.now(), "device": where}
+    return about | {"data": "Real brains in the LUMIR frame: not LUMIR", "versions": provenance.versions()}
+
+
 def main() -> None:
     """Measure, and write table and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,11 +130,10 @@ def main() -> None:
     out = Path(parser.parse_args().out)
     table = dice_of(Path(os.environ["LUMIR_BRAINS"]), PEOPLE)
     means = table.groupby("preparation", sort=False)["dice_percent"].mean().round(3)
-    about = {"people": PEOPLE, "registered_by": "packaged weights at 2 mm", "mean_dice_percent": means.to_dict()}
-    about |= {"pairs": table.to_dict("records"), "command": "python benchmarks/preparation.py"}
-    about |= {"commit": provenance.commit(), "versions": provenance.versions()}
+    about = {"provenance": made_by("python benchmarks/preparation.py"), "registered_by": "packaged weights at 2 mm"}
+    about |= {"mean_dice_percent": means.to_dict(), "rows": table.to_dict("records")}
     write_json(out.with_suffix(".json"), about)
-    save_figure(figure(table), out)
+    save_figure(figure(table), out, data=False)
     print(means)
 
 
