@@ -137,6 +137,7 @@ class PairOptions:
         moving_counts: The same of the moving image.
         step_done: Function that is called at each of the steps, `steps` + 1 at most.
         steps: Largest number of steps.
+        learning_rate: Learning rate of Adam, in finest voxels.
     """
 
     smoothness_weight: float = 1.0
@@ -145,6 +146,7 @@ class PairOptions:
     moving_counts: torch.Tensor | None = None
     step_done: Callable[[], object] = lambda: None
     steps: int = 50
+    learning_rate: float = 0.2
 
 
 class PairOptimization(nn.Module):
@@ -161,8 +163,8 @@ class PairOptimization(nn.Module):
         last_run: Figures of the last call, as of :class:`InstanceOptimization`.
     """
 
-    #: Of Adam, in finest voxels; the smallest relative fall of the loss that counts, and within how many steps.
-    LEARNING_RATE, TOLERANCE, PATIENCE = 0.2, 1e-3, 10
+    #: The smallest relative fall of the loss that counts, and within how many steps.
+    TOLERANCE, PATIENCE = 1e-3, 10
     #: Standard deviation and side of the smoothing, in voxels of each level.
     SIGMA, SIZE = 1.5, 7
 
@@ -207,7 +209,7 @@ class PairOptimization(nn.Module):
             options.step_done()
             return loss(Fields(predicted.displacements, self.velocities(predicted.velocities)), *images)
 
-        tuning = options.steps, self.LEARNING_RATE, self.TOLERANCE, self.PATIENCE
+        tuning = options.steps, options.learning_rate, self.TOLERANCE, self.PATIENCE
         method = InstanceOptimization(self, objective, *tuning)
         found = method(fixed, moving)
         self.last_run = method.last_run

@@ -28,6 +28,8 @@ DEFAULT_RESOLUTION_MM = 2
 #: `--fast`, and where the result is optimized on the pair, which takes some 50 times as long.
 DEFAULT_WEIGHTS = "ours-4mm-cpu"
 BEST_MM, FAST_MM = 1, 2
+#: Learning rate of the optimization on a pair, in mm.
+OPTIMIZATION_MM = 0.4
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Registrar:
             for mask in (fixed_mask, moving_mask)
         ]
         smoothness, window = self.trained_with
-        options = PairOptions(smoothness, window, *counts, step_done)
+        rate = OPTIMIZATION_MM / self.resolution_mm
+        options = PairOptions(smoothness, window, *counts, step_done, learning_rate=rate)
         facts = self.facts | {"optimized": {"similarity": "ncc", "steps": options.steps}}
         return replace(self, method=PairOptimization(self.method, options), facts=facts)
 

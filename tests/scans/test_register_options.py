@@ -1,8 +1,11 @@
 """Registering without a choice, with masks, of any contrast."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
+import holes
 import numpy as np
 import pytest
 import torch
@@ -92,6 +95,14 @@ def test_masked_voxels_have_no_say_in_the_optimization():
     assert found[0].abs().max() > 0.3
     unmasked = registrar.optimized().displacement(*images, "cpu")
     assert (unmasked - found[1]).abs().max() > 0.1
+
+
+@pytest.mark.data
+@pytest.mark.skipif("LUMIR_BRAINS" not in os.environ, reason="needs the real brains, in the folder named LUMIR_BRAINS")
+def test_a_mask_helps_labels_around_a_hole_of_a_real_brain():
+    table, _ = holes.dice_around(Path(os.environ["LUMIR_BRAINS"]), holes.CASES[1:2], holes.WAYS[:3])
+    network, optimized, masked = table["dice_percent"]
+    assert masked > network + 2 and masked > optimized + 2
 
 
 def test_an_inverted_scan_is_registered_as_the_scan_itself():
