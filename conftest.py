@@ -1,7 +1,8 @@
-"""What the unit tests and the notebooks under nbval share: results folders of the session's own."""
+"""What the unit tests and the notebooks under nbval share: results folders of the session's own, threads, order."""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -15,11 +16,34 @@ from lumirlib._process import cores, environment_of, threads_each
 MAX_WORKERS = 4
 #: Folder of the results of the notebooks that show the network which `lumirlib run backbone` trains: one trains it.
 TRAINED = dict.fromkeys(("figures", "run_ablation"), "trained")
+#: Parameter of each of these as it stands and as it is tested without --long: a quarter of the training.
+SHORTER = {
+    "figures": ("options: dict = {}", 'options: dict = {"epochs": 2}'),
+    "run_ablation": ("epochs: int = None", "epochs: int = 2"),
+}
+#: Files that take longest, half a minute and more, go first: begun last, one would leave the other workers idle.
+LONGEST = (
+    "test_browser",
+    *TRAINED,
+    "register_your_own",
+    "test_engine",
+    "test_faults",
+    "test_slurm",
+    "test_site",
+    "test_register_options",
+    "test_register",
+    "test_folder",
+    "test_project",
+    "test_cli",
+    "test_cohort",
+    "test_trainer",
+)
 
 # The workers share the cores. PyTorch, which is imported later, reads this, and so do the kernels of notebooks and the
 # commands that tests start.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.update(environment_of(threads_each(int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))) | os.environ)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a test that takes more threads does not have them spin
 
 
 def pytest_addoption(parser):
@@ -48,12 +72,22 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
-    # what takes longest goes first: begun last, it would leave the other workers idle
-    items.sort(key=lambda item: (item.path.suffix != ".ipynb", item.path.parent.name != "training"))
-    if not config.getoption("--long"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --long"))
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    if config.getoption("--long"):
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --long"))
+        if item.path.suffix == ".ipynb" and "parameters" in item.cell.metadata.get("tags", []):
+            given, shorter = SHORTER.get(item.path.stem, ("", ""))
+            if given not in item.cell.source:
+                raise pytest.UsageError(f"{item.path.name} must have the parameter {given!r}: conftest.py shortens it")
+            item.cell.source = item.cell.source.replace(given, shorter, 1) if given else item.cell.source
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # every collection of the garbage that tests leave would go through all modules and tests too
 
 
 def pytest_configure(config):

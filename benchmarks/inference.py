@@ -2,6 +2,10 @@
 
     python benchmarks/inference.py                     # CPU sizes
     python benchmarks/inference.py --device cuda       # 160x224x192 voxels, N = 16, 32, 64
+    python benchmarks/inference.py --sizes 160x224x192:8 --only packaged --against 080a01f
+
+The last is what `lumirlib register` does with the weights that the package carries, at 1 mm where the images have such
+sides, against the library before it kept freed memory.
 
 LK has N = 36 at the paper's 32, LC-2 has 64; here every scheme has the N of its size.
 """
@@ -17,6 +21,7 @@ import torch
 
 from lumirlib.methods.variants import parse_variant
 from lumirlib.models.layers import compile_model, place
+from lumirlib.training.registrar import choose_registrar
 
 SIZES = {
     "cpu": ["80x112x96:16", "80x112x96:32"],
@@ -45,10 +50,22 @@ def registration(shape: str, channels: int, device: torch.device, name: str, how
     return register
 
 
+def packaged(shape: str, channels: int, device: torch.device, name: str) -> Callable[[], object]:
+    """A function that registers a pair as `lumirlib register` does, by packaged weights, at 1 mm."""
+    registrar = choose_registrar(pretrained=name, resolution_mm=1, device=str(device))
+    width = registrar.method.estimators[0].conv1.in_channels // 2
+    if width != channels:
+        raise ValueError(f"{name} has N = {width}")
+    fixed, moving = (255 * image for image in rounds.images(shape, device))
+    return lambda: registrar.displacement(fixed, moving, device)
+
+
 def candidates(kind: str) -> dict[str, Callable]:
     """What is measured on "cpu" or "cuda"."""
     ways = ("plain", "float32", "bfloat16") + (("contiguous", "compiled") if kind == "cuda" else ())
     found = {f"{name}, {how}": partial(registration, name=name, how=how) for name in NAMES for how in ways}
+    if kind == "cpu":
+        found |= {f"{name}, packaged": partial(packaged, name=f"{name.lower()}-4mm-cpu") for name in ("COMP", "ours")}
     del found["ours, plain"]  # benchmarks/plain.py knows the paper's schemes alone
     return found
 

@@ -1,15 +1,26 @@
-"""Candidates measured in turn, each in a process of its own, several rounds over: what the speed benchmarks share."""
+"""Candidates measured in turn, each in a process of its own, several rounds over: what the speed benchmarks share.
+
+With ``--against COMMIT`` each one takes turns with itself in the library as that commit had it, driven by today's
+script.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import math
+import os
 import statistics
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from importlib import metadata
+from contextlib import ExitStack, suppress
+from functools import partial
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +34,17 @@ from lumirlib.training.engine import pick_device
 
 #: A candidate is made by a function of its size, ready to be called over and over.
 Size = tuple[str, int]  # "160x224x192", N
+#: Between a candidate's name and the older commit whose library it was measured with.
+AT = " at "
+_PROCESS = ExitStack()
+
+
+def keep_freed_memory() -> None:
+    """In this process from now on, as training and registration do; commits before that have no way to."""
+    with suppress(ImportError):
+        from lumirlib._process import freed_memory_kept
+
+        _PROCESS.enter_context(freed_memory_kept())
 
 
 def images(shape: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +78,37 @@ def _measure(make: Callable, size: Size, device: str, repeats: int, threads: int
     return {"first": times[0], "times": times[1:], "mib": memory.peak / MEBIBYTE, "note": ""}
 
 
+def _measure_at(name: str, one: str, tree: str, *work: object) -> dict[str, object]:
+    """:func:`_measure` of a candidate of the benchmark `name`, with the library that lies in `tree`."""
+    code = (
+        "import json, sys, rounds; name, one, *work = json.loads(sys.argv[1]);"
+        "print(json.dumps(rounds.measure_named(name, one, *work)))"
+    )
+    path = os.pathsep.join([tree, str(Path(__file__).parent)])
+    words = [sys.executable, "-c", code, json.dumps([name, one, *work])]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, cwd=tree, stdout=subprocess.PIPE, text=True)
+    if done.returncode < 0:
+        raise MemoryError
+    done.check_returncode()
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_named(name: str, one: str, size: Size, device: str, repeats: int, threads: int) -> dict[str, object]:
+    """:func:`_measure` of a candidate by its name in a benchmark."""
+    candidates = import_module(name).candidates(torch.device(device).type)
+    return _measure(candidates[one], size, device, repeats, threads)
+
+
+def tree_of(commit: str, folder: str) -> str:
+    """Write the package as a commit had it to a folder; the commit's full name."""
+    root = str(Path(__file__).parent.parent)
+    full = subprocess.run(["git", "-C", root, "rev-parse", commit], capture_output=True, text=True, check=True).stdout
+    words = ["git", "-C", root, "archive", full.strip(), "lumirlib"]
+    with tarfile.open(fileobj=io.BytesIO(subprocess.run(words, capture_output=True, check=True).stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return full.strip()
+
+
 def peers() -> dict[str, str]:
     """Versions of the packages compared with, where they are installed."""
     found = {}
@@ -73,6 +126,7 @@ def parser(text: str, default_sizes: dict[str, list[str]]) -> argparse.ArgumentP
     options.add_argument("--rounds", type=int, default=2, help="how often every candidate is measured")
     options.add_argument("--repeats", type=int, default=2, help="timed calls in each round, after one that is not")
     options.add_argument("--only", default="", help="candidates whose name holds this text, and the first one")
+    options.add_argument("--against", default="", help="commit that each of them is measured at too; then no first one")
     options.add_argument("--out", default="", help="results folder")
     options.add_argument("--resume", action="store_true", help="keep what the file has of the same code and device")
     return options
@@ -86,7 +140,7 @@ def run(
     Args:
         name: of the benchmark.
         candidates: gives, for "cpu" or "cuda", functions ``make(shape, channels, device) -> work`` by name, the first
-            one being what the ratios refer to, until one whose name ends in "plain".
+            one being what the ratios refer to, until one whose name ends in "plain" or is of an older commit.
         default_sizes: "DxHxW:N" by kind of device.
         text: the benchmark's docstring.
     """
@@ -94,7 +148,8 @@ def run(
     device = pick_device(given.device)
     kind = "cuda" if device.type == "cuda" else "cpu"
     sizes, every = given.sizes or default_sizes[kind], candidates(kind)
-    chosen = {one: make for one, make in every.items() if given.only in one or one == next(iter(every))}
+    first = "" if given.against else next(iter(every))
+    chosen = {one: make for one, make in every.items() if given.only in one or one == first}
     about = {
         "command": f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip(),
         "commit": provenance.commit(),
@@ -106,11 +161,18 @@ def run(
         "tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32},
         "images": "random",
     }
-    path = provenance.results_folder(given.out) / "benchmarks" / f"{name}_{device.type}.json"
-    kept = measured_before(path, about) if given.resume else {}
-    for table in measure_all(chosen, sizes, str(device), given.rounds, given.repeats, kept):  # a cut loses one
-        rows = table.astype(object).where(table.notna(), None).to_dict("records")
-        write_json(path, {"provenance": about, "rows": rows})
+    ending = "_against" if given.against else ""
+    path = provenance.results_folder(given.out) / "benchmarks" / f"{name}{ending}_{device.type}.json"
+    with tempfile.TemporaryDirectory() as tree:
+        if given.against:
+            about["against"] = tree_of(given.against, tree)
+            older = {f"{one}{AT}{about['against'][:9]}": partial(_measure_at, name, one, tree) for one in chosen}
+            pairs = zip(older.items(), chosen.items(), strict=True)
+            chosen = {one: make for pair in pairs for one, make in pair}
+        kept = measured_before(path, about) if given.resume else {}
+        for table in measure_all(chosen, sizes, str(device), given.rounds, given.repeats, kept):  # a cut loses one
+            rows = table.astype(object).where(table.notna(), None).to_dict("records")
+            write_json(path, {"provenance": about, "rows": rows})
     print(table.drop(columns="seconds").to_string(index=False, float_format="%.3f"))
     print(path)
     return path
@@ -119,7 +181,10 @@ def run(
 def measured_before(path: Path, about: dict) -> dict[tuple[str, str], list[dict]]:
     """Measurements by size and candidate of a file that the same commit, device and versions wrote; else none."""
     content = read_json(path) if path.is_file() else {"provenance": {}}
-    if any(content["provenance"].get(name) != about[name] for name in ("commit", "device", "versions", "repeats")):
+    if any(
+        content["provenance"].get(name) != about.get(name)
+        for name in ("commit", "against", "device", "versions", "repeats")
+    ):
         return {}
     return {
         (row["size"], row["candidate"]): [
@@ -149,11 +214,12 @@ def measure_all(
             for _ in range(rounds):
                 for one, make in candidates.items():
                     bar.set_postfix_str(f"{size} {one}")
-                    work = (make, (shape, int(channels)), device, repeats, torch.get_num_threads())
+                    work = ((shape, int(channels)), device, repeats, torch.get_num_threads())
                     measured = found.setdefault((size, one), list((kept or {}).get((size, one), ())))
                     if (size, one) not in (kept or {}) and (not measured or not measured[-1]["note"]):
                         try:
-                            measured.append(in_own_process(one, _measure, *work))
+                            of_older = AT in one  # which starts a process itself
+                            measured.append(make(*work) if of_older else in_own_process(one, _measure, make, *work))
                         except MemoryError:
                             measured.append({"note": "killed: memory?"})
                     bar.update()
@@ -179,7 +245,7 @@ def summarize(found: dict[tuple[str, str], list[dict]]) -> pd.DataFrame:
                 "mib": statistics.median(each["mib"] for each in measured),
                 "seconds": seconds,
             }
-        if not rows or rows[-1]["size"] != size or one.endswith("plain"):
+        if not rows or rows[-1]["size"] != size or one.endswith("plain") or AT in one:
             plain = row
         row["times_as_fast"] = plain.get("median_s", math.nan) / row.get("median_s", math.nan)
         row["share_of_memory"] = row.get("mib", math.nan) / plain.get("mib", math.nan)

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                    # CPU sizes
     python benchmarks/train_step.py --device cuda      # 160x224x192 voxels, N = 32
+    python benchmarks/train_step.py --sizes 80x112x96:8 --only "row ours bfloat16" --against 080a01f
 
 The plain step is benchmarks/plain.py with the same weights; on a GPU its convolutions use TF32, as PyTorch does by
 default. "row ours ..." is the row `ours` with its optimizer in place of the backbone. Peers are the networks of the
@@ -69,6 +70,7 @@ def our_step(
             how = "pip install --no-build-isolation fused-lncc==0.1.0, with nvcc"
             raise ImportError(f"not installed: {how} ({error})") from error
         multilevel.ncc_loss = fused_lncc_loss  # in this process, which measures nothing else
+    rounds.keep_freed_memory()
     fixed, moving = rounds.images(shape, device)
     variant = parse_variant(row, start_channels=channels)
     torch.manual_seed(0)

@@ -68,11 +68,11 @@ def freed_memory_kept() -> Iterator[None]:
         _inside = False
         library.mallopt(_MMAP_MAX, _MMAP_MAX_DEFAULT)
         library.mallopt(_TRIM_THRESHOLD, _TRIM_THRESHOLD_DEFAULT)
-        return_freed_memory()
+        library.malloc_trim(0)
 
 
 def return_freed_memory() -> None:
-    """Give the system what glibc keeps of freed memory, which would hide what is taken next."""
+    """Free what only cycles hold, and give the system what glibc keeps: it would hide what is taken next."""
     gc.collect()
     if (library := _glibc()) is not None:
         library.malloc_trim(0)

@@ -26,7 +26,7 @@ from lumirlib.study import jobs
 from lumirlib.study.folding import FACTORS
 from lumirlib.study.report import claims
 from lumirlib.study.slurm import ClusterError
-from lumirlib.training import engine
+from lumirlib.training import engine, registrar
 from lumirlib.training.divergence import NonFiniteLossError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,6 +264,7 @@ def test_commands_of_the_page_on_own_scans_work_as_they_stand(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "brain_mask", lambda scan, device: scan.values > 0)
     monkeypatch.setattr(prepare, "TEMPLATE_MM", 4)
+    monkeypatch.setattr(registrar, "BEST_MM", 4)  # other tests register at 1 mm
     for number in range(2):
         array, affine, _ = as_scanned(
             template_in_frame(4) * 800, frame_affine(4), (4 * number, 0, 5), orientation="LIA", spacing_mm=(4, 5, 4)

@@ -23,7 +23,6 @@ import numpy as np
 import platformdirs
 import torch
 import torch.nn.functional as F
-from scipy.interpolate import CubicSpline
 from tqdm.auto import tqdm
 
 from lumirlib import spatial
@@ -136,6 +135,8 @@ def landmark_points() -> dict[int, tuple[float, float, float]]:
 
 def _spline_matrix(nodes: int, points: np.ndarray, spacing: float) -> torch.Tensor:
     """Matrix that turns values on `nodes` knots at 0, spacing, 2 spacing ... into cubic spline values at `points`."""
+    from scipy.interpolate import CubicSpline  # imported where people are made: it takes half a second
+
     spline = CubicSpline(np.arange(nodes) * spacing, np.eye(nodes), axis=0)
     return torch.from_numpy(spline(points).astype(np.float32))
 

@@ -91,7 +91,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Features ``(B, C, D, H, W)`` after convolution, norm and activation, on the same grid."""
-        return instance_norm_prelu(self.conv(features), self.activation.weight)
+        return instance_norm_prelu(self.conv(features), self.activation.weight, overwrite=True)
 
 
 def recomputed(function: Callable[..., torch.Tensor], *arguments: torch.Tensor | None) -> torch.Tensor:
@@ -169,8 +169,8 @@ class FlowEstimator(nn.Module):
         weight = torch.cat([of_sum + of_difference, of_sum - of_difference], dim=1)
         features = torch.cat([fixed, moving], dim=1)
         features = self.conv1._conv_forward(features, weight, self.conv1.bias)
-        features = F.relu(features if correlation is None else features + correlation)
-        features = F.relu(self.conv2(features))
+        features = F.relu(features if correlation is None else features + correlation, inplace=True)
+        features = F.relu(self.conv2(features), inplace=True)
         with spatial.without_autocast(features.device):
             return self.conv3(features.to(self.conv3.weight.dtype))
 
@@ -299,8 +299,14 @@ class RegistrationNetwork(nn.Module):
         return self._fields(fixed, moving, both_directions)
 
     def _fields(
-        self, fixed: torch.Tensor, moving: torch.Tensor, both_directions: bool = False, refinements: int = 0
+        self,
+        fixed: torch.Tensor,
+        moving: torch.Tensor,
+        both_directions: bool = False,
+        refinements: int = 0,
+        last_alone: bool = False,
     ) -> Fields:
+        """:meth:`fields`, with further passes of the finest level; if `last_alone` with no more than the result."""
         check_network_images(fixed, moving, self.encoder.dtype)
         shapes = self.level_shapes(tuple(fixed.shape[2:]))
         fixed_features, moving_features = self.encode(fixed, moving)
@@ -324,6 +330,8 @@ class RegistrationNetwork(nn.Module):
                     velocity = self._velocity(level, *inputs)
                 displacements.insert(0, join_levels(spatial.integrate(velocity, self.squarings), coarser, self.cascade))
                 velocities.insert(0, velocity)
+                if last_alone:
+                    del displacements[1:], velocities[:], velocity
         if self.bilateral_filter is not None:
             guide = torch.cat([fixed, moving]) if both_directions else fixed
             displacements[0] = self.bilateral_filter(displacements[0], guide)
@@ -379,4 +387,4 @@ class RegistrationNetwork(nn.Module):
         check_image(moving, "moving", channels=1)
         check_finite(fixed, "fixed")
         check_finite(moving, "moving")
-        return self._fields(fixed, moving, refinements=self.refinements).displacements[0]
+        return self._fields(fixed, moving, refinements=self.refinements, last_alone=True).displacements[0]

@@ -41,6 +41,6 @@ class LargeKernelBlock(nn.Module):
         # their sum is float32 under autocast too; a PReLU of slope one is none
         working = torch.promote_types(convolved[0].dtype, torch.float32)
         one = torch.ones(1, dtype=working, device=features.device)
-        total = sum(instance_norm_prelu(branch.to(working), one) for branch in convolved)
+        total = sum(instance_norm_prelu(branch.to(working), one, overwrite=True) for branch in convolved)
         total = total + features if self.identity else total
         return F.prelu(total, self.activation.weight).to(convolved[0].dtype)

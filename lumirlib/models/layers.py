@@ -100,11 +100,12 @@ class _InstanceNormPReLU(torch.autograd.Function):
     """On the CPU; keeps the features as they come and two numbers per channel for the backward pass."""
 
     @staticmethod
-    def forward(ctx, features, slope):
+    def forward(ctx, features, slope, overwrite):
         rows = _rows(features)
         batch, voxels, channels = rows.shape
         ctx.moments = np.empty((batch, 2, channels), rows.dtype)  # mean, 1 / standard deviation
-        result = np.empty_like(rows)
+        is_copy = rows.ctypes.data != features.data_ptr()
+        result = rows if is_copy or overwrite else np.empty_like(rows)
         sums = np.empty((-(-voxels // _BLOCK), 2, channels))
         ctx.slope, ctx.slope_dtype = rows.dtype.type(slope.item()), slope.dtype
         for row, moments, into in zip(rows, ctx.moments, result, strict=True):
@@ -140,10 +141,10 @@ class _InstanceNormPReLU(torch.autograd.Function):
             means = (total / voxels).astype(rows.dtype), (product / voxels).astype(rows.dtype)
             _in_blocks(_input_gradient, row, out, *moments, ctx.slope, *means, into, voxels=voxels)
         slope_gradient = torch.tensor([by_slope], dtype=ctx.slope_dtype) if ctx.needs_input_grad[1] else None
-        return _InstanceNormPReLU._like(features, result), slope_gradient
+        return _InstanceNormPReLU._like(features, result), slope_gradient, None
 
 
-def instance_norm_prelu(features: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+def instance_norm_prelu(features: torch.Tensor, slope: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
     """PReLU of features whose every channel is shifted and scaled to mean zero and variance one.
 
     ``y = (x - mean) / sqrt(variance + 1e-5)`` per image and channel, then y where it is positive and ``slope y``
@@ -152,6 +153,7 @@ def instance_norm_prelu(features: torch.Tensor, slope: torch.Tensor) -> torch.Te
     Args:
         features: Features ``(B, C, D, H, W)``.
         slope: Slope ``(1,)`` of the PReLU, takes a gradient.
+        overwrite: Whether the memory of `features` may hold the result; it does only where no gradient is asked for.
 
     Returns:
         ``(B, C, D, H, W)``, dtype and memory layout of `features`.
@@ -162,7 +164,7 @@ def instance_norm_prelu(features: torch.Tensor, slope: torch.Tensor) -> torch.Te
         normalized = (working - mean) * torch.rsqrt(variance + EPSILON)
         return torch.where(normalized > 0, normalized, normalized * slope).to(features.dtype)
     if features.device.type == "cpu":
-        return _InstanceNormPReLU.apply(features, slope)
+        return _InstanceNormPReLU.apply(features, slope, overwrite and not torch.is_grad_enabled())
     with spatial.without_autocast(features.device):
         return F.prelu(F.instance_norm(features, eps=EPSILON), slope.to(features.dtype))
 

@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -32,6 +32,9 @@ from lumirlib.training.engine import Engine
 from lumirlib.training.launch import TrainingResult, train, train_in_processes
 from lumirlib.training.pairs import evenly_spaced, training_source
 from lumirlib.training.weights import Weights, method_of_weights, starting_weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _written_for(path: Path) -> tuple[str, str]:

@@ -14,16 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch import nn
 
 from lumirlib._checks import check_choice
 from lumirlib.models.layers import compile_model
 from lumirlib.provenance import describe_device
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
@@ -35,7 +36,7 @@ Item = TypeVar("Item")
 
 def launched() -> bool:
     """Whether `torchrun` started this process."""
-    return TorchElasticEnvironment.detect()
+    return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -144,6 +145,10 @@ class Engine:
     @cached_property
     def fabric(self) -> Fabric:
         """Fabric for this process; the first use joins it to the others."""
+        # imports torch._dynamo, which takes as long as a fifth of all other imports: only training waits for it
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
         target = self.target
         local = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else 1
         fabric = Fabric(

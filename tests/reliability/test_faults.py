@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -55,8 +54,8 @@ def names(folder: Path) -> frozenset[str]:
     return frozenset(str(path) for path in folder.rglob("*"))
 
 
-def killed(work: Callable[[], None], seconds: float, begun: Callable[[], bool]) -> bool:
-    """Do `work` in a child and send it SIGKILL some time after it has begun; whether that came before its end."""
+def forked(work: Callable[[], None]) -> int:
+    """Do `work` in a child, which has everything imported; its number. It ends with status 0 if all goes well."""
     child = os.fork()
     if child == 0:
         try:
@@ -64,7 +63,13 @@ def killed(work: Callable[[], None], seconds: float, begun: Callable[[], bool]) 
             tqdm.set_lock(threading.RLock())  # its own is shared with children, and a killed one would keep it
             work()
         finally:
-            os._exit(0)
+            os._exit(sys.exc_info()[0] is not None)
+    return child
+
+
+def killed(work: Callable[[], None], seconds: float, begun: Callable[[], bool]) -> bool:
+    """Do `work` in a child and send it SIGKILL some time after it has begun; whether that came before its end."""
+    child = forked(work)
     while not begun():
         if os.waitpid(child, os.WNOHANG) != (0, 0):
             return False
@@ -359,24 +364,17 @@ def test_no_space_left_is_told_with_its_number_and_what_was_there_is_kept(tmp_pa
 # two at once ---------------------------------------------------------------------------------------------------------
 
 
-def build(path: Path, folder: Path, made: Path) -> None:
-    """In a process of its own."""
-    made.write_text(str(load_cohort(path).with_cache(folder, workers=2, progress=False).cache.made))
-
-
 def test_four_builders_at_once_make_each_volume_once_again_and_again(tmp_path):
     path = write_small_cohort(tmp_path / "small", training=10)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lumirlib.data"])
     for attempt in range(5):
         folder = tmp_path / f"cache{attempt}"
         counts = [tmp_path / f"{attempt}-{number}" for number in range(4)]
-        builders = [context.Process(target=build, args=(path, folder, count)) for count in counts]
-        for builder in builders:
-            builder.start()
-        for builder in builders:
-            builder.join()
-        assert [builder.exitcode for builder in builders] == [0] * 4
+
+        def build(made: Path, folder: Path = folder) -> None:
+            made.write_text(str(load_cohort(path).with_cache(folder, workers=2, progress=False).cache.made))
+
+        builders = [forked(lambda made=made: build(made)) for made in counts]
+        assert [os.waitpid(builder, 0)[1] for builder in builders] == [0] * 4
         assert sum(int(count.read_text()) for count in counts) == 26 == len(list(folder.rglob("SMALL_*.npy")))
         load_cohort(path).with_cache(folder, progress=False, verify=True)
         TALLY.count("four builders of one cache at once", "each volume made once")

@@ -202,6 +202,24 @@ def test_normalization_and_prelu_are_those_of_torch_and_keep_the_layout(layout):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_the_norm_takes_the_features_memory_only_where_it_may_and_no_gradient_is_asked_for(layout):
+    given = torch.randn(2, 3, 5, 6, 7, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+    slope = torch.full((1,), 0.2)
+    expected = instance_norm_prelu(given.clone(memory_format=torch.preserve_format), slope)
+    for overwrite, gradient in ((False, False), (True, True)):
+        features = given.clone(memory_format=torch.preserve_format)
+        with torch.set_grad_enabled(gradient):
+            assert torch.equal(instance_norm_prelu(features, slope, overwrite), expected)
+        assert torch.equal(features, given)
+    features = given.clone(memory_format=torch.preserve_format)
+    with torch.no_grad():
+        found = instance_norm_prelu(features, slope, overwrite=True)
+    assert torch.equal(found, expected)
+    if layout is torch.channels_last_3d:
+        assert found.data_ptr() == features.data_ptr()
+
+
 def test_statistics_of_bfloat16_features_are_float32():
     features = 30 + torch.randn(1, 2, 8, 9, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = instance_norm_prelu(features, torch.ones(1))
