@@ -342,6 +342,8 @@ NUMBERS_KEPT = 4 + 1
 BYTES = 4
 #: Seeds of the study.
 SEEDS = 3
+#: How many GPUs the paper's schedule is worked out for.
+GPUS = (1, 8, 64)
 
 COMMAND = "lumirlib report budget"
 MARKERS = (f"<!-- {COMMAND} --write -->", f"<!-- end of {COMMAND} -->")
@@ -420,6 +422,32 @@ def load_budget(folder: str | Path) -> Budget:
     return Budget(pd.DataFrame(lines), tuple(measured), tuple(missing))
 
 
+def scale() -> pd.DataFrame:
+    """One seed of the paper's schedule on several GPUs that share each batch, a pair each: what needs no measurement.
+
+    Returns:
+        Text by column: GPUs, steps, hours of t seconds a step and r a registration, MB read a step (two volumes in
+        uint8 for each pair), MB that each GPU sends a step (gradients in float32, summed in a ring).
+    """
+    voxels = math.prod(FRAME_SHAPE)
+    smallest, largest = (count_parameters(parse_row(name)) * BYTES / 1e6 for name in ("backbone", "LC-2"))
+    rows = []
+    for gpus in GPUS:
+        steps = PAPER.epochs * math.ceil((LUMIR_SCANS - LUMIR_HELD_OUT) / gpus)
+        registrations = PAPER.epochs * math.ceil(VALIDATION_PAIRS / gpus)
+        sent = 2 * (gpus - 1) / gpus
+        rows.append(
+            {
+                "GPUs": str(gpus),
+                "steps, one seed": f"{steps:,}",
+                "hours": f"{steps / 3600:.1f} t + {registrations / 3600:.1f} r",
+                "MB read / step": f"{2 * gpus * voxels / 1e6:,.0f}",
+                "MB sent / step and GPU, backbone to LC-2": f"{sent * smallest:.1f} to {sent * largest:.1f}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def checkpoint_bytes(parameters: int) -> int:
     """Disk that the checkpoints of a run take: last.pt and best.pt."""
     return parameters * BYTES * NUMBERS_KEPT
@@ -472,4 +500,20 @@ def readable_budget(budget: Budget) -> str:
         f"Adam's three, best weights), {disk / 1e9:.2f} GB a seed for all rows. Memory: where it holds the unpacked "
         "images beside the program, the disk is read in the first epoch only; less works too, as they are mapped."
     )
-    return f"{to_markdown(table)}\n\n" + "\n".join(f"- {note}" for note in notes)
+    unknown = "t, r and memory on a GPU, " if budget.missing else ""
+    shared = [
+        "Each GPU has one pair of the batch that they share (`--processes`, `torchrun`). Its memory is that of batch 1 "
+        "on any number of them, and t is the slowest one's step with the exchange of gradients in it.",
+        "What limits it: on one GPU its own t; on 8 of a machine besides it reading, and memory that holds the "
+        "unpacked images; on 64, of 8 machines, the batch. With 64 pairs a step the weights change a 64th as often, "
+        "which is another training, whose learning rate would have to be found.",
+        "Measured: reading a pair (`python benchmarks/loading.py`), and that two processes end in the weights of one "
+        f"at the same batch (tests/training/test_engine.py). Not measured yet: {unknown}the exchange between GPUs, and "
+        "what a larger batch does to the results.",
+    ]
+    intro = "The same seed on several GPUs, with t seconds a step and r a registration:"
+    return "\n\n".join([to_markdown(table), _listed(notes), intro, to_markdown(scale()), _listed(shared)])
+
+
+def _listed(notes: Sequence[str]) -> str:
+    return "\n".join(f"- {note}" for note in notes)

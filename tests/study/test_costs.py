@@ -17,6 +17,7 @@ from lumirlib.study.costs import (
     gpu_hours,
     load_budget,
     readable_budget,
+    scale,
 )
 
 COMMITTED = project_root() / "results"
@@ -52,6 +53,15 @@ def test_the_papers_schedule_and_sizes():
     assert checkpoint_bytes(909_232) == 909_232 * (4 + 3 * 4 + 4)
 
 
+def test_several_gpus_share_the_steps_and_the_validation_and_send_gradients_around_a_ring():
+    table = scale()
+    assert list(table["steps, one seed"]) == ["674,800", "84,400", "10,600"]  # 200 epochs of 3374, 422, 53
+    assert list(table["hours"]) == ["187.4 t + 5.0 r", "23.4 t + 0.7 r", "2.9 t + 0.1 r"]
+    assert list(table["MB read / step"]) == ["14", "110", "881"]
+    # the backbone's 909,232 float32 numbers, of which each GPU passes 2 (n - 1) / n on
+    assert table.iloc[:, -1].str.split().str[0].tolist() == ["0.0", "6.4", "7.2"]
+
+
 def test_without_a_gpu_the_table_says_how_to_measure_and_invents_nothing(folder):
     found = load_budget(folder)
     assert list(found.rows["row"]) == [
@@ -70,7 +80,11 @@ def test_without_a_gpu_the_table_says_how_to_measure_and_invents_nothing(folder)
     assert found.rows[["seconds_per_step", "gpu_hours", "training_mib"]].isna().all(axis=None)
     text = readable_budget(found)
     assert "`lumirlib measure costs --preset paper --device cuda`" in text and "All rows" not in text
-    assert "GPU-hours, one seed" not in text and text.count("have not been measured yet") == 1
+    assert (
+        "GPU-hours, one seed" not in text
+        and text.count("have not been measured yet") == 1
+        and "Not measured yet: t, r" in text
+    )
     assert "12.52 (4.49×)" in text and "3,384 scans × 6.88 MB (uint8) = 23.3 GB" in text
 
 
@@ -83,7 +97,8 @@ def test_gpu_figures_make_hours_as_soon_as_they_are_there(folder):
     assert hours.isna().sum() == 4 and "All rows" not in readable_budget(found)
     measure_on_a_gpu(folder, "table1_")
     text = readable_budget(load_budget(folder))
-    assert "not been measured" not in text and "Imagined GPU, 160x224x192 voxels, batch 1, by 0123456789" in text
+    assert "not been measured" not in text and "Not measured yet: the exchange" in text
+    assert "Imagined GPU, 160x224x192 voxels, batch 1, by 0123456789" in text
     assert "All rows: 1,974 GPU-hours a seed, 5,921 with 3 seeds." in text
     assert re.search(r"\| LK .*\| 1\.000 \(2\.00×\) +\| 2\.0 +\| 188 ", text)
 
