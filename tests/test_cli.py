@@ -17,6 +17,7 @@ from lumirlib.data.cache import DTYPES
 from lumirlib.data.dataset_json import NAMED_COHORTS
 from lumirlib.data.frame import frame_affine, template_in_frame
 from lumirlib.data.nifti import read_nifti, write_nifti
+from lumirlib.files import write_json
 from lumirlib.methods.external import MethodUnavailableError
 from lumirlib.methods.presets import PRESETS
 from lumirlib.methods.variants import variant_choices
@@ -270,10 +271,13 @@ def test_commands_of_the_page_on_own_scans_work_as_they_stand(tmp_path, monkeypa
             template_in_frame(4) * 800, frame_affine(4), (4 * number, 0, 5), orientation="LIA", spacing_mm=(4, 5, 4)
         )
         write_nifti(tmp_path / "scans" / f"person{number}.nii.gz", array, affine)
+        write_nifti(tmp_path / "raw" / f"sub-0{number}" / "anat" / f"sub-0{number}_T1w.nii.gz", array, affine)
+    write_json(tmp_path / "raw" / "dataset_description.json", {"Name": "Two brains", "BIDSVersion": "1.10.0"})
     write_nifti(tmp_path / "labels_of_person1.nii.gz", (array > 0).astype(np.int16), affine)
     commands = commands_on_own_scans()
-    assert [command[1] for command in commands] == ["prepare", "register", "apply"]
+    assert [command[1] for command in commands] == ["prepare", "prepare", "register", "apply"]
     for command in commands:
         assert cli.main(command[1:]) == 0, command
-    assert (tmp_path / "cohort" / "dataset.json").is_file() and (tmp_path / "registered" / "qc.png").is_file()
+    assert all((tmp_path / name / "dataset.json").is_file() for name in ("cohort", "derivatives"))
+    assert (tmp_path / "registered" / "qc.png").is_file()
     assert set(np.unique(read_nifti(tmp_path / "labels.nii.gz")[0])) == {0, 1}
