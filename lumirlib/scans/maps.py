@@ -192,6 +192,32 @@ class ScanMap(WorldMap):
 
 
 @dataclass(frozen=True)
+class WrittenMap(WorldMap):
+    """A map as its field on a grid has it; beyond the grid the map itself.
+
+    Attributes:
+        field: Field of the map.
+        whole: The map.
+    """
+
+    field: FieldMap
+    whole: WorldMap
+
+    @property
+    def linear(self) -> np.ndarray:
+        """The map's."""
+        return self.whole.linear
+
+    def extended(self, points: torch.Tensor) -> torch.Tensor:
+        """Places by the field, or by the map where the field is not defined."""
+        found = self.field.extended(points)
+        beyond = ~self.field.defined(points)[0, 0]
+        if beyond.any():
+            found[:, :, beyond] = self.whole.extended(points[:, :, beyond])
+        return found
+
+
+@dataclass(frozen=True)
 class InverseMap(WorldMap):
     """The inverse of a map: for each place the point that the map leads there, searched for.
 

@@ -34,6 +34,7 @@ from lumirlib.scans.maps import (
     InverseMap,
     ScanMap,
     WorldMap,
+    WrittenMap,
     carry,
     field_on,
     in_voxels,
@@ -373,7 +374,7 @@ def write_both(
         found[:, :, planes] = sample_at(determinant, transform(to_frame, points)).float()
     found *= float(np.linalg.det(whole.linear[:3, :3]))
     write_nifti(names["jacobian"], found[0, 0].numpy(), fixed.affine)
-    back = InverseMap(whole)
+    back = InverseMap(WrittenMap(forward, whole))  # what is written undoes what is written
     inverse = work.timed(
         "inverse",
         "inverse",
