@@ -583,6 +583,12 @@ def score_zip(path: str, resolution_mm: int, cohort: str, data_root: str, quiet:
 @click.option("--jobs", default=1, help="Scans at a time.")
 @click.option("--validation", type=int, help="People held out, the last by name; a tenth if not given.")
 @click.option("--keep-implausible", is_flag=True, help="Keep scans that are hardly a T1 brain.")
+@click.option(
+    "--recipe",
+    default="direct",
+    type=click.Choice(["direct", "lumir"]),
+    help="direct: interpolated once; lumir: as the challenge's organizers publish it.",
+)
 @click.option("--bids", is_flag=True, help="FOLDER has to be a raw dataset of BIDS.")
 @_text("--name", help="Name of the cohort; the folder's if not given.")
 @_DEVICE

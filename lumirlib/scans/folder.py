@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
+from lumirlib._checks import check_choice
 from lumirlib._process import threads_each
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine
 from lumirlib.data.nifti import write_nifti
@@ -27,7 +28,7 @@ from lumirlib.files import check_writable, read_json, write_atomically, write_js
 from lumirlib.scans.bids import BidsName, is_dataset, write_description
 from lumirlib.scans.find import find_scans, find_t1w
 from lumirlib.scans.plausibility import Likeness, likeness
-from lumirlib.scans.prepare import check_skip, prepare_scan
+from lumirlib.scans.prepare import RECIPES, check_skip, prepare_scan
 from lumirlib.scans.scan import collected_warnings, require
 from lumirlib.training.engine import pick_device
 
@@ -103,9 +104,9 @@ class _Layout:
         }
 
 
-def _facts(path: Path, skip: tuple[str, ...]) -> dict[str, object]:
+def _facts(path: Path, skip: tuple[str, ...], recipe: str) -> dict[str, object]:
     """What makes a prepared scan out of date when it changes."""
-    return {"scan": path.name, "sha256": _digest_of(path), "skipped": list(skip), "tools": _tools()}
+    return {"scan": path.name, "sha256": _digest_of(path), "skipped": list(skip), "recipe": recipe, "tools": _tools()}
 
 
 def _digest_of(path: Path) -> str:
@@ -118,19 +119,19 @@ def _tools() -> dict[str, str]:
     return {package: provenance.version(package) for package in ("lumirlib", "deepbet", "SimpleITK", "deepmriprep")}
 
 
-def _record(layout: _Layout, name: str, path: Path, skip: tuple[str, ...]) -> dict | None:
+def _record(layout: _Layout, name: str, path: Path, skip: tuple[str, ...], recipe: str) -> dict | None:
     """The record of a scan that was prepared before: of the same bytes, steps and tools, its image as written."""
     image, record = layout.files(name)
     try:
         known = json.loads(record.read_text(encoding="utf-8"))
-        wanted = _facts(path, skip) | {"image_sha256": _digest_of(image)}
+        wanted = _facts(path, skip, recipe) | {"image_sha256": _digest_of(image)}
         return known if wanted.items() <= known.items() else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
 def _prepare_into(
-    layout: _Layout, name: str, path: Path, skip: tuple[str, ...], device: str, threads: int
+    layout: _Layout, name: str, path: Path, skip: tuple[str, ...], recipe: str, device: str, threads: int
 ) -> dict | str:
     """Prepare one scan of a folder, image first, record last; the record, or what went wrong."""
     if threads:
@@ -138,9 +139,9 @@ def _prepare_into(
     image_path, record_path = layout.files(name)
     try:
         record_path.unlink(missing_ok=True)
-        facts = _facts(path, skip)
+        facts = _facts(path, skip, recipe)
         with collected_warnings() as told:
-            prepared = prepare_scan(path, skip, device)
+            prepared = prepare_scan(path, skip, device, recipe=recipe)
             found = likeness(prepared)
         remarks = [one.replace(str(path), path.name) for one in told]
         write_nifti(image_path, prepared.in_frame[0, 0].numpy().astype(np.uint8), frame_affine(1))
@@ -224,6 +225,7 @@ def prepare_folder(
     progress: bool = True,
     keep_implausible: bool = False,
     bids: bool = False,
+    recipe: str = "direct",
 ) -> PreparedFolder:
     """Make a folder of T1 scans into a cohort that :func:`lumirlib.load_cohort` reads.
 
@@ -247,6 +249,7 @@ def prepare_folder(
         progress: Whether to show a progress bar.
         keep_implausible: Whether scans that are hardly a T1 brain stay in the cohort; they are named in either case.
         bids: Whether the folder has to be a dataset of BIDS.
+        recipe: Name, one of :data:`lumirlib.scans.prepare.RECIPES`.
 
     Returns:
         What was made. Scans that were left out are named in dataset.json too.
@@ -261,6 +264,7 @@ def prepare_folder(
     from lumirlib.scans.qc import prepared_figures
 
     skipped, folder, out = check_skip(skip), Path(folder), Path(out)
+    check_choice(recipe, RECIPES, "recipe")
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs must be a whole number from 1, got {jobs!r}")
     layout = _Layout(out, bids or is_dataset(folder))
@@ -276,7 +280,7 @@ def prepare_folder(
         write_description(out, [folder.resolve()], "lumirlib prepare")
     write_json(out / "source.json", {"folder_sha256": _source_of(folder), "name": folder.resolve().name})
     device = str(pick_device(device))
-    records = {one: known for one, path in scans.items() if (known := _record(layout, one, path, skipped))}
+    records = {one: known for one, path in scans.items() if (known := _record(layout, one, path, skipped, recipe))}
     missing = {one: path for one, path in scans.items() if one not in records}
     broken: dict[str, str] = {}
     threads = threads_each(jobs) if jobs > 1 else 0
@@ -286,7 +290,8 @@ def prepare_folder(
         tqdm(total=len(scans), initial=len(records), desc="prepare", unit="scan", disable=not progress) as bar,
     ):
         work = {
-            one: partial(_prepare_into, layout, one, path, skipped, device, threads) for one, path in missing.items()
+            one: partial(_prepare_into, layout, one, path, skipped, recipe, device, threads)
+            for one, path in missing.items()
         }
         try:
             for one, result in _results(work, pool):
@@ -319,6 +324,7 @@ def prepare_folder(
         "modality": {"0": "MR"},
         "tensorImageSize": {"0": "3D"},
         "tensorImageShape": {"0": list(FRAME_SHAPE)},
+        "recipe": recipe,
         "skipped_steps": list(skipped),
         "left_out": broken,
         "implausible": implausible,

@@ -20,16 +20,18 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from scipy.ndimage import binary_erosion, binary_fill_holes
+from scipy.ndimage import binary_erosion, binary_fill_holes, zoom
 
 from lumirlib import spatial
 from lumirlib._checks import check_choice
 from lumirlib.data.field_formats import RAS_TO_LPS
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine, template_in_frame
-from lumirlib.scans.scan import Scan, correlation, read_scan, require, transform, world_slabs
+from lumirlib.scans.scan import Scan, correlation, read_scan, require, sample_world, transform, world_slabs
 
 #: What is done to a scan, in this order; each can be skipped.
 STEPS = ("strip", "bias", "affine")
+#: How a scan comes to the frame: ours, interpolated once, or as the challenge's organizers publish it.
+RECIPES = ("direct", "lumir")
 #: Brains that skull stripping may find, in ml; anything else is taken for a failure.
 BRAIN_ML = (400.0, 2500.0)
 #: The bias field is fitted on voxels of about this edge in mm, the affine on those of the template.
@@ -43,6 +45,7 @@ MIN_BACKGROUND = 0.05
 MAX_OVERSHOOT = 0.1
 
 RIM_VOXELS = 3
+NOT_IN_FRAME = "no brain lies in the LUMIR frame; was the step 'affine' skipped wrongly?"
 #: Share of a brain's voxels that may be an exception.
 FEW = 1e-3
 
@@ -199,12 +202,18 @@ def corrected_bias(scan: Scan, mask: torch.Tensor) -> torch.Tensor:
 
 
 def affine_to_frame(
-    values: torch.Tensor, mask: torch.Tensor, affine: np.ndarray, name: str = "scan", contrast: str = "t1"
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    affine: np.ndarray,
+    name: str = "scan",
+    contrast: str = "t1",
+    recipe: str = "direct",
 ) -> np.ndarray:
     """The affine from the LUMIR frame to a scan, by the correlation of its brain with the template's.
 
     Starts from the header's orientation, with centres of mass and volumes made equal. For any contrast the brains'
-    masks are correlated first, and then the mutual information of the images is maximized from there.
+    masks are correlated first, and then the mutual information of the images is maximized from there. With the recipe
+    "lumir" the mean squared difference of a T1 brain and the template is minimized.
 
     Args:
         values: Values of the scan, ``(1, 1, D, H, W)``.
@@ -212,6 +221,7 @@ def affine_to_frame(
         affine: Matrix 4 x 4 from the scan's voxels to its world, in mm.
         name: Name of the scan, for the message.
         contrast: Contrast of the scan, "t1" or "any".
+        recipe: Name, one of :data:`RECIPES`.
 
     Returns:
         4 x 4: world of the frame in mm to world of the scan in mm.
@@ -224,8 +234,7 @@ def affine_to_frame(
     target = frame_affine(TEMPLATE_MM)
     if not mask.any():
         raise ValueError(f"{name}: the brain's mask is empty")
-    brain = torch.where(mask, values, values.new_zeros(()))
-    brain = (brain / np.percentile(brain[mask].numpy(), 99.9)).clamp(0, 1)
+    brain = up_to_one(torch.where(mask, values, values.new_zeros(())))
     here, there = _center(mask, affine), _center(template > 0.02, target)
     scale = (
         float(mask.sum()) * abs(np.linalg.det(affine[:3, :3])) / (float((template > 0.02).sum()) * TEMPLATE_MM**3)
@@ -234,15 +243,17 @@ def affine_to_frame(
     found.SetCenter((RAS_TO_LPS @ there).tolist())
     found.SetMatrix((scale * np.eye(3)).ravel().tolist())
     found.SetTranslation((RAS_TO_LPS @ (here - there)).tolist())
-    ours = _to_itk(template[0, 0].numpy(), target), _to_itk(brain[0, 0].numpy(), affine)
-    searches = [(False, *ours)]
+    by_squares = recipe == "lumir"
+    target_image = (up_to_one(template) if by_squares else template)[0, 0].numpy()
+    ours = _to_itk(target_image, target), _to_itk(brain[0, 0].numpy(), affine)
+    searches = [("MeanSquares" if by_squares else "Correlation", *ours)]
     if contrast == "any":
         masks = (template > 0.02).float(), mask.float()
-        searches = [(False, *(_to_itk(m[0, 0].numpy(), on) for m, on in zip(masks, (target, affine), strict=True)))]
-        searches += [(True, *ours)]
+        of_masks = (_to_itk(m[0, 0].numpy(), on) for m, on in zip(masks, (target, affine), strict=True))
+        searches = [("Correlation", *of_masks), ("MattesMutualInformation", *ours)]
     try:
-        for any_contrast, *images in searches:
-            _search(found, any_contrast).Execute(*images)
+        for metric, *images in searches:
+            _search(found, metric).Execute(*images)
     except RuntimeError as error:
         raise ValueError(f"{name}: no affine to the template was found: {error}") from error
     matrix, center = np.reshape(found.GetMatrix(), (3, 3)), np.array(found.GetCenter())
@@ -252,14 +263,11 @@ def affine_to_frame(
     return to_scan
 
 
-def _search(found: object, any_contrast: bool) -> object:
-    """SimpleITK's search for an affine, which starts at the one that is given, and changes it."""
+def _search(found: object, metric: str) -> object:
+    """SimpleITK's search for an affine by one of its metrics, which starts at the one that is given, and changes it."""
     sitk = require("SimpleITK")
     search = sitk.ImageRegistrationMethod()
-    if any_contrast:
-        search.SetMetricAsMattesMutualInformation(32)
-    else:
-        search.SetMetricAsCorrelation()
+    getattr(search, f"SetMetricAs{metric}")(*([32] if metric == "MattesMutualInformation" else []))
     search.SetInterpolator(sitk.sitkLinear)
     search.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, 100, 0.5, 1e-8)  # steps in mm
     search.SetOptimizerScalesFromPhysicalShift()
@@ -268,6 +276,11 @@ def _search(found: object, any_contrast: bool) -> object:
     search.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     search.SetInitialTransform(found, inPlace=True)
     return search
+
+
+def up_to_one(values: torch.Tensor) -> torch.Tensor:
+    """Values of a brain on a background of zero, divided by their 99.9th percentile; what is beyond 0 or 1 is cut."""
+    return (values / float(np.percentile(values[values > 0].numpy(), 99.9))).clamp(0, 1)
 
 
 def _center(mask: torch.Tensor, affine: np.ndarray) -> np.ndarray:
@@ -287,6 +300,7 @@ class PreparedScan:
         to_scan: Matrix 4 x 4, world of the frame in mm to world of the scan in mm.
         skipped: Steps that were not done.
         seconds: Seconds of each step.
+        recipe: How it comes to the frame, one of :data:`RECIPES`.
     """
 
     scan: Scan
@@ -295,6 +309,7 @@ class PreparedScan:
     to_scan: np.ndarray
     skipped: tuple[str, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+    recipe: str = "direct"
 
     def brain_at(self, points: torch.Tensor) -> torch.Tensor:
         """Values at world points ``(1, 3, ...)`` of the scan, trilinear; zero outside the brain.
@@ -310,9 +325,29 @@ class PreparedScan:
     def in_frame(self) -> torch.Tensor:
         """The brain on the frame's grid, as the cohorts are: ``(1, 1, 160, 224, 192)`` float32, 0 ... 255.
 
-        Whole numbers; the 99.9th percentile of the brain is 255, the background 0 and nothing else is.
+        Whole numbers; the 99.9th percentile of the brain is 255, the background 0 and nothing else is. With the recipe
+        "lumir" the percentile is that of the scan's own voxels, and the brain's rim fades into the background.
         """
+        if self.recipe == "lumir":
+            image, affine = self.at_1mm()
+            found = torch.empty(1, 1, *FRAME_SHAPE)
+            for planes, points in world_slabs(FRAME_SHAPE, frame_affine(1)):
+                found[:, :, planes] = sample_world(image, affine, transform(self.to_scan, points))
+            if not found.any():
+                raise ValueError(f"{self.scan.path}: {NOT_IN_FRAME}")
+            return (found * 255).round_()
         return as_cohort(self.resampled(lambda points: transform(self.to_scan, points)), str(self.scan.path))
+
+    def at_1mm(self) -> tuple[torch.Tensor, np.ndarray]:
+        """The brain in [0, 1] on voxels of about 1 mm along the scan's own axes, and their affine.
+
+        As the organizers have it: a spline of order 2 through values taken for its coefficients, which blurs a little,
+        and outermost voxels that stay where they are.
+        """
+        brain = up_to_one(torch.where(self.mask, self.corrected, self.corrected.new_zeros(())))[0, 0].numpy()
+        found = zoom(brain, self.scan.spacing_mm, order=2, prefilter=False, mode="constant")
+        steps = [(old - 1) / max(new - 1, 1) for old, new in zip(brain.shape, found.shape, strict=True)]
+        return torch.from_numpy(found)[None, None], self.scan.affine @ np.diag([*steps, 1.0])
 
     def resampled(self, places: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The brain, ``(1, 1, 160, 224, 192)`` float32 in the scan's units, where a function puts the frame's points.
@@ -343,7 +378,7 @@ def as_cohort(values: torch.Tensor, name: str) -> torch.Tensor:
     """Intensities of a brain as LUMIR's: whole numbers, its 99.9th percentile at 255, the background alone at 0."""
     brain = values > 0
     if not brain.any():
-        raise ValueError(f"{name}: no brain lies in the LUMIR frame; was the step 'affine' skipped wrongly?")
+        raise ValueError(f"{name}: {NOT_IN_FRAME}")
     white = float(np.percentile(values[brain].numpy(), 99.9))
     return torch.where(brain, (values / white * 255).round().clamp(1, 255), values.new_zeros(()))
 
@@ -354,6 +389,7 @@ def prepare_scan(
     device: torch.device | str = "cpu",
     step_done: Callable[[str], object] = lambda step: None,
     contrast: str = "t1",
+    recipe: str = "direct",
 ) -> PreparedScan:
     """Find brain, bias field and place in the LUMIR frame of a T1 scan.
 
@@ -364,12 +400,15 @@ def prepare_scan(
         device: Device that the skull is stripped on.
         step_done: Function that is called with each of :data:`STEPS` when it is done.
         contrast: Contrast of the scan, "t1" or "any", see :func:`affine_to_frame`.
+        recipe: Name, one of :data:`RECIPES`: "direct", or "lumir" for what the challenge's organizers publish, with
+            deepbet and SimpleITK in place of SynthStrip and ANTs (DEVIATIONS.md, S1).
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_scan`; a step that fails.
         ModuleNotFoundError: a package that a step needs, with the command that installs it.
     """
     skipped = check_skip(skip)
+    check_choice(recipe, RECIPES, "recipe")
     seconds: dict[str, float] = {}
     scan = read_scan(path)
 
@@ -384,9 +423,9 @@ def prepare_scan(
     positive = replace(scan, values=above_zero(scan, mask))
     corrected = timed("bias", lambda: corrected_bias(positive, mask), lambda: positive.values)
     to_scan = timed(
-        "affine", lambda: affine_to_frame(corrected, mask, scan.affine, str(path), contrast), lambda: np.eye(4)
+        "affine", lambda: affine_to_frame(corrected, mask, scan.affine, str(path), contrast, recipe), lambda: np.eye(4)
     )
-    return PreparedScan(scan, corrected, mask, to_scan, skipped, seconds)
+    return PreparedScan(scan, corrected, mask, to_scan, skipped, seconds, recipe)
 
 
 def template_correlation(image: torch.Tensor) -> float:

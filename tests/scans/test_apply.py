@@ -1,9 +1,12 @@
 """Images, labels and points carried by transforms: against ITK reading the same files, and against SciPy."""
 
 import csv
+import os
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import preparation
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
@@ -12,7 +15,9 @@ from lumirlib import cli, metrics, spatial
 from lumirlib.data.nifti import read_nifti, write_nifti
 from lumirlib.scans import maps
 from lumirlib.scans.apply import apply_to_image, apply_to_points, is_label_map
-from lumirlib.scans.scan import as_scanned, transform, world_slabs
+from lumirlib.scans.register import register
+from lumirlib.scans.scan import as_scanned, read_scan, transform, world_slabs
+from lumirlib.training.registrar import DEFAULT_WEIGHTS
 
 sitk = pytest.importorskip("SimpleITK")
 LPS = np.diag([-1.0, -1, 1, 1])
@@ -272,3 +277,37 @@ def test_points_that_do_not_fit_are_named(files, tmp_path, capsys):
         apply_to_points(field, tmp_path / "broken.csv", "lps", out)
     assert cli.main(["apply", str(field[0]), str(tmp_path / "far.csv"), "--out", str(out)]) == 2
     assert "a CSV of points needs --points" in capsys.readouterr().err
+
+
+@pytest.mark.data
+@pytest.mark.skipif("LUMIR_BRAINS" not in os.environ, reason="needs the real brains, in the folder named LUMIR_BRAINS")
+def test_points_of_real_brains_go_within_a_tenth_of_a_mm_of_where_itk_takes_them(tmp_path, monkeypatch):
+    """By both transforms that a registration writes: LAS, oblique, anisotropic."""
+    monkeypatch.setattr("lumirlib.plots.save_figure", lambda figure, path, data: None)
+    scanners = (
+        ((9, -12, 14), (15, -9, 12), "LAS", (2.0, 2.6, 1.8)),
+        ((-13, 8, 10), (-14, 20, 6), "PIR", (2, 1.9, 2.4)),
+    )
+    root = Path(os.environ["LUMIR_BRAINS"])
+    people = zip((1000, 1007), scanners, strict=True)
+    paths = [preparation.scanned(root, person, scanner, tmp_path)[0] for person, scanner in people]
+    given = {"pretrained": DEFAULT_WEIGHTS, "resolution_mm": 4, "skip": ["strip"], "progress": False}
+    found = register(*paths, tmp_path, **given)
+    assert found.measures["inverse_p99_mm"] < 0.5 and found.measures["ncc"] > found.measures["ncc_affine"] + 0.02
+    for name, reference in (("transform", paths[0]), ("inverse_transform", paths[1])):
+        scan = read_scan(reference)
+        inside = torch.nonzero(scan.values[0, 0] > 0).numpy()
+        voxels = inside[np.random.default_rng(0).choice(len(inside), 300)]
+        points = nib.affines.apply_affine(scan.affine, voxels) * [-1, -1, 1]
+        file = found.files[name]
+        theirs = sitk.DisplacementFieldTransform(sitk.ReadImage(str(file), sitk.sitkVectorFloat64))
+        expected = np.array([theirs.TransformPoint(point.tolist()) for point in points])
+        assert np.linalg.norm(expected - points, axis=1).mean() > 15  # poses are in it
+        write_points(tmp_path / f"{name}.csv", points, "xyz")
+        apply_to_points([file], tmp_path / f"{name}.csv", "lps", tmp_path / f"{name}_there.csv", inverse=True)
+        there = points_of(tmp_path / f"{name}_there.csv", "xyz")
+        apply_to_points([file], tmp_path / f"{name}_there.csv", "lps", tmp_path / f"{name}_back.csv")
+        back = [theirs.TransformPoint(point.tolist()) for point in points_of(tmp_path / f"{name}_back.csv", "xyz")]
+        apart = [np.linalg.norm(one - expected, axis=1).max() for one in (there, back)]
+        print(f"{name}: {apart[0]:.4f} mm, and back {apart[1]:.4f} mm from ITK's")
+        assert max(apart) < 0.1

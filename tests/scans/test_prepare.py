@@ -1,12 +1,16 @@
 """Scans from a scanner to the LUMIR frame."""
 
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import preparation
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 
 from lumirlib import cli
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine, template_in_frame
@@ -250,3 +254,52 @@ def test_missing_package_is_named_with_the_command_that_installs_it(tmp_path, mo
     assert 'SimpleITK, which is not installed: pip install "lumirlib[prepare]"' in capsys.readouterr().err
     with pytest.raises(ValueError, match="skip must be one of strip, bias, affine; got 'skull'"):
         prepare.check_skip(["skull"])
+
+
+def test_the_recipe_of_the_organizers_interpolates_twice_cuts_at_a_percentile_and_lets_the_rim_fade(tmp_path):
+    pytest.importorskip("SimpleITK")
+    image, affine = small_brain()
+    array, seen, _ = as_scanned(image, affine, (4, -3, 5), (3, -4, 5), "LIA", (3.5, 5.0, 4.0))
+    array[array > 0] += 20
+    array[20, 20, 20] = 30000  # a vessel
+    write_nifti(tmp_path / "a.nii.gz", array, seen)
+    prepared = prepare.prepare_scan(tmp_path / "a.nii.gz", ["strip", "bias"], recipe="lumir")
+    # by hand: 99.9th percentile of what is above zero, spline of order 2, then linear
+    brain = np.clip(array / np.percentile(array[array > 0], 99.9), 0, 1)
+    fine = map_coordinates(
+        brain,
+        np.meshgrid(
+            *[np.linspace(0, n - 1, round(n * mm)) for n, mm in zip(brain.shape, (3.5, 5, 4), strict=True)],
+            indexing="ij",
+        ),
+        order=2,
+        prefilter=False,
+    )
+    grid = np.stack(np.meshgrid(*map(np.arange, (160, 224, 192)), indexing="ij")).reshape(3, -1)[:, ::97]
+    world = prepared.to_scan @ frame_affine(1) @ np.vstack([grid, np.ones(grid.shape[1])])
+    places = (np.linalg.inv(seen) @ world)[:3].T * (np.array(fine.shape) - 1) / (np.array(brain.shape) - 1)
+    expected = map_coordinates(fine, places.T, order=1)
+    found = prepared.in_frame[0, 0].numpy()
+    np.testing.assert_allclose(found[tuple(grid)], 255 * expected, atol=0.52)
+    assert np.array_equal(found, np.rint(found)) and found.min() >= 0 and 240 < found.max() <= 255
+    direct = replace(prepared, recipe="direct").in_frame[0, 0].numpy()
+    dim = [((image > 0) & (image < 20)).mean() for image in (found, direct)]
+    assert dim[0] > 1.5 * dim[1]  # the rim
+    # the affine of least squares comes out near that of the correlation
+    other = prepare.prepare_scan(tmp_path / "a.nii.gz", ["strip", "bias"])
+    points = transform(frame_affine(4), torch.nonzero(template_in_frame(4)[0, 0] > 0.02).T[None].double())
+    assert (transform(prepared.to_scan, points) - transform(other.to_scan, points)).norm(dim=1).mean() < 2
+    assert not np.array_equal(prepared.to_scan, other.to_scan)
+    with pytest.raises(ValueError, match="recipe"):
+        prepare.prepare_scan(tmp_path / "a.nii.gz", recipe="lumir2")
+
+
+@pytest.mark.data
+@pytest.mark.skipif("LUMIR_BRAINS" not in os.environ, reason="needs the real brains, in the folder named LUMIR_BRAINS")
+def test_neither_recipe_changes_dice_of_real_brains_by_a_point():
+    pytest.importorskip("SimpleITK")
+    table = preparation.dice_of(Path(os.environ["LUMIR_BRAINS"]), preparation.PEOPLE[:2])
+    means = table.groupby("preparation")["dice_percent"].mean()
+    assert means[preparation.FRAME] > 60
+    for recipe in prepare.RECIPES:
+        assert abs(means[recipe] - means[preparation.FRAME]) < 1
