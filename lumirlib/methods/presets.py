@@ -85,6 +85,7 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
         "LK": {"smoothness_weight": 0.5},
         "LC-1": {"learning_rate": 2e-3},
         "LC-2": {"learning_rate": 2e-3, "smoothness_weight": 0.5},
+        "SynthMorph": {"learning_rate": 4e-3},
     }
 }
 
