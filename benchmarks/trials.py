@@ -51,7 +51,8 @@ def trial(name: str, rate: float, smoothness: float, given: argparse.Namespace) 
         "learning_rate": preset.learning_rate * rate,
         "smoothness_weight": weight,
     }
-    run = Run.prepare(name, PRESET, given.cohort, 0, out=given.out, options=options, command="benchmarks/trials.py")
+    # what is no run of the study stays out of its results
+    run = Run.prepare(name, PRESET, given.cohort, 0, options=options, command="benchmarks/trials.py")
     result = run.train(progress=not given.quiet)
     pairs = of_first_half(run.cohort.validation_pairs)
     table = evaluate_method(result.model, run.cohort, pairs, run.device, progress=not given.quiet)
