@@ -169,18 +169,26 @@ def instance_norm_prelu(features: torch.Tensor, slope: torch.Tensor, overwrite: 
         return F.prelu(F.instance_norm(features, eps=EPSILON), slope.to(features.dtype))
 
 
+#: Fewest voxels along each axis of a volume that oneDNN convolves in bfloat16. The gradients of a thinner one it makes of
+#: memory that nothing was written to, and it writes beyond their end (oneDNN 3.12 of PyTorch 2.13, AVX-512).
+BFLOAT16_SIDE = 3
 #: PyTorch gives a float32 convolution with a kernel of 3 voxels or less on a single image to its slow kernel, and not
 #: to oneDNN, if channels times the first two sides are no more than this (``use_mkldnn`` in ATen's Convolution.cpp).
 SLOW_CONVOLUTION_SIZE = 20480
 
 
 class Conv3d(nn.Conv3d):
-    """:class:`torch.nn.Conv3d` that avoids PyTorch's slow kernel for small volumes on the CPU, 15 times slower.
+    """:class:`torch.nn.Conv3d` without two faults of PyTorch on the CPU.
 
-    A volume that would get it is computed as a batch of two halves.
+    - A small volume that would get its slow kernel, 15 times slower, is computed as a batch of two halves.
+    - Volumes thinner than :data:`BFLOAT16_SIDE` are computed in float32.
     """
 
     def _conv_forward(self, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if _is_too_thin_for_bfloat16(features):
+            with spatial.without_autocast(features.device):
+                single = None if bias is None else bias.float()
+                return super()._conv_forward(features.float(), weight.float(), single).bfloat16()
         same = self.kernel_size == (3, 3, 3) and self.stride == (1, 1, 1) and self.padding == (1, 1, 1)
         if not (same and self.groups == 1 and self.dilation == (1, 1, 1) and _is_given_to_slow_kernel(features)):
             return super()._conv_forward(features, weight, bias)
@@ -190,6 +198,13 @@ class Conv3d(nn.Conv3d):
         halves = torch.cat([padded[:, :, : half + 2], padded[:, :, half:]])  # (2, C, half + 2, H, W)
         first, second = F.conv3d(halves, weight, bias, padding=(0, 1, 1)).chunk(2)
         return torch.cat([first, second], dim=2)[:, :, :depth]
+
+
+def _is_too_thin_for_bfloat16(features: torch.Tensor) -> bool:
+    if features.device.type != "cpu" or torch.compiler.is_compiling() or min(features.shape[2:]) >= BFLOAT16_SIDE:
+        return False
+    given = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else features.dtype
+    return given == torch.bfloat16
 
 
 def _is_given_to_slow_kernel(features: torch.Tensor) -> bool:

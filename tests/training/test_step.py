@@ -1,5 +1,6 @@
 """The fast training step against the plain one of benchmarks/plain.py: fields, gradients, mixed precision, memory."""
 
+import math
 import shutil
 
 import plain
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from lumirlib import build_model, parse_variant, spatial
+from lumirlib._process import freed_memory_kept
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.layers import Conv3d, compile_model, instance_norm_prelu, place
 
@@ -288,3 +290,30 @@ def test_fields_and_gradients_on_cuda_are_those_of_the_plain_path(name, channels
         mixed = model.fields(fixed, moving).displacements
     assert (mixed[0] - expected[0]).abs().max() < 1e-2
     assert torch.cosine_similarity(gradients(model, mixed[0].square().mean()), of_plain, dim=0) > 0.98
+
+
+def leave_nan_in_freed_memory():
+    """Fill memory with NaN and free it, so that what nobody writes to shows."""
+    for size in (64, 256, 1024, 4096, 16384, 65536):
+        held = [torch.full((size,), math.nan) for _ in range(20)]
+        del held
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 5), (2, 2, 5), (2, 5, 2), (2, 2, 2), (3, 3, 3)])
+def test_thin_volumes_are_convolved_in_bfloat16_as_in_float32(shape):
+    torch.manual_seed(0)
+    convolution = Conv3d(8, 8, 3, padding=1).to(memory_format=torch.channels_last_3d)
+    features = torch.randn(2, 8, *shape).to(memory_format=torch.channels_last_3d).requires_grad_()
+    gradient = torch.randn(2, 8, *shape)
+
+    def gradients(autocast):
+        with freed_memory_kept():
+            leave_nan_in_freed_memory()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                result = convolution(features)
+            assert result.dtype == (torch.bfloat16 if autocast else torch.float32)
+            leave_nan_in_freed_memory()
+            return torch.autograd.grad(result, (features, *convolution.parameters()), gradient.to(result.dtype))
+
+    for one, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(one, expected, rtol=0.03, atol=0.03 * float(expected.abs().max()))
