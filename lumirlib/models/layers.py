@@ -169,7 +169,7 @@ def instance_norm_prelu(features: torch.Tensor, slope: torch.Tensor, overwrite: 
         return F.prelu(F.instance_norm(features, eps=EPSILON), slope.to(features.dtype))
 
 
-#: Fewest voxels along each axis of a volume that oneDNN convolves in bfloat16. The gradients of a thinner one it makes of
+#: Fewest voxels along each axis of a volume that oneDNN convolves in bfloat16. Gradients of a thinner one it makes of
 #: memory that nothing was written to, and it writes beyond their end (oneDNN 3.12 of PyTorch 2.13, AVX-512).
 BFLOAT16_SIDE = 3
 #: PyTorch gives a float32 convolution with a kernel of 3 voxels or less on a single image to its slow kernel, and not

@@ -71,11 +71,12 @@ def what_is_not_finite(
         loss: Loss of the step; where it is finite, a gradient is not.
     """
     if math.isfinite(loss):
-        broken = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        ]
+        lengths = {
+            name: parameter.grad.norm() for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+        broken = [name for name, length in lengths.items() if not length.isfinite()]
+        if not broken and not torch.stack(list(lengths.values())).norm().isfinite():
+            broken = [max(lengths, key=lengths.__getitem__)]  # all are numbers, and too large together
         return f"the gradient of {', '.join(broken) or 'another process'} is not finite"
     for one in zip(fixed.split(1), moving.split(1), strict=True):
         where = first_non_finite(row, model, *one, preset)

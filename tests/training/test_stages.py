@@ -7,6 +7,7 @@ import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -315,7 +316,10 @@ def test_figures_of_the_training_mark_where_a_stage_begins_and_convergence_is_ju
     for plot in (plots.plot_loss, plots.plot_validation_dice, plots.plot_validation_ndv):
         ax = plot(Figure().subplots(), history)
         marks = [text for text in ax.texts if text.get_text().endswith(" mm")]
-        assert [(mark.get_text(), mark.get_position()[0]) for mark in marks] == [(" 4 mm", 0.5), (" 2 mm", 4.5)]
+        assert [(mark.get_text(), mark.get_position()[0]) for mark in marks] == [("4 mm", 2.5), ("2 mm", 6.5)]
+        assert {0.5, 4.5} <= {line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"}
+    (line, _) = plots.plot_loss(Figure().subplots(), history).lines[:2]
+    assert dict(zip(line.get_xdata(), np.isnan(line.get_ydata()), strict=True))[4.5], "no line joins two stages' losses"
     runs = SimpleNamespace(history=history.assign(variant="COMP", seed=0))
     assert late_rises(runs)["rise"].tolist() == pytest.approx([0.1])  # over one of the last four epochs
     plain = SimpleNamespace(history=runs.history.drop(columns="stage"))
