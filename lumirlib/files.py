@@ -84,7 +84,7 @@ def check_new(path: str | Path, overwrite: bool) -> None:
     path = Path(path)
     check_writable_file(path)
     if path.exists() and not overwrite:
-        raise FileExistsError(errno.EEXIST, "exists already; --overwrite replaces it", str(path))
+        raise FileExistsError(f"{path}: exists already; --overwrite replaces it")
 
 
 def write_json(path: str | Path, content: Any) -> Path:

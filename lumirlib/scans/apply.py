@@ -173,9 +173,9 @@ def apply_to_image(
 
 
 def _seconds(path: str | Path) -> float | None:
-    """Seconds between two volumes of a series; None where the header does not say."""
+    """Seconds between two volumes of a series, as is meant by a header without a unit; None where they are no times."""
     header = nib.load(path).header
-    unit = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1])
+    unit = {"unknown": 1.0, "sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1])
     return None if unit is None else float(header["pixdim"][4]) * unit
 
 
@@ -228,7 +228,7 @@ def apply_to_points(
     in_grids = convention == "voxels"
     if in_grids != bool(points_of) or (in_grids and not reference):
         raise ValueError(
-            "points in voxels need the images that they are voxels of: points_of theirs, reference the result's"
+            "points in voxels need two images: that of the points (--points-of), and that of the result (--reference)"
             if in_grids
             else f"points_of goes with voxels, got convention {convention}"
         )

@@ -12,10 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from lumirlib import spatial
+from lumirlib import plots, spatial
 from lumirlib.data.frame import FRAME_SHAPE, template_in_frame
 from lumirlib.data.nifti import read_volume
-from lumirlib.plots import save_figure, use_style
 
 #: Voxel indices i, j, k of the LUMIR frame that the planes go through: the thalamus.
 CENTER = (72, 112, 84)
@@ -55,7 +54,7 @@ def prepared_figures(scans: Sequence[tuple[dict, Path]], out: str | Path, title:
     Returns:
         The PNGs.
     """
-    use_style()
+    plots.use_style()
     ranked = sorted(scans, key=lambda scan: scan[0]["template_correlation"])
     template = template_in_frame(1)[0, 0]
     pages = [ranked[first : first + SCANS_PER_PAGE] for first in range(0, len(ranked), SCANS_PER_PAGE)]
@@ -79,7 +78,7 @@ def prepared_figures(scans: Sequence[tuple[dict, Path]], out: str | Path, title:
                 fontsize=9,
             )
         figure.suptitle(f"{title}, page {number} of {len(pages)}: contours of the template, r with it, brain volume")
-        save_figure(figure, Path(out) / f"qc_{number}", data=False)
+        plots.save_figure(figure, Path(out) / f"qc_{number}", data=False)
         plt.close(figure)
         paths.append(Path(out) / f"qc_{number}.png")
     return paths
@@ -118,7 +117,7 @@ def registration_figure(
         determinant: Determinant of the displacement's Jacobian, ``(1, 1, 160, 224, 192)``.
         title: Title of the page.
     """
-    use_style()
+    plots.use_style()
     names = (
         "fixed",
         "moving, affine",
