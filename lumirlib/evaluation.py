@@ -18,6 +18,7 @@ from lumirlib import metrics, spatial
 from lumirlib._checks import check_choice
 from lumirlib._process import freed_memory_kept
 from lumirlib.data import Cohort, Pair
+from lumirlib.files import Journal
 from lumirlib.metrics.pair import NDV_MASKS, evaluate_pair
 
 #: A registration method: images (1, 1, D, H, W) in [0, 1] -> displacement (1, 3, D, H, W) in voxels.
@@ -87,6 +88,7 @@ def evaluate_method(
     description: str = "evaluate",
     consistency: bool = False,
     at_own_resolution: bool = True,
+    journal: Journal | None = None,
 ) -> pd.DataFrame:
     """Run a method on pairs and score it.
 
@@ -105,6 +107,7 @@ def evaluate_method(
             see :func:`lumirlib.metrics.inverse_consistency_error`.
         at_own_resolution: Whether to score at the files' own resolution; False scores at the cohort's resolution
             instead, as results without "scored_mm" in their provenance were.
+        journal: Journal of the same evaluation, with the pairs that an earlier process did; new ones are added.
 
     Returns:
         Columns pair, fixed, moving, metric, value; one row per pair and metric of :func:`score_displacement`. Where
@@ -116,38 +119,54 @@ def evaluate_method(
         ValueError: The method gives another shape, or numbers that are not finite.
     """
     device = torch.device(device)
-    scoring = cohort.at_own_resolution if at_own_resolution else cohort
-    factor = cohort.downsampling // scoring.downsampling
     if isinstance(method, nn.Module):
         method.eval()
     rows = []
     for pair in tqdm(pairs, desc=description, unit="pair", disable=not progress):
-        fixed, moving = cohort.image(pair.fixed).to(device), cohort.image(pair.moving).to(device)
-        started = time.perf_counter()
-        with torch.no_grad():
-            displacement = method(fixed, moving)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-        if displacement.shape != (1, 3, *cohort.shape):
-            raise ValueError(
-                f"the method must give displacements of {(1, 3, *cohort.shape)}, got {tuple(displacement.shape)} "
-                f"for {pair.name}"
-            )
-        at_work = displacement.float().cpu()
-        on_files = spatial.to_finer_grid(at_work, factor)
-        found = score_displacement(scoring, pair, on_files, ndv_mask)
-        if factor > 1:
-            mask = (moving if ndv_mask == "moving" else fixed).cpu() > 0
-            found["ndv_working_percent"] = metrics.ndv_percent(at_work, mask)
+        found = journal.found.get(pair.name) if journal else None
+        if found is None:
+            found = _run_pair(method, cohort, pair, device, ndv_mask, consistency, at_own_resolution)
+            if journal:
+                journal.add(pair.name, found)
         names = {"pair": pair.name, "fixed": pair.fixed.name, "moving": pair.moving.name}
-        found |= {"seconds": seconds, **getattr(method, "last_run", {})}
-        if consistency:
-            with torch.no_grad():
-                error = metrics.inverse_consistency_error(displacement, method(moving, fixed), moving)
-            found["inverse_consistency_mm"] = error * cohort.resolution_mm
         rows += [{**names, "metric": metric, "value": value} for metric, value in found.items()]
     return pd.DataFrame(rows)
+
+
+def _run_pair(
+    method: Method,
+    cohort: Cohort,
+    pair: Pair,
+    device: torch.device,
+    ndv_mask: str,
+    consistency: bool,
+    at_own_resolution: bool,
+) -> dict[str, float]:
+    scoring = cohort.at_own_resolution if at_own_resolution else cohort
+    factor = cohort.downsampling // scoring.downsampling
+    fixed, moving = cohort.image(pair.fixed).to(device), cohort.image(pair.moving).to(device)
+    started = time.perf_counter()
+    with torch.no_grad():
+        displacement = method(fixed, moving)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    if displacement.shape != (1, 3, *cohort.shape):
+        raise ValueError(
+            f"the method must give displacements of {(1, 3, *cohort.shape)}, got {tuple(displacement.shape)} "
+            f"for {pair.name}"
+        )
+    at_work = displacement.float().cpu()
+    found = score_displacement(scoring, pair, spatial.to_finer_grid(at_work, factor), ndv_mask)
+    if factor > 1:
+        mask = (moving if ndv_mask == "moving" else fixed).cpu() > 0
+        found["ndv_working_percent"] = metrics.ndv_percent(at_work, mask)
+    found |= {"seconds": seconds, **getattr(method, "last_run", {})}
+    if consistency:
+        with torch.no_grad():
+            error = metrics.inverse_consistency_error(displacement, method(moving, fixed), moving)
+        found["inverse_consistency_mm"] = error * cohort.resolution_mm
+    return found
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:

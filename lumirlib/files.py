@@ -87,6 +87,47 @@ def check_new(path: str | Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path}: exists already; --overwrite replaces it")
 
 
+class Journal:
+    """What a long job found so far, one JSON line each, so that a job that was killed goes on where it stopped.
+
+    A line that a kill cut off is dropped, and so is a whole journal with another key.
+
+    Args:
+        path: Path of the journal; made, with its folder, where it is missing.
+        key: What the results depend on, such as code, weights and data.
+
+    Attributes:
+        found: Results by name.
+    """
+
+    def __init__(self, path: str | Path, key: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.found: dict[str, Any] = {}
+        first, *lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else [""]
+        if first == json.dumps(key):
+            with suppress(ValueError):
+                for line in lines:
+                    name, result = json.loads(line)
+                    self.found[name] = result
+        kept = [key, *([name, result] for name, result in self.found.items())]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(self.path, lambda to: to.write_text(text, encoding="utf-8"))
+
+    def add(self, name: str, result: Any) -> None:
+        """Keep a result, on the disk too."""
+        self.found[name] = result
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps([name, result]) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+
+    def remove(self) -> None:
+        """Remove the journal, and its folder if nothing else is in it."""
+        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self.path.parent.rmdir()
+
+
 def write_json(path: str | Path, content: Any) -> Path:
     """Write `content` as indented JSON, atomically."""
     return write_atomically(path, lambda to: to.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))

@@ -1,6 +1,7 @@
 """Evaluation, tables and figures."""
 
 import math
+from dataclasses import replace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_runs import small_run
 
 import lumirlib
 from lumirlib import evaluation, metrics, plots, spatial
@@ -78,6 +80,36 @@ def test_the_true_displacement_scores_near_perfect_on_the_embedded_cohort(embedd
     value = table.set_index("metric")["value"]
     assert value["displacement_error_mm"] == 0
     assert value["dice"] > 0.7 and value["tre_points_mm"] < 0.5
+
+
+def test_an_evaluation_that_was_killed_goes_on_with_the_next_pair(small_cohort_json, tmp_path, monkeypatch):
+    taken = []
+
+    def stops_at_the_second_pair(fixed, moving):
+        taken.append(moving)
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        return evaluation.zero_displacement(fixed, moving)
+
+    run = small_run(small_cohort_json, tmp_path, evaluation_pairs=3)
+    assert len(run.pairs) == 3
+    result = run.train(progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate(replace(result, model=stops_at_the_second_pair), progress=False)
+    journal = tmp_path / "checkpoints" / run.config.run / "evaluated.jsonl"
+    journal.write_text(journal.read_text() + '["cut", {"di')  # as a kill leaves it
+    resumed = run.evaluate(replace(result, model=stops_at_the_second_pair), progress=False)
+    assert len(taken) == 1 + len(run.pairs) and not journal.exists()
+    whole = run.evaluate(replace(result, model=evaluation.zero_displacement), progress=False)
+    timeless = [table[table["metric"] != "seconds"].reset_index(drop=True) for table in (resumed, whole)]
+    pd.testing.assert_frame_equal(*timeless)
+    # other code starts anew
+    taken.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate(replace(result, model=stops_at_the_second_pair), progress=False)
+    monkeypatch.setattr("lumirlib.provenance.source_digest", lambda: "other")
+    run.evaluate(replace(result, model=stops_at_the_second_pair), progress=False)
+    assert len(taken) == 2 + len(run.pairs)
 
 
 # scoring on the files' own voxels ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from lumirlib import provenance
 from lumirlib.data import Cohort, Pair, load_cohort
 from lumirlib.data.cohort import MIN_LABEL_VOXELS
 from lumirlib.evaluation import Method, evaluate_method, zero_displacement
-from lumirlib.files import check_writable, read_json, write_atomically
+from lumirlib.files import Journal, check_writable, read_json, write_atomically
 from lumirlib.methods import parse_row
 from lumirlib.methods.base import Baseline, halvings
 from lumirlib.methods.presets import split_options
@@ -315,6 +316,8 @@ class Run:
     def evaluate(self, result: TrainingResult, progress: bool = True, consistency: bool | None = None) -> pd.DataFrame:
         """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table.
 
+        Scored pairs are kept as they come, so that an evaluation that was stopped goes on with the next pair.
+
         Args:
             result: Result of :meth:`train`.
             progress: Whether to show a progress bar.
@@ -324,6 +327,14 @@ class Run:
         name = self.config.row.name
         if consistency is None:
             consistency = getattr(self.config.row, "symmetric", False)
+        depends_on = {
+            "code": provenance.source_digest(),
+            "cohort": self.cohort.content_digest,
+            "weights": hashlib.sha256(result.checkpoint.read_bytes()).hexdigest() if result.checkpoint else None,
+            "consistency": consistency,
+            "device": self.engine.describe(),
+        }
+        journal = Journal(self.out / "checkpoints" / self.config.run / "evaluated.jsonl", depends_on)
         with self.engine.reproducibly():
             table = evaluate_method(
                 result.model,
@@ -333,6 +344,7 @@ class Run:
                 progress=progress,
                 description=f"evaluate {name}",
                 consistency=consistency,
+                journal=journal,
             )
         about = {
             "run": self.config.run,
@@ -361,6 +373,7 @@ class Run:
         about |= {"stages": self._stages(result.history)} if "stage" in result.history else {}
         table.insert(0, "run", self.config.run)
         write_results(table, self.metrics_path, {**about, **scoring_facts(self.cohort)})
+        journal.remove()
         return table
 
     def _stages(self, history: pd.DataFrame) -> list[dict[str, object]]:
