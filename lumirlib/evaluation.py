@@ -95,6 +95,9 @@ def evaluate_method(
     The method is given images at the cohort's resolution. Its displacement is carried to the files' own voxels by
     :func:`lumirlib.spatial.to_finer_grid` and scored there.
 
+    A method with a ``symmetric(fixed, moving)``, as deedsBCV has it, gives both directions of a pair at once. It is run
+    once for the two, and both are given its time.
+
     Args:
         method: Function ``method(fixed, moving) -> displacement``; a network is one.
         cohort: Cohort at the resolution that the method works at.
@@ -121,51 +124,72 @@ def evaluate_method(
     device = torch.device(device)
     if isinstance(method, nn.Module):
         method.eval()
-    rows = []
-    for pair in tqdm(pairs, desc=description, unit="pair", disable=not progress):
-        found = journal.found.get(pair.name) if journal else None
-        if found is None:
-            found = _run_pair(method, cohort, pair, device, ndv_mask, consistency, at_own_resolution)
-            if journal:
-                journal.add(pair.name, found)
-        names = {"pair": pair.name, "fixed": pair.fixed.name, "moving": pair.moving.name}
-        rows += [{**names, "metric": metric, "value": value} for metric, value in found.items()]
+    both_ways = getattr(method, "symmetric", None)
+    waiting: dict[tuple[str, str], tuple[torch.Tensor, float]] = {}  # what the opposite pair's registration gave
+    found: dict[str, dict[str, float]] = dict(journal.found) if journal else {}
+    left = {(pair.fixed.name, pair.moving.name) for pair in pairs if pair.name not in found}
+    for pair in tqdm(_opposites_together(pairs), desc=description, unit="pair", disable=not progress):
+        if pair.name in found:
+            continue
+        names = (pair.fixed.name, pair.moving.name)
+        if names in waiting:
+            displacement, seconds = waiting.pop(names)
+        else:
+            fixed, moving = (cohort.image(one).to(device) for one in (pair.fixed, pair.moving))
+            started = time.perf_counter()
+            with torch.no_grad():
+                if both_ways and names[::-1] in left:
+                    displacement, opposite = both_ways(fixed, moving)
+                else:
+                    displacement, opposite = method(fixed, moving), None
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+            if opposite is not None:
+                waiting[names[::-1]] = opposite, seconds
+        scored = _score(displacement, cohort, pair, ndv_mask, at_own_resolution)
+        scored |= {"seconds": seconds, **getattr(method, "last_run", {})}
+        if consistency:
+            fixed, moving = (cohort.image(one).to(device) for one in (pair.fixed, pair.moving))
+            with torch.no_grad():
+                error = metrics.inverse_consistency_error(displacement, method(moving, fixed), moving)
+            scored["inverse_consistency_mm"] = error * cohort.resolution_mm
+        found[pair.name] = scored
+        if journal:
+            journal.add(pair.name, scored)
+    rows = [
+        {"pair": pair.name, "fixed": pair.fixed.name, "moving": pair.moving.name, "metric": metric, "value": value}
+        for pair in pairs
+        for metric, value in found[pair.name].items()
+    ]
     return pd.DataFrame(rows)
 
 
-def _run_pair(
-    method: Method,
-    cohort: Cohort,
-    pair: Pair,
-    device: torch.device,
-    ndv_mask: str,
-    consistency: bool,
-    at_own_resolution: bool,
+def _opposites_together(pairs: tuple[Pair, ...]) -> list[Pair]:
+    """The pairs, each followed by the one with its roles exchanged, where that is among them."""
+    by_names = {(pair.fixed.name, pair.moving.name): pair for pair in pairs}
+    ordered: dict[str, Pair] = {}
+    for pair in pairs:
+        for one in (pair, by_names.get((pair.moving.name, pair.fixed.name), pair)):
+            ordered.setdefault(one.name, one)
+    return list(ordered.values())
+
+
+def _score(
+    displacement: torch.Tensor, cohort: Cohort, pair: Pair, ndv_mask: str, at_own_resolution: bool
 ) -> dict[str, float]:
-    scoring = cohort.at_own_resolution if at_own_resolution else cohort
-    factor = cohort.downsampling // scoring.downsampling
-    fixed, moving = cohort.image(pair.fixed).to(device), cohort.image(pair.moving).to(device)
-    started = time.perf_counter()
-    with torch.no_grad():
-        displacement = method(fixed, moving)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - started
     if displacement.shape != (1, 3, *cohort.shape):
         raise ValueError(
             f"the method must give displacements of {(1, 3, *cohort.shape)}, got {tuple(displacement.shape)} "
             f"for {pair.name}"
         )
+    scoring = cohort.at_own_resolution if at_own_resolution else cohort
+    factor = cohort.downsampling // scoring.downsampling
     at_work = displacement.float().cpu()
     found = score_displacement(scoring, pair, spatial.to_finer_grid(at_work, factor), ndv_mask)
     if factor > 1:
-        mask = (moving if ndv_mask == "moving" else fixed).cpu() > 0
+        mask = cohort.image(pair.moving if ndv_mask == "moving" else pair.fixed) > 0
         found["ndv_working_percent"] = metrics.ndv_percent(at_work, mask)
-    found |= {"seconds": seconds, **getattr(method, "last_run", {})}
-    if consistency:
-        with torch.no_grad():
-            error = metrics.inverse_consistency_error(displacement, method(moving, fixed), moving)
-        found["inverse_consistency_mm"] = error * cohort.resolution_mm
     return found
 
 

@@ -112,6 +112,31 @@ def test_an_evaluation_that_was_killed_goes_on_with_the_next_pair(small_cohort_j
     assert len(taken) == 2 + len(run.pairs)
 
 
+def test_a_method_that_gives_both_directions_runs_once_for_two_opposite_pairs(small_cohort_json):
+    cohort = lumirlib.load_cohort(small_cohort_json)
+    runs = []
+
+    class Shift:
+        def __call__(self, fixed, moving):
+            displacement = evaluation.zero_displacement(fixed, moving)
+            displacement[:, 0] = fixed.sum() - moving.sum()
+            displacement[:, 1] = 0.5
+            return displacement / (fixed.sum() + moving.sum())
+
+    class Both(Shift):
+        def symmetric(self, fixed, moving):
+            runs.append((fixed, moving))
+            return self(fixed, moving), self(moving, fixed)
+
+    pairs = cohort.validation_pairs[::-1][:5]  # one of them without its opposite
+    alone, both = (evaluation.evaluate_method(method(), cohort, pairs, progress=False) for method in (Shift, Both))
+    assert list(dict.fromkeys(both["pair"])) == [pair.name for pair in pairs]
+    timeless = [table[table["metric"] != "seconds"].reset_index(drop=True) for table in (alone, both)]
+    pd.testing.assert_frame_equal(*timeless)
+    seconds = both[both["metric"] == "seconds"]["value"]
+    assert len(runs) == 2 and seconds.nunique() == 3
+
+
 # scoring on the files' own voxels ------------------------------------------------------------------------------------
 
 
