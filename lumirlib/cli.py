@@ -148,6 +148,11 @@ def parse_setting(text: str, argument: str = "--set") -> tuple[str, object]:
         return name.strip(), value.strip()
 
 
+def _count(number: int, thing: str) -> str:
+    """A number of things in words."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def _called() -> str:
     """The call of this sub-command as it was given, for provenance; paths of this machine keep their last part."""
     import shlex
@@ -589,7 +594,6 @@ def score_zip(path: str, resolution_mm: int, cohort: str, data_root: str, quiet:
     type=click.Choice(["direct", "lumir"]),
     help="direct: interpolated once; lumir: as the challenge's organizers publish it.",
 )
-@click.option("--bids", is_flag=True, help="FOLDER has to be a raw dataset of BIDS.")
 @_text("--name", help="Name of the cohort; the folder's if not given.")
 @_DEVICE
 @_QUIET
@@ -605,7 +609,8 @@ def prepare(quiet: bool, **given: Any) -> int:
 
     made = prepare_folder(**given, progress=not quiet)
     content = json.loads(made.path.read_text(encoding="utf-8"))
-    print(f"{made.path}: {content['numTraining']} training scans, {content['numValidation']} validation pairs")
+    counts = _count(content["numTraining"], "training scan"), _count(content["numValidation"], "validation pair")
+    print(f"{made.path}: {', '.join(counts)}")
     print(f"look at {made.path.parent / 'qc_1.png'}, worst correlation with the template first")
     kept = given["keep_implausible"]
     told = [f"skipped: {file}: {why}" for file, why in made.skipped.items()]
@@ -667,11 +672,21 @@ def register(quiet: bool, **given: Any) -> None:
 
     found = register(**given, progress=not quiet, command=_called())
     facts = json.loads(found.files["report"].read_text(encoding="utf-8"))
-    by = facts.get("pretrained") or facts.get("run") or facts["method"]
-    print(f"registered by {by}, voxels of {facts['resolution_mm']} mm{', optimized' if 'optimized' in facts else ''}")
+    print(_registered_by(facts))
     for name, value in found.measures.items():
         print(f"{name:24s} {value:.4f}")
     print(*(f"{kind}: {path}" for kind, path in found.files.items()), sep="\n")
+
+
+def _registered_by(facts: dict[str, Any]) -> str:
+    """What registered two scans, on which voxels, and why on those."""
+    works = f"on voxels of {facts['resolution_mm']} mm{', optimized on the pair' if 'optimized' in facts else ''}"
+    name = facts.get("pretrained") or facts.get("run")
+    if name is None:
+        return f"registered by {facts['method']}, {works}"
+    trained, kind = facts["trained_at_mm"], "packaged weights" if "pretrained" in facts else "run"
+    finer = "; finer voxels than in training, as they align brains better" * (facts["resolution_mm"] < trained)
+    return f"registered by the {kind} {name}, trained on voxels of {trained:g} mm; here {works}{finer}"
 
 
 @lumirlib.command(

@@ -7,8 +7,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,25 @@ os.umask(_UMASK)
 STALE_SECONDS = 24 * 3600.0
 
 
+@contextmanager
+def no_empty_folders(path: str | Path) -> Iterator[None]:
+    """A block that makes a file's folders: those that were not there before it, and are empty after it, are removed."""
+    made = [folder for folder in Path(path).parents if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # not empty, which is as it should be, or never made
+                folder.rmdir()
+
+
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Call `write` on a temporary file beside `path`, then move it into place.
 
     Args:
         path: Path of the file to make; its folder is made too.
-        write: Function that writes to the path it is given. If it raises, or the disk is full, `path` stays as it was.
+        write: Function that writes to the path it is given. If it raises, or the disk is full, `path` stays as it was,
+            and no folder is left empty.
 
     Returns:
         `path`.
@@ -35,23 +48,24 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         OSError: of the system's own kind, that names `path`: a folder that cannot be written, a full disk.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path.parent)
-        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(path.suffixes), dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+    with no_empty_folders(path):
         try:
-            write(temporary)
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            temporary.chmod(0o666 & ~_UMASK)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:  # names the temporary file, or none
-        kept = "; the file that was there is kept" if path.is_file() else ""
-        raise OSError(error.errno, f"cannot write: {error.strerror or error}{kept}", str(path)) from error
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(path.parent)
+            handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(path.suffixes), dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            try:
+                write(temporary)
+                with open(temporary, "rb") as written:
+                    os.fsync(written.fileno())
+                temporary.chmod(0o666 & ~_UMASK)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:  # names the temporary file, or none
+            kept = "; the file that was there is kept" if path.is_file() else ""
+            raise OSError(error.errno, f"cannot write: {error.strerror or error}{kept}", str(path)) from error
     return path
 
 
@@ -82,7 +96,8 @@ def check_writable_file(path: str | Path) -> None:
 def check_new(path: str | Path, overwrite: bool) -> None:
     """As :func:`check_writable_file`, and raise FileExistsError for a file that is there, unless it may be replaced."""
     path = Path(path)
-    check_writable_file(path)
+    with no_empty_folders(path):
+        check_writable_file(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: exists already; --overwrite replaces it")
 

@@ -63,6 +63,7 @@ class Header:
         slope: Factor on the stored numbers; None where it is not set.
         intercept: Summand after that; None where it is not set.
         notes: Faults of the header that did not keep it from being read.
+        description: Its text for people, `descrip`.
     """
 
     shape: tuple[int, ...]
@@ -74,6 +75,7 @@ class Header:
     slope: float | None
     intercept: float | None
     notes: tuple[str, ...] = ()
+    description: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +119,8 @@ def _parse_header(content: bytes) -> Header:
     # nibabel makes 1 mm of an edge of zero; what was stored tells
     no_edges = (kind(content[:size], endianness=order, check=False)["pixdim"][1:4] == 0).any()
     affine, sform, qform, notes = _affines(header, bool(no_edges))
-    return Header(shape, affine, sform, qform, dtype, int(offset), *header.get_slope_inter(), notes)
+    description = bytes(header["descrip"]).rstrip(b"\0").decode("ascii", "replace")
+    return Header(shape, affine, sform, qform, dtype, int(offset), *header.get_slope_inter(), notes, description)
 
 
 def _affines(

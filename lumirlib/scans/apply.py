@@ -25,12 +25,14 @@ from lumirlib.files import check_new, write_atomically
 from lumirlib.scans.maps import (
     INTERPOLATIONS,
     ChainMap,
+    FieldMap,
     InverseMap,
     WorldMap,
     carry,
     check_right_angles,
     field_on,
     in_voxels,
+    made_for,
     read_transform,
 )
 from lumirlib.scans.prepare import background_value
@@ -113,7 +115,8 @@ def apply_to_image(
         FileNotFoundError: a file that is not there.
         FileExistsError: `out` is there.
         ValueError: files that are no such thing; sheared axes; a label map with another interpolation than "nearest"; a
-            reference that lies where a transform is not defined; an image that none of it leads to.
+            reference that lies where a transform is not defined, or is the scan that it leads to; an image that none of
+            it leads to.
     """
     check_choice(interpolation, ("auto", *INTERPOLATIONS), "interpolation")
     if not str(out).endswith((".nii", ".nii.gz")):
@@ -131,6 +134,7 @@ def apply_to_image(
         check_right_angles(image, own)
 
     check_right_angles(reference, affine)
+    remarks = _check_reference(transforms, whole, inverse, shape, affine, reference)
     values, own = read_nifti(image, fits)
     values = values[..., 0] if values.ndim == 4 and values.shape[3] == 1 else values
     if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -148,7 +152,7 @@ def apply_to_image(
     if undefined > MAX_UNDEFINED:
         raise ValueError(
             f"{reference}: {100 * undefined:.0f} % of its voxels lie where the transform is not defined, so it is not "
-            f"the reference of {', '.join(Path(path).name for path in transforms)}; are direction and order right?"
+            f"the reference of {_named(transforms)}; are direction and order right?"
         )
     displacement = in_voxels(field, own)
     del field
@@ -162,11 +166,10 @@ def apply_to_image(
     carried = carried[..., 0] if values.ndim == 3 else carried
     carried = carried if interpolation == "nearest" else carried.astype(np.float32)
     write_nifti(out, carried, affine, seconds=_seconds(image) if values.ndim == 4 else None)
-    remarks = []
     if undefined:
         remarks.append(
-            f"{100 * undefined:.2g} % of the reference lie where the transform is not defined and have the background, "
-            f"{outside:g}"
+            f"{100 * undefined:.2g} % of {Path(reference).name} lie where {_named(transforms)} is not defined and have "
+            f"the background, {outside:g}"
         )
     kind = "label map" if labels else "image" if values.ndim == 3 else f"series of {values.shape[3]}"
     return Applied(Path(out), f"{kind}, {interpolation}, onto {shape} voxels of {Path(reference).name}", tuple(remarks))
@@ -177,6 +180,44 @@ def _seconds(path: str | Path) -> float | None:
     header = nib.load(path).header
     unit = {"unknown": 1.0, "sec": 1.0, "msec": 1e-3, "usec": 1e-6}.get(header.get_xyzt_units()[1])
     return None if unit is None else float(header["pixdim"][4]) * unit
+
+
+def _named(transforms: Sequence[str | Path]) -> str:
+    return ", ".join(Path(path).name for path in transforms)
+
+
+def _check_reference(
+    transforms: Sequence[str | Path],
+    whole: WorldMap,
+    inverse: bool,
+    shape: Sequence[int],
+    affine: np.ndarray,
+    reference: str | Path,
+) -> list[str]:
+    """Remarks on a reference's grid; ValueError where it is that of the scan a transform of ours leads to.
+
+    Another grid than that of the scan it was made for may be right: there are other images of its space.
+    """
+    whole = whole.forward if isinstance(whole, InverseMap) else whole
+    maps = whole.maps if isinstance(whole, ChainMap) else (whole,)
+    first = maps[-1 if inverse else 0]
+    if not isinstance(first, FieldMap) or not first.scans:
+        return []
+    name = Path(transforms[-1 if inverse else 0]).name
+    start, end = reversed(first.scans) if inverse else first.scans
+    grid = made_for(shape, affine)
+    if grid == start:
+        return []
+    inverted = f"{name} inverted" if inverse else name
+    if grid == end:
+        raise ValueError(
+            f"{reference}: has the grid of the scan that {inverted} leads to, expected that of the one it leads from; "
+            "take the other scan, or the inverse"
+        )
+    return [
+        f"{Path(reference).name} has another grid than the scan that {inverted} leads from: right if both lie in one "
+        "space, as a person's images in one scanner do"
+    ]
 
 
 def _check_meets(displacement: np.ndarray, sides: tuple[int, ...], image: str | Path, reference: str | Path) -> None:
@@ -259,7 +300,8 @@ def apply_to_points(
         table[column] = [f"{value:.6f}" for value in values]
     write_atomically(out, lambda to: table.to_csv(to, index=False))
     ways = ("reference", "input") if inverse else ("input", "reference")
-    return Applied(Path(out), f"{len(table)} points from the {ways[0]} to the {ways[1]}, {convention}")
+    count = f"{len(table)} point{'' if len(table) == 1 else 's'}"
+    return Applied(Path(out), f"{count} from the {ways[0]} to the {ways[1]}, {convention}")
 
 
 def read_points(path: str | Path, columns: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray]:

@@ -100,6 +100,14 @@ def check_raw(root: str | Path) -> None:
         raise ValueError(f"{root / DESCRIPTION}: expected a raw dataset, got DatasetType {description['DatasetType']}")
 
 
+def check_derivative(out: str | Path) -> bool:
+    """Whether a folder is a derivative of ours; ValueError where it holds another dataset."""
+    path = Path(out) / DESCRIPTION
+    if path.is_file() and not any(one.get("Name") == "lumirlib" for one in read_json(path).get("GeneratedBy", [])):
+        raise ValueError(f"{path}: of another dataset than a derivative of lumirlib: choose another --out")
+    return path.is_file()
+
+
 def write_description(out: str | Path, sources: Iterable[Path], about: str) -> Path:
     """Write dataset_description.json and .bidsignore of a derivative.
 
@@ -114,9 +122,7 @@ def write_description(out: str | Path, sources: Iterable[Path], about: str) -> P
         ValueError: `out` holds another dataset.
     """
     path = Path(out) / DESCRIPTION
-    if path.is_file():
-        if not any(one.get("Name") == "lumirlib" for one in read_json(path).get("GeneratedBy", [])):
-            raise ValueError(f"{path}: of another dataset than a derivative of lumirlib: choose another --out")
+    if check_derivative(out):
         return path
     roots = list(dict.fromkeys(sources))
     links = {

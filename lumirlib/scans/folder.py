@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -24,17 +24,19 @@ from lumirlib._checks import check_choice
 from lumirlib._process import threads_each
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine
 from lumirlib.data.nifti import write_nifti
-from lumirlib.files import check_writable, read_json, write_atomically, write_json
-from lumirlib.scans.bids import BidsName, is_dataset, write_description
+from lumirlib.files import check_writable, no_empty_folders, read_json, write_atomically, write_json
+from lumirlib.scans.bids import DESCRIPTION, BidsName, is_dataset, write_description
 from lumirlib.scans.find import find_scans, find_t1w
 from lumirlib.scans.plausibility import Likeness, likeness
-from lumirlib.scans.prepare import RECIPES, check_skip, prepare_scan
-from lumirlib.scans.scan import collected_warnings, require
+from lumirlib.scans.prepare import RECIPES, check_skip, check_tools, prepare_scan
+from lumirlib.scans.scan import collected_warnings
 from lumirlib.training.engine import pick_device
 
 LIKENESS = tuple(measure.name for measure in fields(Likeness))
 #: At most so many people, the last by name, are held out of a folder for validation.
 MAX_VALIDATION = 10
+#: File that says which folder a cohort was prepared from.
+SOURCE = "source.json"
 #: What the names of prepared scans have besides, as derivatives of BIDS, and where their space is described.
 DERIVED = {"space": "LUMIR", "desc": "preproc"}
 FRAME_REFERENCE = "https://learn2reg.grand-challenge.org/learn2reg-2024/"
@@ -180,7 +182,7 @@ def _check_source(folder: Path, layout: _Layout, scans: Mapping[str, Path]) -> N
     copied and added to), is gone on with.
     """
     out, known = layout.out, layout.records()
-    source = out / "source.json"
+    source = out / SOURCE
     if source.is_file() and read_json(source).get("folder_sha256") == _source_of(folder):
         return
     held = layout.foreign()
@@ -204,6 +206,23 @@ def _check_source(folder: Path, layout: _Layout, scans: Mapping[str, Path]) -> N
         )
 
 
+@contextmanager
+def _begun(folder: Path, layout: _Layout) -> Iterator[None]:
+    """A block that prepares scans, whose folder says of what; where nothing was prepared, nothing is left there."""
+    marks = [layout.out / name for name in (SOURCE, DESCRIPTION, ".bidsignore") if not (layout.out / name).exists()]
+    with no_empty_folders(layout.out / SOURCE):
+        try:
+            if layout.bids:
+                write_description(layout.out, [folder.resolve()], "lumirlib prepare")
+            about = {"folder_sha256": _source_of(folder), "name": folder.resolve().name}
+            write_json(layout.out / SOURCE, about)
+            yield
+        finally:
+            if not (layout.records() or layout.foreign()):
+                for mark in marks:
+                    mark.unlink(missing_ok=True)
+
+
 def _validation_people(people: Sequence[str], validation: int | None) -> list[str]:
     """The last people, held out: a tenth, 2 to 10, where None is given and at least 4 people are there."""
     people = list(dict.fromkeys(people))
@@ -224,7 +243,6 @@ def prepare_folder(
     device: str = "auto",
     progress: bool = True,
     keep_implausible: bool = False,
-    bids: bool = False,
     recipe: str = "direct",
 ) -> PreparedFolder:
     """Make a folder of T1 scans into a cohort that :func:`lumirlib.load_cohort` reads.
@@ -248,7 +266,6 @@ def prepare_folder(
         device: Device that skulls are stripped on.
         progress: Whether to show a progress bar.
         keep_implausible: Whether scans that are hardly a T1 brain stay in the cohort; they are named in either case.
-        bids: Whether the folder has to be a dataset of BIDS.
         recipe: Name, one of :data:`lumirlib.scans.prepare.RECIPES`.
 
     Returns:
@@ -257,7 +274,7 @@ def prepare_folder(
     Raises:
         FileNotFoundError: No such folder, or no scan in it.
         ValueError: An unknown step, names that clash, no scan that is left, `out` has the cohort of another folder, or
-            the folder is no raw dataset of BIDS and has to be.
+            the folder is a dataset of BIDS and no raw one.
         OSError: `out` cannot be written, said before anything is prepared.
         ModuleNotFoundError: A package that a step needs.
     """
@@ -267,18 +284,14 @@ def prepare_folder(
     check_choice(recipe, RECIPES, "recipe")
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs must be a whole number from 1, got {jobs!r}")
-    layout = _Layout(out, bids or is_dataset(folder))
+    layout = _Layout(out, is_dataset(folder))
     found = find_t1w(folder) if layout.bids else find_scans(folder, out)
     scans = found.files
     _validation_people(list(found.people.values()), validation)
-    for step, package in (("strip", "deepbet"), ("bias", "SimpleITK"), ("affine", "SimpleITK")):
-        if step not in skipped:
-            require(package)
-    check_writable(out)
+    check_tools(skipped)
+    with no_empty_folders(out / SOURCE):
+        check_writable(out)
     _check_source(folder, layout, scans)
-    if layout.bids:
-        write_description(out, [folder.resolve()], "lumirlib prepare")
-    write_json(out / "source.json", {"folder_sha256": _source_of(folder), "name": folder.resolve().name})
     device = str(pick_device(device))
     records = {one: known for one, path in scans.items() if (known := _record(layout, one, path, skipped, recipe))}
     missing = {one: path for one, path in scans.items() if one not in records}
@@ -286,6 +299,7 @@ def prepare_folder(
     threads = threads_each(jobs) if jobs > 1 else 0
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 and missing else None
     with (
+        _begun(folder, layout),
         pool or nullcontext(),
         tqdm(total=len(scans), initial=len(records), desc="prepare", unit="scan", disable=not progress) as bar,
     ):

@@ -7,8 +7,10 @@ unless the map is inverted first.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -37,6 +39,17 @@ INTERPOLATIONS = {"linear": "sitkLinear", "cubic": "sitkBSpline", "nearest": "si
 ITK_ENDINGS = (".mat", ".txt", ".tfm", ".xfm", ".h5", ".hdf5")
 #: A displacement by this many voxels leads out of any image.
 FAR = 1e7
+
+
+#: What the header of a transform says of the grids of the two scans, see :func:`made_for`.
+MADE_FOR = "lumirlib: from grid "
+
+
+def made_for(shape: Sequence[int], affine: np.ndarray, other: str = "") -> str:
+    """The description of a transform that leads from a grid to another: the digest of each; of one grid its digest."""
+    content = repr((tuple(map(int, shape)), (np.asarray(affine).round(3) + 0.0).tolist()))
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return f"{MADE_FOR}{digest} to {other}" if other else digest
 
 
 def is_orthogonal(affine: np.ndarray) -> bool:
@@ -93,10 +106,12 @@ class FieldMap(WorldMap):
     Attributes:
         displacement: Displacement ``(1, 3, D, H, W)`` float32, in mm along the world's axes.
         affine: Matrix 4 x 4 from its voxels to the world, in mm.
+        scans: Digests of the grids of the two scans it was made for, see :func:`made_for`; empty where not known.
     """
 
     displacement: torch.Tensor
     affine: np.ndarray
+    scans: tuple[str, ...] = ()
 
     @cached_property
     def linear(self) -> np.ndarray:
@@ -218,6 +233,36 @@ class WrittenMap(WorldMap):
 
 
 @dataclass(frozen=True)
+class GriddedMap(WorldMap):
+    """A map as its field on a grid without borders would have it, which is not made: trilinear between its voxels.
+
+    Attributes:
+        whole: The map.
+        affine: Matrix 4 x 4 from the grid's voxels to the world, in mm.
+    """
+
+    whole: WorldMap
+    affine: np.ndarray
+
+    @property
+    def linear(self) -> np.ndarray:
+        """The map's."""
+        return self.whole.linear
+
+    def extended(self, points: torch.Tensor) -> torch.Tensor:
+        """Places by the displacements of the eight voxels around each point."""
+        voxels = transform(np.linalg.inv(self.affine), points)
+        low = voxels.floor()
+        found = points.double().clone()
+        for corner in itertools.product((0.0, 1.0), repeat=3):
+            step = torch.tensor(corner, dtype=torch.float64).view(1, 3, *[1] * (points.ndim - 2))
+            at = transform(self.affine, low + step)
+            weight = 1 - (voxels - low - step).abs()
+            found += weight.prod(1, keepdim=True) * (self.whole.extended(at) - at)
+        return found
+
+
+@dataclass(frozen=True)
 class InverseMap(WorldMap):
     """The inverse of a map: for each place the point that the map leads there, searched for.
 
@@ -332,13 +377,16 @@ def read_transform(path: str | Path) -> WorldMap:
 
 
 def _read_field(path: Path) -> FieldMap:
-    shape = read_header(path).shape
+    header = read_header(path)
+    shape = header.shape
     if len(shape) != 5 or shape[3:] != (1, 3):
         more = " (voxel displacements in Learn2Reg's layout are no transform of ITK)" if shape[3:] == (3,) else ""
         raise ValueError(f"{path}: expected a displacement field (D, H, W, 1, 3) in mm, got shape {shape}{more}")
     array, affine = read_nifti(path)
     check_right_angles(path, affine)
-    return _field(array[:, :, :, 0], affine, path)
+    about = header.description
+    scans = tuple(about.removeprefix(MADE_FOR).split(" to ")) if about.startswith(MADE_FOR) else ()
+    return replace(_field(array[:, :, :, 0], affine, path), scans=scans)
 
 
 def _field(array: np.ndarray, affine: np.ndarray, path: Path) -> FieldMap:

@@ -58,6 +58,13 @@ def check_skip(skip: Iterable[str]) -> tuple[str, ...]:
     return tuple(step for step in STEPS if step in chosen)
 
 
+def check_tools(skipped: Iterable[str]) -> None:
+    """Raise ModuleNotFoundError unless the packages that the steps need, those skipped left out, are installed."""
+    for step, package in zip(STEPS, ("deepbet", "SimpleITK", "SimpleITK"), strict=True):
+        if step not in skipped:
+            require(package)
+
+
 # the three steps ------------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=2)
 def _stripper(on_cpu: bool) -> object:
@@ -384,7 +391,7 @@ def as_cohort(values: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def prepare_scan(
-    path: str | Path,
+    path: str | Path | Scan,
     skip: Iterable[str] = (),
     device: torch.device | str = "cpu",
     step_done: Callable[[str], object] = lambda step: None,
@@ -394,7 +401,7 @@ def prepare_scan(
     """Find brain, bias field and place in the LUMIR frame of a T1 scan.
 
     Args:
-        path: Path of a NIfTI file, any orientation and spacing.
+        path: Path of a NIfTI file, any orientation and spacing; or a scan that was read.
         skip: Steps of :data:`STEPS` that have been done before: "strip" (its background is constant), "bias", "affine"
             (its world coordinates are those of the frame, on whatever grid).
         device: Device that the skull is stripped on.
@@ -410,7 +417,7 @@ def prepare_scan(
     skipped = check_skip(skip)
     check_choice(recipe, RECIPES, "recipe")
     seconds: dict[str, float] = {}
-    scan = read_scan(path)
+    scan = path if isinstance(path, Scan) else read_scan(path)
 
     def timed(step: str, work, otherwise):
         started = time.perf_counter()
@@ -422,8 +429,9 @@ def prepare_scan(
     mask = timed("strip", lambda: brain_mask(scan, device), lambda: stripped_mask(scan))
     positive = replace(scan, values=above_zero(scan, mask))
     corrected = timed("bias", lambda: corrected_bias(positive, mask), lambda: positive.values)
+    name = str(scan.path)
     to_scan = timed(
-        "affine", lambda: affine_to_frame(corrected, mask, scan.affine, str(path), contrast, recipe), lambda: np.eye(4)
+        "affine", lambda: affine_to_frame(corrected, mask, scan.affine, name, contrast, recipe), lambda: np.eye(4)
     )
     return PreparedScan(scan, corrected, mask, to_scan, skipped, seconds, recipe)
 

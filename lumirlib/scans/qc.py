@@ -106,6 +106,7 @@ def registration_figure(
     displacement: torch.Tensor,
     determinant: torch.Tensor,
     title: str,
+    notes: str = "",
 ) -> Figure:
     """The QC page of a registration, in the LUMIR frame.
 
@@ -114,8 +115,9 @@ def registration_figure(
         moving: Moving image after the affine alone, ``(1, 1, 160, 224, 192)``, 0 ... 255.
         warped: Moving image after the whole map, ``(1, 1, 160, 224, 192)``, 0 ... 255.
         displacement: Displacement ``(1, 3, 160, 224, 192)`` in voxels of 1 mm.
-        determinant: Determinant of the displacement's Jacobian, ``(1, 1, 160, 224, 192)``.
+        determinant: Determinant of the map's Jacobian, ``(1, 1, 160, 224, 192)``.
         title: Title of the page.
+        notes: Lines below the pictures.
     """
     plots.use_style()
     names = (
@@ -154,4 +156,5 @@ def registration_figure(
     for ax, name in zip(axes[0], names, strict=True):
         ax.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=11)
+    figure.supxlabel(notes, fontsize=9.5, x=0.01, horizontalalignment="left")
     return figure

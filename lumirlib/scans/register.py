@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from torch import nn
@@ -28,9 +29,10 @@ from lumirlib.data.frame import frame_affine
 from lumirlib.data.nifti import read_grid, read_volume, write_nifti
 from lumirlib.files import check_new, write_json
 from lumirlib.methods.contrast import CONTRASTS, for_contrast
-from lumirlib.scans.bids import BidsName, root_of, write_description, write_sidecar
+from lumirlib.scans.bids import BidsName, check_derivative, root_of, write_description, write_sidecar
 from lumirlib.scans.maps import (
     FieldMap,
+    GriddedMap,
     InverseMap,
     ScanMap,
     WorldMap,
@@ -39,11 +41,21 @@ from lumirlib.scans.maps import (
     field_on,
     in_voxels,
     is_orthogonal,
+    made_for,
     sample_at,
 )
 from lumirlib.scans.plausibility import likeness
-from lumirlib.scans.prepare import STEPS, PreparedScan, as_cohort, background_value, check_skip, prepare_scan
-from lumirlib.scans.scan import Scan, collected_warnings, correlation, transform, world_slabs
+from lumirlib.scans.prepare import (
+    STEPS,
+    PreparedScan,
+    as_cohort,
+    background_value,
+    check_skip,
+    check_tools,
+    prepare_scan,
+    stripped_mask,
+)
+from lumirlib.scans.scan import Scan, collected_warnings, correlation, read_scan, transform, world_slabs
 from lumirlib.training.engine import pick_device
 from lumirlib.training.registrar import choose_registrar, default_registrar
 
@@ -62,8 +74,12 @@ DISPLACEMENTS = {"displacement": "displacement.nii.gz", "inverse_displacement": 
 FINEST = 1024
 #: Correlation of two registered brains, at least. Of real ones it is 0.43 and more after an affine alone.
 MIN_NCC = 0.4
-#: The map and its inverse, one behind the other, lead back within this at 99 % of the moving brain, or it is said.
+#: The map and its inverse, one behind the other, lead back within this at 99 % of either brain, or it is said.
 MAX_INVERSE_MM = 0.5
+#: Voxels of the inverse's grid are made smaller, down to this edge, until a guess is below this part of that.
+MIN_INVERSE_EDGE_MM, ENOUGH = 0.7, 0.9
+#: Random points of each brain at which the inverse is measured, and of these those that the guess is made from.
+INVERSE_POINTS, GUESSED_POINTS = 20_000, 4_000
 #: Seconds of each part on two cores, whose ratios make the progress bar's guess at what is left.
 USUAL_SECONDS = {"strip": 12, "bias": 4, "affine": 4, "frame": 4, "displacement": 25, "optimization": 90}
 USUAL_SECONDS |= {"forward": 12, "inverse": 30, "qc": 20}
@@ -78,10 +94,11 @@ class Registration:
         files: Paths that were written, by kind, see :data:`FILES` and :data:`DISPLACEMENTS`.
         measures: Measures by name: ncc_* (Pearson correlation of the two brains inside the fixed one, by the headers
             alone, after the affine, and after the whole map), local_ncc_* (1 - the paper's NCC loss, after the affine
-            and after the whole map), ndv_percent, jacobian_min and jacobian_max (without the affine);
-            inverse_p50_mm, inverse_p99_mm and inverse_max_mm (how far from where it was a point of the moving brain
-            is after the inverse transform and the transform, as they are written) and inverse_outside_percent (of the
-            moving brain, what the inverse leads out of the fixed scan). What is masked counts in no ncc.
+            and after the whole map), ndv_percent, jacobian_min and jacobian_max (of the map that is written, inside
+            the fixed brain); inverse_moving_p50_mm, _p99_mm and _max_mm (how far from where it was a point of the
+            moving brain is after the inverse transform and the transform, as they are written, at random points) and
+            inverse_moving_outside_percent (of them, those that are led out of the fixed scan); inverse_fixed_... (the
+            same of the fixed brain, after the transform and its inverse). What is masked counts in no ncc.
         seconds: Seconds of each part.
         remarks: Remarks made on the way, and on what about the scans or the result is hardly right.
     """
@@ -105,7 +122,7 @@ class _Progress:
 
     def advance(self, part: str, share: float = 1.0) -> None:
         """Say that a share of a part is done."""
-        self.bar.update(share * USUAL_SECONDS[part])
+        self.bar.update(min(share * USUAL_SECONDS[part], self.bar.total - self.bar.n))
 
     def timed(self, name: str, part: str, work: Callable, own_steps: bool = False):
         """The result of a part's work, which advances the bar itself or is advanced when it is done."""
@@ -150,7 +167,7 @@ def register(
       `warped_fixed.nii.gz`: the fixed scan on the moving scan's grid, by the inverse;
     * `transform.nii.gz`: the displacement field of ITK and ANTs on the fixed scan's grid, in mm, LPS, affine included:
       ``antsApplyTransforms -t``; where the scan's axes are not at right angles, on a grid of right angles that covers
-      it. `inverse_transform.nii.gz`: its inverse, on the moving scan's grid;
+      it. `inverse_transform.nii.gz`: its inverse, on the moving scan's grid or a finer one, see :func:`inverse_grid`;
     * `jacobian.nii.gz`: determinant of the whole map on the fixed scan's grid: volume of the moving scan per volume of
       the fixed one, affine included;
     * `qc.png`, `qc.pdf`: the page to look at; `registration.json`: measures, remarks, timings, provenance;
@@ -190,7 +207,9 @@ def register(
         FileNotFoundError, ValueError, ModuleNotFoundError: as :func:`choose_registrar` and
             :func:`lumirlib.scans.prepare.prepare_scan`; masks of another grid, or with a method that is not optimized.
         FileExistsError: a result is there already.
-        OSError: `out` cannot be written, said before anything is prepared.
+        OSError: `out` cannot be written.
+
+    What can be told from the files alone is told before anything is prepared.
     """
     check_choice(contrast, CONTRASTS, "contrast")
     optimize = bool(fixed_mask or moving_mask)
@@ -213,20 +232,31 @@ def register(
     names = names if displacements else {kind: path for kind, path in names.items() if kind not in DISPLACEMENTS}
     for path in names.values():
         check_new(path, overwrite)
+    if bids:
+        check_derivative(out)
     skips = [check_skip({*skip, *own}) for own in (skip_fixed, skip_moving)]
-    masks = [
-        read_mask(mask, path) if mask else None for mask, path in zip((fixed_mask, moving_mask), paths, strict=True)
-    ]
+    for steps in skips:
+        check_tools(steps)
+    read: list[Scan] = []
+    remarks: list[str] = []
+    for path, steps in zip(paths, skips, strict=True):
+        with collected_warnings() as told:
+            read.append(read_scan(path))
+        remarks += [one.replace(str(path), path.name) for one in told]
+        if "strip" in steps:
+            with collected_warnings():  # told when it is prepared
+                stripped_mask(read[-1])
+    given_masks = {"--fixed-mask": (fixed_mask, fixed), "--moving-mask": (moving_mask, moving)}
+    masks = [read_mask(mask, path, option) if mask else None for option, (mask, path) in given_masks.items()]
     parts = [*STEPS, *STEPS, "frame", "optimization" if optimize else "displacement", "forward", "inverse", "qc"]
     work = _Progress(parts, progress)
     with work.bar:
-        remarks: list[str] = []
         scans: list[PreparedScan] = []
-        for path, steps in zip(paths, skips, strict=True):
-            work.bar.set_description_str(f"prepare {path.name}")
+        for scan, steps in zip(read, skips, strict=True):
+            work.bar.set_description_str(f"prepare {scan.path.name}")
             with collected_warnings() as told:
-                scans.append(prepare_scan(path, steps, target, work.advance, contrast))
-            remarks += [one.replace(str(path), path.name) for one in told]
+                scans.append(prepare_scan(scan, steps, target, work.advance, contrast))
+            remarks += [one.replace(str(scan.path), scan.path.name) for one in told]
         for role, prepared in zip(("fixed", "moving"), scans, strict=True):
             work.seconds |= {f"{step}_{role}": spent for step, spent in prepared.seconds.items()}
         in_frame = work.timed("resample_to_frame", "frame", lambda: [prepared.in_frame for prepared in scans])
@@ -242,11 +272,15 @@ def register(
         )
         whole = ScanMap(np.linalg.inv(scans[0].to_scan), displacement, registrar.resolution_mm, scans[1].to_scan)
         determinant = metrics.jacobian_determinant(whole.displacement_1mm())
-        fields = write_both(whole, scans[0].scan, scans[1].scan, names, determinant, work)
+        determinant *= float(np.linalg.det(whole.linear[:3, :3]))
+        points = tuple(_points_in(prepared, INVERSE_POINTS) for prepared in scans)
+        written = write_both(whole, *read, names, determinant, work, points)
+        of_brain = written.jacobian[scans[0].mask]
+        known = {"jacobian_min": float(of_brain.min()), "jacobian_max": float(of_brain.max())}
+        known |= inverse_error(written.forward, written.inverse, *points)
         measures = work.timed(
-            "qc", "qc", lambda: _check(whole, *scans, left_out, determinant, registrar.name, names["qc"])
+            "qc", "qc", lambda: _check(whole, *scans, left_out, determinant, known, registrar.name, names["qc"])
         )
-        measures |= inverse_error(*fields, scans[1])
     if not is_orthogonal(scans[0].scan.affine) or not is_orthogonal(scans[1].scan.affine):
         remarks.append(
             "the axes of a scan are not at right angles, which ITK and ANTs do not read; the transform that starts "
@@ -281,25 +315,38 @@ def register(
     return Registration(whole, names, measures, work.seconds, remarks)
 
 
-def read_mask(path: str | Path, scan: str | Path) -> torch.Tensor:
+def read_mask(path: str | Path, scan: str | Path, option: str = "mask") -> torch.Tensor:
     """A mask of a scan, ``(1, 1, D, H, W)`` bool: what is not zero.
 
+    Args:
+        path: NIfTI file of the mask.
+        scan: NIfTI file of the scan.
+        option: Name of the option, for messages.
+
     Raises:
+        FileNotFoundError: no such file.
         ValueError: another grid than the scan's, or all or nothing masked.
     """
     shape, affine = read_grid(scan)
 
     def fits(sides: tuple[int, ...], own: np.ndarray) -> None:
         if sides != shape or not np.allclose(own, affine, atol=1e-3):
-            raise ValueError(
-                f"{path}: expected the grid of {Path(scan).name}, {shape} with affine {affine.round(3).tolist()}; "
-                f"got {sides} with {own.round(3).tolist()}"
-            )
+            mine, wanted = describe_grid(sides, own), describe_grid(shape, affine)
+            same = ", elsewhere or turned" if mine == wanted else ""
+            raise ValueError(f"{option} {path} must lie on the grid of {scan}, {wanted}; got {mine}{same}")
 
     found = torch.from_numpy(np.ascontiguousarray(read_volume(path, fits)[0] != 0))[None, None]
     if not found.any() or found.all():
-        raise ValueError(f"{path}: expected a mask of a part of the scan, got {'all' if found.any() else 'none'} of it")
+        got = "all" if found.any() else "none"
+        raise ValueError(f"{option} {path}: expected a mask of a part of the scan, got {got} of it")
     return found
+
+
+def describe_grid(shape: Sequence[int], affine: np.ndarray) -> str:
+    """A grid in short: sides, voxels in mm and orientation."""
+    edges = " x ".join(f"{edge:.4g}" for edge in np.linalg.norm(affine[:3, :3], axis=0))
+    codes = "".join(code or "?" for code in nib.aff2axcodes(affine))
+    return f"{' x '.join(map(str, shape))} voxels of {edges} mm, {codes}"
 
 
 def _doubts(scans: Sequence[PreparedScan], measures: Mapping[str, float], contrast: str) -> list[str]:
@@ -314,11 +361,12 @@ def _doubts(scans: Sequence[PreparedScan], measures: Mapping[str, float], contra
         found.append("both scans have the same voxels in the same place: are they one file?")
     if contrast == "t1" and measures["ncc"] < MIN_NCC:
         found.append(f"the brains correlate {measures['ncc']:.3f} after the registration, below {MIN_NCC}")
-    if not measures["inverse_p99_mm"] <= MAX_INVERSE_MM:
-        found.append(
-            f"transform and inverse lead back within {measures['inverse_p99_mm']:.2f} mm at 99 % of the moving brain, "
-            f"expected {MAX_INVERSE_MM} mm: the map folds, or the voxels are too coarse for it"
-        )
+    for brain in ("moving", "fixed"):
+        if not (p99 := measures[f"inverse_{brain}_p99_mm"]) <= MAX_INVERSE_MM:
+            found.append(
+                f"transform and inverse lead back within {p99:.2f} mm at 99 % of the {brain} brain, expected "
+                f"{MAX_INVERSE_MM} mm: the map folds, or the voxels are too coarse for it"
+            )
     return found
 
 
@@ -333,17 +381,69 @@ def _about(prepared: PreparedScan) -> dict[str, object]:
     }
 
 
-def orthogonal_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """Sides and affine of a grid of right angles that covers another, turned as that is, with voxels of its edges."""
+def orthogonal_grid(
+    shape: Sequence[int], affine: np.ndarray, edge_mm: float = np.inf
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """Sides and affine of a grid of right angles that covers another, turned as that is, with voxels of its edges.
+
+    Args:
+        shape: Sides of the other grid in voxels.
+        affine: Matrix 4 x 4 from its voxels to the world, in mm.
+        edge_mm: Edge of a voxel in mm, at most.
+    """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if is_orthogonal(affine) and spacing.max() <= edge_mm:
+        return tuple(shape), affine
     left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
     directions = left @ right
+    spacing = np.minimum(spacing, edge_mm)
     corners = np.stack(np.meshgrid(*[(0, side - 1) for side in shape])).reshape(3, -1)
     along = directions.T @ (affine[:3, :3] @ corners + affine[:3, 3:])
     new = np.eye(4)
     new[:3, :3] = directions * spacing
     new[:3, 3] = directions @ along.min(1)
     return tuple(int(side) for side in np.ceil((along.max(1) - along.min(1)) / spacing - 1e-6) + 1), new
+
+
+def inverse_grid(
+    forward: FieldMap, back: InverseMap, moving: Scan, in_fixed: torch.Tensor, in_moving: torch.Tensor
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """Sides and affine of the grid that an inverse is written on: the moving scan's, or a finer one.
+
+    Between its voxels an inverse is interpolated, and where the map is steep that is not enough. What it would be on a
+    grid is computed at some points, and the voxels are made smaller until it is good enough.
+
+    Args:
+        forward: Transform as it is written.
+        back: Inverse of it.
+        moving: Moving scan.
+        in_fixed: World points ``(1, 3, N)`` of the fixed brain.
+        in_moving: World points ``(1, 3, N)`` of the moving brain.
+    """
+    points = in_fixed[..., :GUESSED_POINTS], in_moving[..., :GUESSED_POINTS]
+    edge = float(moving.spacing_mm.max())
+    while True:
+        shape, affine = orthogonal_grid(moving.shape, moving.affine, edge)
+        found = inverse_error(forward, GriddedMap(back, affine), *points)
+        worst = max(found["inverse_fixed_p99_mm"], found["inverse_moving_p99_mm"]) / (ENOUGH * MAX_INVERSE_MM)
+        if worst <= 1 or not np.isfinite(worst) or edge <= MIN_INVERSE_EDGE_MM:
+            return shape, affine
+        edge = max(MIN_INVERSE_EDGE_MM, edge * float(np.clip(1 / worst, 0.5, 0.9)))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What :func:`write_both` has written.
+
+    Attributes:
+        forward: Transform.
+        inverse: Its inverse.
+        jacobian: Determinant of the map on the fixed scan's grid, ``(1, 1, D, H, W)``.
+    """
+
+    forward: FieldMap
+    inverse: FieldMap
+    jacobian: torch.Tensor
 
 
 def write_both(
@@ -353,54 +453,67 @@ def write_both(
     names: Mapping[str, Path],
     determinant: torch.Tensor,
     work: _Progress | None = None,
-) -> tuple[FieldMap, FieldMap]:
-    """Write images, transforms and what else lies on the grid of a scan; the two fields as they are written.
+    points: Sequence[torch.Tensor] = (),
+) -> Written:
+    """Write images, transforms and what else lies on the grid of a scan.
 
     Args:
         whole: Map from the fixed scan's world to the moving scan's.
         fixed: Fixed scan.
         moving: Moving scan.
         names: Path of each kind of file, see :data:`FILES`; displacements are written where they have one.
-        determinant: Determinant of the displacement's Jacobian in the frame at 1 mm, ``(1, 1, 160, 224, 192)``.
+        determinant: Determinant of the map's Jacobian in the frame at 1 mm, ``(1, 1, 160, 224, 192)``.
         work: Progress to tell.
+        points: World points ``(1, 3, N)`` of the fixed brain and of the moving one, at which the inverse has to be good
+            enough, see :func:`inverse_grid`; without them it is written on the moving scan's grid.
     """
     work = work or _Progress(list(USUAL_SECONDS), False)
+    grid = orthogonal_grid(fixed.shape, fixed.affine)
     forward = work.timed(
-        "forward", "forward", lambda: _write_direction(whole, fixed, moving, names, "", "warped", work, "forward"), True
+        "forward",
+        "forward",
+        lambda: _write_direction(whole, fixed, moving, grid, names, "", "warped", work, "forward"),
+        True,
     )
     found = torch.empty(1, 1, *fixed.shape)
     to_frame = np.linalg.inv(frame_affine(1)) @ whole.fixed_to_frame
-    for planes, points in world_slabs(fixed.shape, fixed.affine):
-        found[:, :, planes] = sample_at(determinant, transform(to_frame, points)).float()
-    found *= float(np.linalg.det(whole.linear[:3, :3]))
+    for planes, points_ in world_slabs(fixed.shape, fixed.affine):
+        found[:, :, planes] = sample_at(determinant, transform(to_frame, points_)).float()
     write_nifti(names["jacobian"], found[0, 0].numpy(), fixed.affine)
     back = InverseMap(WrittenMap(forward, whole))  # what is written undoes what is written
-    inverse = work.timed(
-        "inverse",
-        "inverse",
-        lambda: _write_direction(back, moving, fixed, names, "inverse_", "warped_fixed", work, "inverse"),
-        True,
-    )
-    return forward, inverse
+
+    def inverted() -> FieldMap:
+        onto = inverse_grid(forward, back, moving, *points) if points else orthogonal_grid(moving.shape, moving.affine)
+        return _write_direction(back, moving, fixed, onto, names, "inverse_", "warped_fixed", work, "inverse")
+
+    return Written(forward, work.timed("inverse", "inverse", inverted, True), found)
 
 
 def _write_direction(
-    by: WorldMap, onto: Scan, of: Scan, names: Mapping[str, Path], prefix: str, warped: str, work: _Progress, part: str
+    by: WorldMap,
+    onto: Scan,
+    of: Scan,
+    grid: tuple[tuple[int, ...], np.ndarray],
+    names: Mapping[str, Path],
+    prefix: str,
+    warped: str,
+    work: _Progress,
+    part: str,
 ) -> FieldMap:
-    """Write one scan on the grid of the other, and the transform that brings it there; the latter."""
-    field_ = _rounded(field_on(by, onto.shape, onto.affine, lambda share: work.advance(part, share)))
-    displacement = in_voxels(field_, of.affine)
+    """Write a transform on a grid, and one scan as it brings it onto the grid of the other; the transform."""
+    field_ = _rounded(field_on(by, *grid, lambda share: work.advance(part, share)))
+    array = field_.displacement[0].movedim(0, -1).numpy() @ field_formats.RAS_TO_LPS.astype(np.float32)
+    about = made_for(onto.shape, onto.affine, made_for(of.shape, of.affine))
+    write_nifti(names[f"{prefix}transform"], array[:, :, :, None], field_.affine, intent="vector", description=about)
+    del array
+    own = field_ if grid[1] is onto.affine else field_on(WrittenMap(field_, by), onto.shape, onto.affine)
     background = background_value(of.values)
     outside = float(of.values.min()) if background is None else background
-    image = carry(of.values[0, 0].numpy(), displacement, "linear", outside)
+    image = carry(of.values[0, 0].numpy(), in_voxels(own, of.affine), "linear", outside)
     write_nifti(names[warped], image, onto.affine)
     if f"{prefix}displacement" in names:
-        of_grid = in_voxels(field_, onto.affine)
+        of_grid = in_voxels(own, onto.affine)
         write_nifti(names[f"{prefix}displacement"], np.round(of_grid * FINEST) / FINEST, onto.affine)
-    if not is_orthogonal(onto.affine):
-        field_ = _rounded(field_on(by, *orthogonal_grid(onto.shape, onto.affine)))
-    array = field_.displacement[0].movedim(0, -1).numpy() @ field_formats.RAS_TO_LPS.astype(np.float32)
-    write_nifti(names[f"{prefix}transform"], array[:, :, :, None], field_.affine, intent="vector")
     return field_
 
 
@@ -409,24 +522,42 @@ def _rounded(field_: FieldMap) -> FieldMap:
     return replace(field_, displacement=(field_.displacement * FINEST).round_().div_(FINEST))
 
 
-def inverse_error(forward: FieldMap, inverse: FieldMap, moving: PreparedScan) -> dict[str, float]:
-    """How well two transforms, as they are written, undo each other at the voxels of the moving brain, in mm."""
-    places = transform(moving.scan.affine, torch.nonzero(moving.mask[0, 0]).T[None].double())
-    points = inverse(places)
-    there = points.isfinite().all(1, keepdim=True) & forward.defined(points.nan_to_num())
-    error = (forward.extended(points.nan_to_num()) - places).norm(dim=1)[there[:, 0]].numpy()
-    if not error.size:
-        return {"inverse_p50_mm": np.inf, "inverse_p99_mm": np.inf, "inverse_max_mm": np.inf} | {
-            "inverse_outside_percent": 100.0
-        }
-    p50, p99, most = np.percentile(error, (50, 99, 100)).round(5).tolist()
-    outside = round(100 * float(1 - there.double().mean()), 4)
-    return {
-        "inverse_p50_mm": p50,
-        "inverse_p99_mm": p99,
-        "inverse_max_mm": most,
-        "inverse_outside_percent": outside,
-    }
+def _points_in(prepared: PreparedScan, count: int) -> torch.Tensor:
+    """World points ``(1, 3, count)`` of a brain, anywhere in its voxels, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.nonzero(prepared.mask[0, 0])
+    chosen = inside[torch.randint(len(inside), (count,), generator=generator)]
+    within = torch.rand(count, 3, generator=generator, dtype=torch.float64) - 0.5
+    return transform(prepared.scan.affine, (chosen + within).T[None])
+
+
+def inverse_error(
+    forward: WorldMap, inverse: WorldMap, in_fixed: torch.Tensor, in_moving: torch.Tensor
+) -> dict[str, float]:
+    """How well two transforms, as they are written, undo each other, in mm.
+
+    Args:
+        forward: Transform from the fixed scan to the moving one.
+        inverse: Its inverse.
+        in_fixed: World points ``(1, 3, N)`` of the fixed brain.
+        in_moving: World points ``(1, 3, N)`` of the moving brain.
+
+    Returns:
+        Of each brain (moving: inverse first; fixed: transform first) the median, 99th percentile and maximum of how far
+        from where it was a point is led, and the percentage of points that are led out of the other scan.
+    """
+    found: dict[str, float] = {}
+    ways = {"moving": (in_moving, inverse, forward), "fixed": (in_fixed, forward, inverse)}
+    for brain, (points, first, then) in ways.items():
+        there = first(points)
+        known = there.isfinite().all(1, keepdim=True)
+        there = there.nan_to_num()
+        known &= then.defined(there)
+        error = (then.extended(there) - points).norm(dim=1)[known[:, 0]].numpy()
+        of_error = np.percentile(error, (50, 99, 100)).round(5).tolist() if error.size else [np.inf] * 3
+        found |= {f"inverse_{brain}_{name}_mm": x for name, x in zip(("p50", "p99", "max"), of_error, strict=True)}
+        found[f"inverse_{brain}_outside_percent"] = round(100 * float(1 - known.double().mean()), 4)
+    return found
 
 
 def _check(
@@ -435,10 +566,11 @@ def _check(
     moving: PreparedScan,
     left_out: Sequence[torch.Tensor | None],
     determinant: torch.Tensor,
+    known: Mapping[str, float],
     method: str,
     page: Path,
 ) -> dict[str, float]:
-    """Measures of a registration in the frame at 1 mm, and its QC page."""
+    """Measures of a registration in the frame at 1 mm, beside those that are known, and its QC page with all."""
     import matplotlib.pyplot as plt
 
     from lumirlib.plots import save_figure
@@ -470,18 +602,34 @@ def _check(
         "local_ncc_affine": local(moving.in_frame, of_fixed, of_moving),
         "local_ncc": local(warped, of_fixed, carried),
         "ndv_percent": metrics.ndv_percent(displacement, brain),
-        "jacobian_min": float(determinant[brain].min()),
-        "jacobian_max": float(determinant[brain].max()),
+        **known,
     }
-    title = (
-        f"{method} at {whole.resolution_mm} mm: {moving.scan.name} onto {fixed.scan.name}\n"
-        f"NCC by headers {measures['ncc_headers']:.3f}, affine {measures['ncc_affine']:.3f}, "
-        f"registered {measures['ncc']:.3f}; folds {measures['ndv_percent']:.3g} % of the brain"
-    )
-    figure = registration_figure(image, moving.in_frame, warped, displacement, determinant, title)
+    title = f"{method} at {whole.resolution_mm} mm: {moving.scan.name} onto {fixed.scan.name}"
+    notes = explained(measures)
+    figure = registration_figure(image, moving.in_frame, warped, displacement, determinant, title, notes)
     save_figure(figure, page.with_suffix(""), data=False)
     plt.close(figure)
     return {name: round(value, 6) for name, value in measures.items()}
+
+
+def explained(measures: Mapping[str, float]) -> str:
+    """What the measures of a registration mean, a line each."""
+    m = measures
+    return "\n".join(
+        (
+            "NCC, how alike the brains' brightness is inside the fixed brain, 1 at best: "
+            f"{m['ncc_headers']:.3f} as the headers place them, {m['ncc_affine']:.3f} after the affine, {m['ncc']:.3f} "
+            f"registered. Local NCC, squared, in windows of 9 mm: {m['local_ncc_affine']:.3f} after the affine, "
+            f"{m['local_ncc']:.3f} registered.",
+            f"Folds, where the map turns tissue inside out: {m['ndv_percent']:.3g} % of the fixed brain; 0 at best.",
+            "Jacobian, volume in the moving scan per volume in the fixed one, affine included: "
+            f"{m['jacobian_min']:.2f} to {m['jacobian_max']:.2f} in the fixed brain; 1 keeps a volume, below 0 is a "
+            "fold.",
+            "Inverse error, how far from where it was a point is after one transform and then the other: 99 % of the "
+            f"moving brain within {m['inverse_moving_p99_mm']:.2f} mm, of the fixed brain within "
+            f"{m['inverse_fixed_p99_mm']:.2f} mm.",
+        )
+    )
 
 
 # BIDS -----------------------------------------------------------------------------------------------------------------

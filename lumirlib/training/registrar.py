@@ -136,13 +136,13 @@ def choose_registrar(
             raise FileNotFoundError(
                 f"no trained run {run!r} in {folder}, which has {', '.join(known) or 'none'}; {train_first}"
             )
-    found = read_packaged(pretrained) if pretrained else read_checkpoint(weights)
-    if resolution_mm is not None:
-        found = found.at_resolution(resolution_mm)
+    trained = read_packaged(pretrained) if pretrained else read_checkpoint(weights)
+    found = trained if resolution_mm is None else trained.at_resolution(resolution_mm)
     if found.resolution_mm not in RESOLUTIONS_MM:
         raise ValueError(f"{found.name}: works at {found.resolution_mm:g} mm, expected one of {RESOLUTIONS_MM}")
     facts = {
-        "pretrained" if pretrained else "run": found.name,
+        "pretrained" if pretrained else "run": trained.name,
+        "trained_at_mm": trained.resolution_mm,
         "cohort": found.config["cohort"],
         "preset": found.config["preset"].get("name"),
         "weights": found.digest,

@@ -17,7 +17,7 @@ from lumirlib.data.nifti import read_label_volume, read_nifti, read_volume, writ
 from lumirlib.methods.presets import PRESETS
 from lumirlib.methods.variants import parse_variant
 from lumirlib.metrics.labels import LUMIR_LABELS
-from lumirlib.scans import maps, register
+from lumirlib.scans import folder, maps, register
 from lumirlib.scans.prepare import STEPS, prepare_scan
 from lumirlib.scans.scan import as_scanned, read_scan, transform, world_slabs
 from lumirlib.training.checkpoints import save_checkpoint
@@ -290,6 +290,44 @@ def test_what_is_hardly_a_t1_brain_is_told_and_reported(tmp_path, no_pages, caps
     report = json.loads((tmp_path / "out" / "registration.json").read_text())
     assert report["remarks"][0].startswith("map.nii.gz: hardly a T1 brain")
     assert report["moving"]["template_correlation"] < 0.45 < report["fixed"]["template_correlation"]
+
+
+def test_what_is_wrong_with_the_moving_file_is_told_before_the_work_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(register, "prepare_scan", lambda *arguments: pytest.fail("it began to work"))
+    noise_scan(tmp_path / "fixed.nii.gz", np.eye(4))
+    values = np.random.default_rng(1).random((12, 14, 10), np.float32)
+    broken = values.copy()
+    broken[3, 4, 5] = np.nan
+    for moving, affine, message in (
+        (np.zeros_like(values), np.eye(4), "expected an image, got the constant 0"),
+        (broken, np.eye(4), "expected finite voxels, got 1 NaN or infinite of 1680"),
+        (np.stack([values] * 3, -1), np.eye(4), "expected a 3-D volume, got shape (12, 14, 10, 3)"),
+        (values[:4], np.eye(4), "expected at least 8 voxels along each axis, got shape (4, 14, 10)"),
+        (values, np.diag([1e3, 1e3, 1e3, 1]), "expected voxels of 0.01 to 100 mm, got 1000 x 1000 x 1000 mm"),
+        (values + 1, np.eye(4), "expected a stripped brain on zero background, as step 'strip' is skipped"),
+    ):
+        write_nifti(tmp_path / "moving.nii.gz", moving, affine)
+        paths = [str(tmp_path / f"{name}.nii.gz") for name in ("fixed", "moving")]
+        arguments = ["--out", str(tmp_path / "out" / "deep"), "--method", "affine", "--skip-moving", "strip"]
+        assert cli.main(["register", *paths, *arguments]) == 2
+        assert f"{paths[1]}: {message}" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_before_the_first_result_leaves_no_folder(tmp_path, monkeypatch):
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt
+
+    values = np.random.default_rng(0).random((12, 14, 10), np.float32)
+    values[:4] = 0
+    scan = write_nifti(tmp_path / "scans" / "fixed.nii.gz", values, np.eye(4))
+    moving = write_nifti(tmp_path / "scans" / "moving.nii.gz", values * 2, np.eye(4))
+    monkeypatch.setattr(register, "prepare_scan", interrupted)
+    monkeypatch.setattr(folder, "prepare_scan", interrupted)
+    arguments = ["--out", str(tmp_path / "out" / "deep"), "--quiet", "--skip", "strip"]
+    assert cli.main(["register", str(scan), str(moving), "--method", "affine", *arguments]) == 130
+    assert cli.main(["prepare", str(scan.parent), *arguments]) == 130
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("obstacle", ["out", "out/warped.nii.gz/", "out/registration.json/"])

@@ -14,9 +14,9 @@ from lumirlib import cli, spatial
 from lumirlib.data.frame import frame_affine, template_in_frame
 from lumirlib.data.nifti import read_nifti, read_volume, write_nifti
 from lumirlib.methods.contrast import for_contrast
-from lumirlib.scans import maps
+from lumirlib.scans import maps, register
 from lumirlib.scans.prepare import STEPS
-from lumirlib.scans.scan import as_scanned
+from lumirlib.scans.scan import as_scanned, read_scan, transform
 from lumirlib.training.registrar import DEFAULT_WEIGHTS, choose_registrar, default_registrar
 
 pytest.importorskip("SimpleITK")
@@ -43,12 +43,25 @@ def test_without_a_choice_the_best_packaged_weights_work_at_1_mm_or_2(scans, tmp
     assert default_registrar(device="cpu").resolution_mm == 1
     assert default_registrar(fast=True, device="cpu").resolution_mm == 2
     out = tmp_path / "out"
-    arguments = [*scans, "--out", str(out), "--skip", *STEPS, "--fast", "--quiet", "--device", "cpu"]
+    arguments = [*scans, "--out", str(out), "--skip", *STEPS, "--fast", "--device", "cpu"]
     assert cli.main(["register", *arguments]) == 0
-    assert f"registered by {DEFAULT_WEIGHTS}" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"packaged weights {DEFAULT_WEIGHTS}, trained on voxels of 4 mm; here on voxels of 2 mm; finer" in told.out
+    assert "to go" in told.err and "Warning" not in told.err
     report = json.loads((out / "registration.json").read_text())
-    assert report["resolution_mm"] == 2 and report["measures"]["ncc"] > report["measures"]["ncc_affine"]
-    assert report["measures"]["inverse_p99_mm"] < 0.05 and report["measures"]["inverse_outside_percent"] < 1
+    measures = report["measures"]
+    assert report["resolution_mm"] == 2 and measures["ncc"] > measures["ncc_affine"]
+    assert measures["inverse_moving_outside_percent"] < 1 and measures["inverse_fixed_outside_percent"] < 1
+    # transform and inverse lead back between voxels too, both ways, for which the inverse's are finer than the scan's
+    forward, inverse = (maps.read_transform(out / f"{name}transform.nii.gz") for name in ("", "inverse_"))
+    for brain, scan, first, then in (("fixed", scans[0], forward, inverse), ("moving", scans[1], inverse, forward)):
+        values, affine = read_volume(scan)
+        inside = np.argwhere(values > 0) + np.random.default_rng(1).random((np.count_nonzero(values > 0), 3)) - 0.5
+        points = transform(affine, torch.from_numpy(inside.T[None]))
+        p99 = float(np.nanpercentile((then(first(points)) - points).norm(dim=1), 99))
+        assert 0.01 < p99 < register.MAX_INVERSE_MM
+        assert measures[f"inverse_{brain}_p99_mm"] == pytest.approx(p99, rel=0.15)
+    assert np.linalg.norm(inverse.affine[:3, :3], axis=0).max() < 4 == read_scan(scans[1]).spacing_mm.min()
     assert cli.main(["register", *arguments]) == 2
     assert "exists already; --overwrite replaces it" in capsys.readouterr().err
     assert cli.main(["register", *arguments, "--method", "affine", "--overwrite"]) == 2
@@ -58,13 +71,27 @@ def test_without_a_choice_the_best_packaged_weights_work_at_1_mm_or_2(scans, tmp
         (scans[1], "transform", scans[0], "warped"),
         (scans[0], "inverse_transform", scans[1], "warped_fixed"),
     ):
-        field = maps.read_transform(out / f"{by}.nii.gz")
-        values, own = read_volume(image)
-        carried = maps.carry(values.astype(np.float32), maps.in_voxels(field, own), "linear", 0)
-        found, affine = read_volume(out / f"{written}.nii.gz")
+        done = ["apply", str(out / f"{by}.nii.gz"), image, "--out", str(tmp_path / "a.nii.gz"), "--overwrite"]
+        assert cli.main([*done, "--reference", image]) == 2
+        assert f"{image}: has the grid of the scan that {by}.nii.gz leads to" in capsys.readouterr().err
+        assert cli.main([*done, "--reference", grid, "--inverse"]) == 2
+        assert f"{grid}: has the grid of the scan that {by}.nii.gz inverted leads to" in capsys.readouterr().err
+        assert cli.main([*done, "--reference", grid]) == 0 and not capsys.readouterr().err
+        (found, affine), (carried, own) = (
+            read_volume(one) for one in (out / f"{written}.nii.gz", tmp_path / "a.nii.gz")
+        )
         np.testing.assert_allclose(found, carried, atol=0.01)
-        np.testing.assert_allclose(affine, read_volume(grid)[1], atol=1e-4)
+        np.testing.assert_allclose(affine, own, atol=1e-4)
+    middle = np.eye(4)
+    middle[:3, 3] = 12
+    write_nifti(tmp_path / "other.nii.gz", np.zeros((9, 9, 9), np.uint8), read_volume(scans[0])[1] @ middle)
+    done = ["apply", str(out / "transform.nii.gz"), scans[1], "--out", str(tmp_path / "a.nii.gz"), "--overwrite"]
+    assert cli.main([*done, "--reference", str(tmp_path / "other.nii.gz")]) == 0
+    assert "remark: other.nii.gz has another grid than the scan that transform.nii.gz leads" in capsys.readouterr().err
     jacobian, affine = read_volume(out / "jacobian.nii.gz")
+    brain = read_volume(scans[0])[0] > 0
+    for name, value in (("min", jacobian[brain].min()), ("max", jacobian[brain].max())):
+        assert measures[f"jacobian_{name}"] == pytest.approx(value, abs=1e-5)
     u = read_nifti(out / "transform.nii.gz")[0][:, :, :, 0] * [-1, -1, 1]
     slopes = np.stack([np.gradient(u[..., axis], axis=(0, 1, 2)) for axis in range(3)], -1)
     slopes = np.moveaxis(slopes, 0, -1) @ np.linalg.inv(affine[:3, :3]) + np.eye(3)
@@ -120,12 +147,21 @@ def test_an_inverted_scan_is_registered_as_the_scan_itself():
 def test_masks_of_another_grid_or_with_a_method_are_refused(scans, tmp_path, capsys):
     write_nifti(tmp_path / "mask.nii.gz", np.eye(5, dtype=np.uint8)[:, :, None].repeat(5, 2), np.eye(4))
     base = [*scans, "--out", str(tmp_path / "out"), "--skip", *STEPS, "--quiet"]
-    assert cli.main(["register", *base, "--fixed-mask", str(tmp_path / "mask.nii.gz")]) == 2
-    assert "mask.nii.gz: expected the grid of sub-00_T1w.nii.gz" in capsys.readouterr().err
+    mask = str(tmp_path / "mask.nii.gz")
     values, affine = read_volume(scans[0])
+    sides = " x ".join(map(str, values.shape))
+    assert cli.main(["register", *base, "--fixed-mask", mask]) == 2
+    wanted = f"--fixed-mask {mask} must lie on the grid of {scans[0]}, {sides} voxels of 4 x 5 x 4 mm, LIA; "
+    assert f"{wanted}got 5 x 5 x 5 voxels of 1 x 1 x 1 mm, RAS\n" in capsys.readouterr().err
+    shift = np.zeros((4, 4))
+    shift[0, 3] = 5
+    write_nifti(mask, values, affine + shift)
+    assert cli.main(["register", *base, "--fixed-mask", mask]) == 2
+    assert f"{wanted}got {sides} voxels of 4 x 5 x 4 mm, LIA, elsewhere or turned\n" in capsys.readouterr().err
     for fill, what in ((0, "none"), (1, "all")):
         write_nifti(tmp_path / "mask.nii.gz", np.full(values.shape, fill, np.uint8), affine)
         assert cli.main(["register", *base, "--fixed-mask", str(tmp_path / "mask.nii.gz")]) == 2
         assert f"expected a mask of a part of the scan, got {what} of it" in capsys.readouterr().err
     assert cli.main(["register", *base, "--fixed-mask", "x.nii", "--method", "deedsBCV"]) == 2
     assert "deedsBCV: masks need a network" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
