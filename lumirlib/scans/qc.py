@@ -30,9 +30,9 @@ GRID_MM = 5
 CONTOURS = (0.05, 0.8)
 
 
-def plane_of(volume: torch.Tensor, axis: int) -> np.ndarray:
-    """The plane of a volume (..., 160, 224, 192) across an axis, through :data:`CENTER`: (..., up, right)."""
-    return volume.select(volume.ndim - 3 + axis, CENTER[axis]).transpose(-1, -2).numpy()
+def plane_of(volume: torch.Tensor, axis: int, center: Sequence[int] = CENTER) -> np.ndarray:
+    """The plane of a volume (..., 160, 224, 192) across an axis, through a voxel: (..., up, right)."""
+    return volume.select(volume.ndim - 3 + axis, center[axis]).transpose(-1, -2).numpy()
 
 
 def _bare(ax: Axes) -> Axes:
@@ -107,6 +107,7 @@ def registration_figure(
     determinant: torch.Tensor,
     title: str,
     notes: str = "",
+    left_out: Sequence[torch.Tensor | None] = (None, None, None),
 ) -> Figure:
     """The QC page of a registration, in the LUMIR frame.
 
@@ -118,6 +119,8 @@ def registration_figure(
         determinant: Determinant of the map's Jacobian, ``(1, 1, 160, 224, 192)``.
         title: Title of the page.
         notes: Lines below the pictures.
+        left_out: What a mask leaves out of the fixed image, of the moving one and of the warped one, ``(1, 1, 160, 224,
+            192)`` bool; it is outlined, and the planes go through its middle.
     """
     plots.use_style()
     names = (
@@ -133,19 +136,27 @@ def registration_figure(
     images = [image[0, 0].float() / 255 for image in (fixed, moving, warped)]
     places = spatial.identity_grid(FRAME_SHAPE)[0] + displacement[0]
     brain = images[0] > 0
+    center = CENTER
+    masked = [torch.nonzero(mask[0, 0]) for mask in left_out if mask is not None and mask.any()]
+    if masked:  # its voxel nearest to its middle: what has several parts is met too
+        voxels = torch.cat(masked).double()
+        center = voxels[(voxels - voxels.mean(0)).norm(dim=1).argmin()].int().tolist()
     for row, (axis, plane_name) in zip(axes, PLANES, strict=True):
-        planes = [np.clip(plane_of(image, axis), 0, 1) for image in images]
+        planes = [np.clip(plane_of(image, axis, center), 0, 1) for image in images]
         squares = np.add.outer(*(np.arange(side) // SQUARE_MM for side in planes[0].shape)) % 2 == 0
         shown = [*planes, np.where(squares, planes[0], planes[2]), np.stack([planes[0], planes[2], planes[2]], -1)]
         for ax, plane in zip(row, shown, strict=False):
             ax.imshow(plane, origin="lower", cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        for ax, mask in zip(row, left_out, strict=False):
+            if mask is not None and (outline := plane_of(mask[0, 0].float(), axis, center)).any():
+                ax.contour(outline, [0.5], colors="C1", linewidths=1)
         across, up = (other for other in range(3) if other != axis)
-        moved = plane_of(places, axis)[[across, up]]  # (2, up, right)
+        moved = plane_of(places, axis, center)[[across, up]]  # (2, up, right)
         lines = [moved[:, at].T for at in range(0, moved.shape[1], GRID_MM)]
         lines += [moved[:, :, at].T for at in range(0, moved.shape[2], GRID_MM)]
         row[5].add_collection(LineCollection(lines, colors="C0", linewidths=0.5))
         row[5].set(xlim=(-0.5, planes[0].shape[1] - 0.5), ylim=(-0.5, planes[0].shape[0] - 0.5))
-        jacobian = np.ma.masked_where(~plane_of(brain, axis), plane_of(determinant[0, 0], axis))
+        jacobian = np.ma.masked_where(~plane_of(brain, axis, center), plane_of(determinant[0, 0], axis, center))
         drawn = row[6].imshow(jacobian, origin="lower", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
         row[6].contour(jacobian.filled(1) <= 0, [0.5], colors="black", linewidths=0.8)
         bar = figure.colorbar(drawn, ax=row[6], fraction=0.045, pad=0.02)

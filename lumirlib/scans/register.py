@@ -606,7 +606,10 @@ def _check(
     }
     title = f"{method} at {whole.resolution_mm} mm: {moving.scan.name} onto {fixed.scan.name}"
     notes = explained(measures)
-    figure = registration_figure(image, moving.in_frame, warped, displacement, determinant, title, notes)
+    outlined = of_fixed, of_moving, carried
+    if any(mask is not None for mask in outlined):
+        notes += "\nOrange: what a mask leaves out. The planes go through its middle."
+    figure = registration_figure(image, moving.in_frame, warped, displacement, determinant, title, notes, outlined)
     save_figure(figure, page.with_suffix(""), data=False)
     plt.close(figure)
     return {name: round(value, 6) for name, value in measures.items()}
@@ -621,7 +624,7 @@ def explained(measures: Mapping[str, float]) -> str:
             f"{m['ncc_headers']:.3f} as the headers place them, {m['ncc_affine']:.3f} after the affine, {m['ncc']:.3f} "
             f"registered. Local NCC, squared, in windows of 9 mm: {m['local_ncc_affine']:.3f} after the affine, "
             f"{m['local_ncc']:.3f} registered.",
-            f"Folds, where the map turns tissue inside out: {m['ndv_percent']:.3g} % of the fixed brain; 0 at best.",
+            f"Folds, where the map turns tissue inside out: {m['ndv_percent']:.4f} % of the fixed brain; 0 at best.",
             "Jacobian, volume in the moving scan per volume in the fixed one, affine included: "
             f"{m['jacobian_min']:.2f} to {m['jacobian_max']:.2f} in the fixed brain; 1 keeps a volume, below 0 is a "
             "fold.",
