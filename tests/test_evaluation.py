@@ -137,6 +137,12 @@ def test_a_method_that_gives_both_directions_runs_once_for_two_opposite_pairs(sm
     assert len(runs) == 2 and seconds.nunique() == 3
 
 
+def test_deedsbcv_which_is_not_trained_is_evaluated_without_inverse_consistency(small_cohort_json, tmp_path):
+    run = small_run(small_cohort_json, tmp_path, "deedsBCV", evaluation_pairs=2)
+    table = run.evaluate(run.train(progress=False), progress=False)
+    assert "inverse_consistency_mm" not in set(table["metric"]) and run.metrics_path.is_file()
+
+
 # scoring on the files' own voxels ------------------------------------------------------------------------------------
 
 

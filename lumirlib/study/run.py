@@ -326,7 +326,7 @@ class Run:
         """
         name = self.config.row.name
         if consistency is None:
-            consistency = getattr(self.config.row, "symmetric", False)
+            consistency = isinstance(self.config.row, Variant) and self.config.row.symmetric
         depends_on = {
             "code": provenance.source_digest(),
             "cohort": self.cohort.content_digest,
