@@ -54,6 +54,7 @@ class NetworkOptions:
             the velocity.
         passes: Number of times that each level's estimator is applied (REC).
         refinements: Number of further passes of the finest level in registration (REF), which training does without.
+        antisymmetric: Whether a level's velocity changes its sign where the features are exchanged (ANTI).
     """
 
     name: str = "backbone"
@@ -71,6 +72,7 @@ class NetworkOptions:
     correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
     passes: int = field(default=1, metadata=ADDED_LATER)
     refinements: int = field(default=0, metadata=ADDED_LATER)
+    antisymmetric: bool = field(default=False, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)
@@ -296,6 +298,7 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
             words.append(f"bilateral filter of window {self.bilateral_window}{unit}, {how}")
         if self.correlation_window:
             words.append(f"local correlation of window {self.correlation_window} as {self.correlation_mode}")
+        words += ["antisymmetric velocities"] if self.antisymmetric else []
         words += [f"{self.passes} passes of each level"] if self.passes > 1 else []
         if self.refinements:
             words.append(f"{self.refinements} further pass(es) of the finest level in registration")
@@ -345,6 +348,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     },
     "REC": {"passes": 2},
     "REF": {"refinements": 1},
+    "ANTI": {"antisymmetric": True},
     "LR2": {"learning_rate_factor": 2.0},
     "LR4": {"learning_rate_factor": 4.0},
     "MUON": {"optimizer": "muon"},

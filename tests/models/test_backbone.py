@@ -182,3 +182,31 @@ def test_images_of_integers_are_refused():
     whole = torch.ones(1, 1, 8, 9, 10, dtype=torch.uint8)
     with pytest.raises(TypeError, match=r"fixed must have a floating-point dtype, got torch\.uint8"):
         small()(whole, whole)
+
+
+# antisymmetric velocities (ANTI) --------------------------------------------------------------------------------------
+
+
+def test_exchanged_images_change_the_sign_of_an_antisymmetric_velocity_and_invert_its_field():
+    fixed, moving = (spatial.resize(image, (12, 14, 16)) for image in pair((4, 5, 6)))
+    model = small(levels=1, antisymmetric=True).eval()
+    with torch.no_grad():
+        model.estimators[0].conv3.weight.mul_(20)  # fresh weights move nothing
+        (_,), (there_velocity,) = model.fields(fixed, moving)
+        (back,), (back_velocity,) = model.fields(moving, fixed)
+        still = model(fixed, fixed)
+    assert there_velocity.abs().max() > 0.1
+    assert torch.allclose(there_velocity, -back_velocity, atol=1e-5)
+    assert torch.equal(still, torch.zeros_like(still))
+    assert torch.allclose(back, spatial.integrate(-there_velocity, model.squarings), atol=1e-4)
+
+
+def test_anti_is_a_scheme_with_the_weights_of_the_network_without_it():
+    row = parse_variant("COMP+ANTI")
+    assert row.antisymmetric and "antisymmetric" in row.describe()
+    plain, anti = small(cascade="compositional"), small(cascade="compositional", antisymmetric=True)
+    anti.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert not torch.equal(plain(*pair()), anti(*pair()))
+    anti.fields(*pair()).displacements[0].square().mean().backward()
+    assert all(parameter.grad is not None for parameter in anti.encoder.parameters())
