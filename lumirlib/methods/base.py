@@ -55,6 +55,10 @@ class Row:
         """The preset with this method's own learning rate and weights of losses; the number of steps stays."""
         return preset
 
+    def after(self: AnyRow, share: float) -> AnyRow:
+        """The row as it is trained when a share of its epochs, from 0 to 1, is done."""
+        return self
+
     def on_finer_voxels(self: AnyRow, halvings: int) -> AnyRow:
         """The row on voxels whose edge is halved so many times, doubled where the number is negative.
 

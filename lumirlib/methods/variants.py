@@ -54,6 +54,7 @@ class NetworkOptions:
             the velocity.
         passes: Number of times that each level's estimator is applied (REC).
         refinements: Number of further passes of the finest level in registration (REF), which training does without.
+        antisymmetric: Whether a level's velocity changes its sign where the features are exchanged (ANTI).
     """
 
     name: str = "backbone"
@@ -71,6 +72,7 @@ class NetworkOptions:
     correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
     passes: int = field(default=1, metadata=ADDED_LATER)
     refinements: int = field(default=0, metadata=ADDED_LATER)
+    antisymmetric: bool = field(default=False, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class TrainingOptions:
             directions.
         group_weight: Weight of :func:`lumirlib.losses.consistency.group_consistency_loss` (GROUP); each pair A, B of a
             training step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
+        group_start: Share of the epochs that are trained on pairs before `group_weight` counts.
         ndv_weight: Weight of :func:`lumirlib.losses.ndv.ndv_loss` of the result (NDV), a share of the volume.
         learning_rate_factor: Factor on the preset's learning rate (LR2 and LR4), which is that of the paper's own
             network.
@@ -98,6 +101,7 @@ class TrainingOptions:
     symmetric: bool = field(default=False, metadata=ADDED_LATER)
     inverse_consistency_weight: float = field(default=0.0, metadata=ADDED_LATER)
     group_weight: float = field(default=0.0, metadata=ADDED_LATER)
+    group_start: float = field(default=0.0, metadata=ADDED_LATER)
     ndv_weight: float = field(default=0.0, metadata=ADDED_LATER)
     learning_rate_factor: float = field(default=1.0, metadata=ADDED_LATER)
     optimizer: str = field(default="adam", metadata=ADDED_LATER)
@@ -168,6 +172,10 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
     def training_preset(self, preset: Preset) -> Preset:
         """The preset with the variant's own learning rate."""
         return preset.with_learning_rate_times(self.learning_rate_factor)
+
+    def after(self, share: float) -> Variant:
+        """The variant as it is trained when a share of its epochs is done: GROUP may count only later."""
+        return replace(self, group_weight=0.0) if share < self.group_start else self
 
     def on_finer_voxels(self, halvings: int) -> Variant:
         """The variant with a level more for each halving, so that those it has keep their millimetres.
@@ -296,13 +304,16 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
             words.append(f"bilateral filter of window {self.bilateral_window}{unit}, {how}")
         if self.correlation_window:
             words.append(f"local correlation of window {self.correlation_window} as {self.correlation_mode}")
+        words += ["antisymmetric velocities"] if self.antisymmetric else []
         words += [f"{self.passes} passes of each level"] if self.passes > 1 else []
         if self.refinements:
             words.append(f"{self.refinements} further pass(es) of the finest level in registration")
         if self.symmetric:
             weight = self.inverse_consistency_weight
             words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
-        words += [f"group consistency over triplets weighted {self.group_weight:g}"] if self.group_weight else []
+        if self.group_weight:
+            late = f" after {self.group_start:.2g} of the epochs" if self.group_start else ""
+            words.append(f"group consistency over triplets weighted {self.group_weight:g}{late}")
         words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
         if self.learning_rate_factor != 1:
             words.append(f"learning rate times {self.learning_rate_factor:g}")
@@ -345,6 +356,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     },
     "REC": {"passes": 2},
     "REF": {"refinements": 1},
+    "ANTI": {"antisymmetric": True},
     "LR2": {"learning_rate_factor": 2.0},
     "LR4": {"learning_rate_factor": 4.0},
     "MUON": {"optimizer": "muon"},

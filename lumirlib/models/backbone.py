@@ -200,6 +200,8 @@ class RegistrationNetwork(nn.Module):
             by all that was found before, and its field joined to that as a finer level's would be.
         refinements: Number of further passes of the finest level where the network is called (REF), not in
             :meth:`fields`, and so in no loss: the network is not trained for them.
+        antisymmetric: Whether the velocity of a level is half the difference of the two that its estimator gives for
+            the features in either order (ANTI), so that exchanged features give the velocity with another sign.
     """
 
     def __init__(
@@ -218,6 +220,7 @@ class RegistrationNetwork(nn.Module):
         correlation_mode: str = "channels",
         passes: int = 1,
         refinements: int = 0,
+        antisymmetric: bool = False,
     ) -> None:
         super().__init__()
         check_choice(cascade, CASCADES, "cascade")
@@ -242,6 +245,7 @@ class RegistrationNetwork(nn.Module):
         self.squarings = squarings
         self.passes = passes
         self.refinements = refinements
+        self.antisymmetric = antisymmetric
         self._checkpointing = False
         self.encoder = Encoder(start_channels, large_kernel)
         self.estimators = nn.ModuleList(FlowEstimator(start_channels, head_channels) for _ in range(levels))
@@ -370,6 +374,12 @@ class RegistrationNetwork(nn.Module):
 
     def estimate(self, level: int, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Velocity ``(B, 3, D_l, H_l, W_l)`` from the features of a level, the moving ones warped."""
+        if self.antisymmetric:
+            there, back = self._estimate(level, torch.cat([fixed, moving]), torch.cat([moving, fixed])).chunk(2)
+            return (there - back) / 2
+        return self._estimate(level, fixed, moving)
+
+    def _estimate(self, level: int, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         if not len(self.correlation):
             return self.estimators[level](fixed, moving)
         found = self.correlation[level](fixed, moving)

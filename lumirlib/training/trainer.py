@@ -32,7 +32,7 @@ from lumirlib.data import Cohort, Pair
 from lumirlib.data.loader import Batch, PairLoader
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.files import write_atomically
-from lumirlib.methods.base import Preset, halvings
+from lumirlib.methods.base import Preset, Row, halvings
 from lumirlib.provenance import commit
 from lumirlib.training.checkpoints import (
     TrainingState,
@@ -228,11 +228,16 @@ class Trainer:
             return {}
         return {"stage": self.stages.index(stage) + 1, "resolution_mm": stage.preset.resolution_mm}
 
+    @property
+    def row(self) -> Row:
+        """The row as it is trained in the epoch under way."""
+        return self.stage.row.after(self.state.epoch / self.config.preset.epochs)
+
     def batches(self) -> Iterator[tuple[Pair, ...]]:
         """This process's share of each batch that is left of the epoch under way; of triplets both pairs in turn."""
         engine, stage, state = self.engine, self.stage, self.state
         batches = epoch_batches(
-            stage.row, stage.source.train, self.config.seed, state.epoch, stage.steps, stage.preset.batch_size
+            self.row, stage.source.train, self.config.seed, state.epoch, stage.steps, stage.preset.batch_size
         )
         for batch in itertools.islice(batches, state.step, None):
             yield tuple(itertools.chain.from_iterable(batch[engine.rank :: engine.world_size]))
@@ -293,7 +298,7 @@ class Trainer:
 
         Weights and optimizer are left as they were if a loss or a gradient is not finite.
         """
-        row, preset, state, fabric = self.stage.row, self.stage.preset, self.state, self.engine.fabric
+        row, preset, state, fabric = self.row, self.stage.preset, self.state, self.engine.fabric
         self._called_optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         together = 2 if row.trains_on_triplets else 1
@@ -335,6 +340,6 @@ class Trainer:
             },
         )
         what = what_is_not_finite(
-            self.stage.row, self.model, batch.fixed, batch.moving, self.stage.preset, sums["total"]
+            self.row, self.model, batch.fixed, batch.moving, self.stage.preset, sums["total"]
         )
         return NonFiniteLossError(f"{what} in {place}, {pairs}; weights are those before it; batch saved in {path}")
