@@ -339,7 +339,5 @@ class Trainer:
                 "names": [pair.name for pair in batch.pairs],
             },
         )
-        what = what_is_not_finite(
-            self.row, self.model, batch.fixed, batch.moving, self.stage.preset, sums["total"]
-        )
+        what = what_is_not_finite(self.row, self.model, batch.fixed, batch.moving, self.stage.preset, sums["total"])
         return NonFiniteLossError(f"{what} in {place}, {pairs}; weights are those before it; batch saved in {path}")
