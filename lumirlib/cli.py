@@ -1068,7 +1068,7 @@ def report_site(out: str) -> int:
 
 @report.command("pdf", examples="lumirlib report pdf --out report.pdf")
 @click.option("--cohort", default="brains", help="Short name of the cohort of the runs.")
-@click.option("--preset", default="real-cpu", help="Preset of the runs.")
+@click.option("--preset", default="real-2mm", help="Preset of the runs.")
 @click.option("--out", default="report.pdf", help="Path of the PDF.")
 def report_pdf(cohort: str, preset: str, out: str) -> None:
     """Typeset the study on four pages: question, methods, tables, figures, claims, limits and every deviation."""
@@ -1092,12 +1092,12 @@ def report_manifest(cohort: str, data_root: str, out: str) -> None:
 @report.command(
     "claims",
     examples="""
-    lumirlib report claims --cohort brains --preset real-cpu
+    lumirlib report claims --cohort brains --preset real-2mm
     lumirlib report claims --write
     """,
 )
 @click.option("--cohort", default="brains", help="Short name of the cohort of the runs.")
-@click.option("--preset", default="real-cpu", help="Preset of the runs.")
+@click.option("--preset", default="real-2mm", help="Preset of the runs.")
 @_READ
 @_write_option("README.md")
 def report_claims(cohort: str, preset: str, results: str, write: bool) -> None:

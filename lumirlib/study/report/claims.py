@@ -1,6 +1,6 @@
 """The paper's claims, judged from the CSVs of finished runs by stated rules.
 
-    lumirlib report claims --cohort brains --preset real-cpu    # prints them
+    lumirlib report claims --cohort brains --preset real-2mm    # prints them
     lumirlib report claims --write                              # puts them into README.md
 
 A claim is a list of comparisons between rows, each computed by :mod:`lumirlib.study.report.statistics`, or a rule of
@@ -182,7 +182,7 @@ class Evidence:
         return float(own["value"].mean())
 
 
-def load_study(folder: str | Path, cohort: str = "brains", preset: str = "real-cpu") -> Evidence:
+def load_study(folder: str | Path, cohort: str = "brains", preset: str = "real-2mm") -> Evidence:
     """The study of a results folder.
 
     Args:
