@@ -218,7 +218,8 @@ def folding_figure(folding: pd.DataFrame, title: str) -> Figure:
         ax.set_yscale("symlog", linthresh=1e-5)
         ax.set_ylim(bottom=0)
         ax.set(xlabel="mean displacement (mm)", ylabel="NDV (%)", title=f"velocities of {variant}")
-        ax.legend(loc="upper left", title="joined by")
+        ax.margins(x=0.2)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(title)
     return figure
 
