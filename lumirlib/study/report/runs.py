@@ -78,11 +78,13 @@ class Runs:
 
     @property
     def title(self) -> str:
-        """What a table or figure of these runs is headed with; says "simulated" where it is."""
+        """What a table or figure of these runs is headed with; says "simulated" where it is.
+
+        The voxels named are those that most runs work at, as a preset's methods may have some of their own.
+        """
         first = self.facts.iloc[0]
-        data = data_title(
-            first["cohort"], first["cohort_name"], first["simulated"], first["resolution_mm"], first["scored_mm"]
-        )
+        usual = float(self.facts["resolution_mm"].mode().max())
+        data = data_title(first["cohort"], first["cohort_name"], first["simulated"], usual, first["scored_mm"])
         set_besides = "".join(f", {name}={value}" for name, value in self.options.items())
         return f"{data}; preset {self.preset.name}{set_besides}"
 
