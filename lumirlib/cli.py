@@ -706,8 +706,8 @@ def _registered_by(facts: dict[str, Any]) -> str:
 @click.option(
     "--interpolation",
     default="auto",
-    type=click.Choice(["auto", "linear", "cubic", "nearest"]),
-    help="auto: nearest for label maps, else linear.",
+    type=click.Choice(["auto", "linear", "cubic", "nearest", "label"]),
+    help="auto: nearest for label maps, else linear; label: smoother for label maps of thick slices.",
 )
 @click.option("--inverse", is_flag=True, help="Invert the transforms, all of them as one.")
 @click.option("--points", type=click.Choice(["ras", "lps", "voxels"]), help="INPUT is a CSV of points: what they are.")

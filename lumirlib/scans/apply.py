@@ -24,6 +24,7 @@ from lumirlib.data.nifti import read_grid, read_nifti, write_nifti
 from lumirlib.files import check_new, write_atomically
 from lumirlib.scans.maps import (
     INTERPOLATIONS,
+    OF_LABELS,
     ChainMap,
     FieldMap,
     InverseMap,
@@ -106,17 +107,19 @@ def apply_to_image(
         transforms: Transforms from the reference to the image, see :func:`read_map`.
         image: NIfTI file, 3-D, or 4-D for a series, each volume of which is carried alike.
         reference: NIfTI file whose grid is taken.
-        out: NIfTI file to write: whole numbers as they are with "nearest", else float32.
-        interpolation: Name, "linear", "cubic" or "nearest"; "auto" takes "nearest" for label maps, else "linear".
+        out: NIfTI file to write: whole numbers as they are with "nearest" and "label", else float32.
+        interpolation: Name, "linear", "cubic" or "nearest"; for label maps also "label", the number that weighs most
+            where each is interpolated linearly, ANTs' GenericLabel; "auto" takes "nearest" for label maps, else
+            "linear".
         inverse: Whether to invert the transforms.
         overwrite: Whether `out` may be replaced.
 
     Raises:
         FileNotFoundError: a file that is not there.
         FileExistsError: `out` is there.
-        ValueError: files that are no such thing; sheared axes; a label map with another interpolation than "nearest"; a
-            reference that lies where a transform is not defined, or is the scan that it leads to; an image that none of
-            it leads to.
+        ValueError: files that are no such thing; sheared axes; a label map with an interpolation of images, or the
+            reverse; a reference that lies where a transform is not defined, or is the scan that it leads to; an image
+            that none of it leads to.
     """
     check_choice(interpolation, ("auto", *INTERPOLATIONS), "interpolation")
     if not str(out).endswith((".nii", ".nii.gz")):
@@ -142,10 +145,14 @@ def apply_to_image(
     labels = is_label_map(values)
     if interpolation == "auto":
         interpolation = "nearest" if labels else "linear"
-    if labels and interpolation != "nearest":
+    if interpolation == "label" and not labels:
+        raise ValueError(
+            f"{image}: expected a label map (whole numbers, most neighbours alike) for interpolation label"
+        )
+    if labels and interpolation not in OF_LABELS:
         raise ValueError(
             f"{image}: a label map (whole numbers, most neighbours alike); {interpolation} interpolation makes numbers "
-            "that are no labels: take nearest"
+            "that are no labels: take nearest or label"
         )
     field = field_on(whole, shape, affine)
     undefined = float(field.displacement[:, 0].isnan().double().mean())
@@ -157,14 +164,14 @@ def apply_to_image(
     displacement = in_voxels(field, own)
     del field
     _check_meets(displacement, values.shape[:3], image, reference)
-    if interpolation != "nearest" and values.dtype != np.float64:
+    if interpolation not in OF_LABELS and values.dtype != np.float64:
         values = values.astype(np.float32)
     background = background_value(torch.from_numpy(np.ascontiguousarray(values.astype(np.float32))))
     outside = float(values.min()) if background is None else background
     volumes = [values] if values.ndim == 3 else list(np.moveaxis(values, -1, 0))
     carried = np.stack([carry(volume, displacement, interpolation, outside) for volume in volumes], -1)
     carried = carried[..., 0] if values.ndim == 3 else carried
-    carried = carried if interpolation == "nearest" else carried.astype(np.float32)
+    carried = carried if interpolation in OF_LABELS else carried.astype(np.float32)
     write_nifti(out, carried, affine, seconds=_seconds(image) if values.ndim == 4 else None)
     if undefined:
         remarks.append(

@@ -35,6 +35,9 @@ SLOPE_MM = 0.05
 LEAST_STEP = 1 / 64
 #: Interpolations of images, and what SimpleITK calls them.
 INTERPOLATIONS = {"linear": "sitkLinear", "cubic": "sitkBSpline", "nearest": "sitkNearestNeighbor"}
+INTERPOLATIONS |= {"label": "sitkLabelLinear"}
+#: Those of label maps: the nearest voxel's number, and the one that weighs most if each is interpolated linearly.
+OF_LABELS = ("nearest", "label")
 #: Endings of files that SimpleITK reads a transform from.
 ITK_ENDINGS = (".mat", ".txt", ".tfm", ".xfm", ".h5", ".hdf5")
 #: A displacement by this many voxels leads out of any image.

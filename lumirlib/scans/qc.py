@@ -108,6 +108,7 @@ def registration_figure(
     title: str,
     notes: str = "",
     left_out: Sequence[torch.Tensor | None] = (None, None, None),
+    compared: torch.Tensor | None = None,
 ) -> Figure:
     """The QC page of a registration, in the LUMIR frame.
 
@@ -121,6 +122,7 @@ def registration_figure(
         notes: Lines below the pictures.
         left_out: What a mask leaves out of the fixed image, of the moving one and of the warped one, ``(1, 1, 160, 224,
             192)`` bool; it is outlined, and the planes go through its middle.
+        compared: Warped image in the fixed one's contrast, for checkerboard and overlay; None takes it as it is.
     """
     plots.use_style()
     names = (
@@ -133,7 +135,7 @@ def registration_figure(
         "Jacobian determinant",
     )
     figure, axes = plt.subplots(len(PLANES), len(names), figsize=(16, 8.4), layout="constrained")
-    images = [image[0, 0].float() / 255 for image in (fixed, moving, warped)]
+    images = [image[0, 0].float() / 255 for image in (fixed, moving, warped, warped if compared is None else compared)]
     places = spatial.identity_grid(FRAME_SHAPE)[0] + displacement[0]
     brain = images[0] > 0
     center = CENTER
@@ -144,7 +146,7 @@ def registration_figure(
     for row, (axis, plane_name) in zip(axes, PLANES, strict=True):
         planes = [np.clip(plane_of(image, axis, center), 0, 1) for image in images]
         squares = np.add.outer(*(np.arange(side) // SQUARE_MM for side in planes[0].shape)) % 2 == 0
-        shown = [*planes, np.where(squares, planes[0], planes[2]), np.stack([planes[0], planes[2], planes[2]], -1)]
+        shown = [*planes[:3], np.where(squares, planes[0], planes[3]), np.stack([planes[0], planes[3], planes[3]], -1)]
         for ax, plane in zip(row, shown, strict=False):
             ax.imshow(plane, origin="lower", cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         for ax, mask in zip(row, left_out, strict=False):

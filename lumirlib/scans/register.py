@@ -26,6 +26,7 @@ from lumirlib import losses, metrics, provenance, spatial
 from lumirlib._checks import check_choice
 from lumirlib.data import field_formats
 from lumirlib.data.frame import frame_affine
+from lumirlib.data.intensity import match_contrast
 from lumirlib.data.nifti import read_grid, read_volume, write_nifti
 from lumirlib.files import check_new, write_json
 from lumirlib.methods.contrast import CONTRASTS, for_contrast
@@ -98,7 +99,8 @@ class Registration:
             the fixed brain); inverse_moving_p50_mm, _p99_mm and _max_mm (how far from where it was a point of the
             moving brain is after the inverse transform and the transform, as they are written, at random points) and
             inverse_moving_outside_percent (of them, those that are led out of the fixed scan); inverse_fixed_... (the
-            same of the fixed brain, after the transform and its inverse). What is masked counts in no ncc.
+            same of the fixed brain, after the transform and its inverse). What is masked counts in no ncc; of contrast
+            "any" they are of the moving brain in the fixed one's.
         seconds: Seconds of each part.
         remarks: Remarks made on the way, and on what about the scans or the result is hardly right.
     """
@@ -122,16 +124,18 @@ class _Progress:
 
     def advance(self, part: str, share: float = 1.0) -> None:
         """Say that a share of a part is done."""
-        self.bar.update(min(share * USUAL_SECONDS[part], self.bar.total - self.bar.n))
+        self._advance_to(self.bar.n + share * USUAL_SECONDS[part])
 
-    def timed(self, name: str, part: str, work: Callable, own_steps: bool = False):
-        """The result of a part's work, which advances the bar itself or is advanced when it is done."""
+    def _advance_to(self, place: float) -> None:
+        self.bar.update(max(0.0, min(place, self.bar.total) - self.bar.n))
+
+    def timed(self, name: str, part: str, work: Callable):
+        """The result of a part's work, which may advance the bar itself; what it has not, is done when it is."""
         self.bar.set_description_str(name.replace("_", " "))
-        started = time.perf_counter()
+        end, started = self.bar.n + USUAL_SECONDS[part], time.perf_counter()
         found = work()
         self.seconds[name] = round(time.perf_counter() - started, 2)
-        if not own_steps:
-            self.advance(part)
+        self._advance_to(end)
         return found
 
 
@@ -268,7 +272,9 @@ def register(
             registrar = chosen.optimized(*left_out, step)
         registrar = replace(registrar, method=for_contrast(registrar.method, contrast))
         displacement = work.timed(
-            "displacement", "displacement", lambda: registrar.displacement(*in_frame, target), own_steps=optimize
+            "displacement",
+            "optimization" if optimize else "displacement",
+            lambda: registrar.displacement(*in_frame, target),
         )
         whole = ScanMap(np.linalg.inv(scans[0].to_scan), displacement, registrar.resolution_mm, scans[1].to_scan)
         determinant = metrics.jacobian_determinant(whole.displacement_1mm())
@@ -279,7 +285,9 @@ def register(
         known = {"jacobian_min": float(of_brain.min()), "jacobian_max": float(of_brain.max())}
         known |= inverse_error(written.forward, written.inverse, *points)
         measures = work.timed(
-            "qc", "qc", lambda: _check(whole, *scans, left_out, determinant, known, registrar.name, names["qc"])
+            "qc",
+            "qc",
+            lambda: _check(whole, *scans, left_out, determinant, known, registrar.name, contrast, names["qc"]),
         )
     if not is_orthogonal(scans[0].scan.affine) or not is_orthogonal(scans[1].scan.affine):
         remarks.append(
@@ -473,7 +481,6 @@ def write_both(
         "forward",
         "forward",
         lambda: _write_direction(whole, fixed, moving, grid, names, "", "warped", work, "forward"),
-        True,
     )
     found = torch.empty(1, 1, *fixed.shape)
     to_frame = np.linalg.inv(frame_affine(1)) @ whole.fixed_to_frame
@@ -486,7 +493,7 @@ def write_both(
         onto = inverse_grid(forward, back, moving, *points) if points else orthogonal_grid(moving.shape, moving.affine)
         return _write_direction(back, moving, fixed, onto, names, "inverse_", "warped_fixed", work, "inverse")
 
-    return Written(forward, work.timed("inverse", "inverse", inverted, True), found)
+    return Written(forward, work.timed("inverse", "inverse", inverted), found)
 
 
 def _write_direction(
@@ -568,6 +575,7 @@ def _check(
     determinant: torch.Tensor,
     known: Mapping[str, float],
     method: str,
+    contrast: str,
     page: Path,
 ) -> dict[str, float]:
     """Measures of a registration in the frame at 1 mm, beside those that are known, and its QC page with all."""
@@ -594,13 +602,18 @@ def _check(
             return 1 - float(losses.ncc_loss(image_ / 255, image / 255))
         return 1 - float(losses.masked_ncc_loss(image_ / 255, image / 255, counting(*masks).float()))
 
+    def alike(image_: torch.Tensor) -> torch.Tensor:
+        """In the fixed image's contrast, if it may be another."""
+        return match_contrast(image_, image) if contrast == "any" and (brain & (image_ > 0)).any() else image_
+
+    moved, by_affine = alike(warped), alike(moving.in_frame)
     affine, both = brain & counting(of_fixed, of_moving), brain & counting(of_fixed, carried)
     measures = {
-        "ncc_headers": correlation(by_headers, image, brain & counting(of_fixed)),
-        "ncc_affine": correlation(moving.in_frame, image, affine),
-        "ncc": correlation(warped, image, both),
-        "local_ncc_affine": local(moving.in_frame, of_fixed, of_moving),
-        "local_ncc": local(warped, of_fixed, carried),
+        "ncc_headers": correlation(alike(by_headers), image, brain & counting(of_fixed)),
+        "ncc_affine": correlation(by_affine, image, affine),
+        "ncc": correlation(moved, image, both),
+        "local_ncc_affine": local(by_affine, of_fixed, of_moving),
+        "local_ncc": local(moved, of_fixed, carried),
         "ndv_percent": metrics.ndv_percent(displacement, brain),
         **known,
     }
@@ -609,7 +622,11 @@ def _check(
     outlined = of_fixed, of_moving, carried
     if any(mask is not None for mask in outlined):
         notes += "\nOrange: what a mask leaves out. The planes go through its middle."
-    figure = registration_figure(image, moving.in_frame, warped, displacement, determinant, title, notes, outlined)
+    if contrast == "any":
+        notes += "\nNCC, checkerboard and overlay are of the moving brain in the fixed one's contrast."
+    figure = registration_figure(
+        image, moving.in_frame, warped, displacement, determinant, title, notes, outlined, compared=moved
+    )
     save_figure(figure, page.with_suffix(""), data=False)
     plt.close(figure)
     return {name: round(value, 6) for name, value in measures.items()}

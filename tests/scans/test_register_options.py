@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import holes
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lumirlib.data.nifti import read_nifti, read_volume, write_nifti
 from lumirlib.methods.contrast import for_contrast
 from lumirlib.scans import maps, register
 from lumirlib.scans.prepare import STEPS
+from lumirlib.scans.qc import PLANES, plane_of, registration_figure
 from lumirlib.scans.scan import as_scanned, read_scan, transform
 from lumirlib.training.registrar import DEFAULT_WEIGHTS, choose_registrar, default_registrar
 
@@ -142,6 +144,30 @@ def test_an_inverted_scan_is_registered_as_the_scan_itself():
     wanted = plain.displacement(fixed, moving, "cpu")
     off, far = ((one - wanted).norm(dim=1).mean() for one in (of_inverted, plain.displacement(fixed, inverted, "cpu")))
     assert off < 0.25 * far
+
+
+def test_brains_of_two_contrasts_are_compared_in_one(scans, tmp_path):
+    values, affine = read_volume(scans[1])
+    inverted = write_nifti(tmp_path / "inverted.nii.gz", np.where(values > 0, 1.01 - values, 0), affine)
+    given = {"method": "affine", "resolution_mm": 4, "skip": STEPS, "progress": False, "contrast": "any"}
+    measures = register.register(scans[0], inverted, tmp_path / "out", **given).measures
+    assert measures["ncc_affine"] == measures["ncc"] > 0.6  # of what is inverted it is negative
+    assert measures["local_ncc"] > 0.2
+
+
+def test_page_shows_what_a_mask_leaves_out_and_compares_in_one_contrast():
+    image = template_in_frame(1) * 255
+    mask = torch.zeros(1, 1, 160, 224, 192, dtype=torch.bool)
+    mask[..., 40:51, 150:161, 60:71] = True
+    still, keeps = torch.zeros(1, 3, 160, 224, 192), torch.ones(1, 1, 160, 224, 192)
+    page = registration_figure(image, image, 255 - image, still, keeps, "title", "notes", (None, mask, mask), image)
+    rows = np.reshape([ax for ax in page.axes if ax.get_label() != "<colorbar>"], (3, 7))
+    for row, (axis, _) in zip(rows, PLANES, strict=True):
+        plane = plane_of(image[0, 0], axis, (45, 155, 65)) / 255
+        for ax in row[[0, 3]]:  # what is compared is the fixed image itself
+            np.testing.assert_allclose(ax.images[0].get_array(), plane.clip(0, 1), atol=1e-6)
+        assert [len(ax.collections) for ax in row[:5]] == [0, 1, 1, 0, 0]
+    plt.close(page)
 
 
 def test_masks_of_another_grid_or_with_a_method_are_refused(scans, tmp_path, capsys):
