@@ -98,9 +98,9 @@ class Registration:
             and after the whole map), ndv_percent, jacobian_min and jacobian_max (of the map that is written, inside
             the fixed brain); inverse_moving_p50_mm, _p99_mm and _max_mm (how far from where it was a point of the
             moving brain is after the inverse transform and the transform, as they are written, at random points) and
-            inverse_moving_outside_percent (of them, those that are led out of the fixed scan); inverse_fixed_... (the
-            same of the fixed brain, after the transform and its inverse). What is masked counts in no ncc; of contrast
-            "any" they are of the moving brain in the fixed one's.
+            inverse_moving_outside_percent (of them, those that are led out of the fixed scan); the same of the fixed
+            brain, named inverse_fixed likewise (after the transform and its inverse). What is masked counts in no ncc;
+            of contrast "any" they are of the moving brain in the fixed one's.
         seconds: Seconds of each part.
         remarks: Remarks made on the way, and on what about the scans or the result is hardly right.
     """
