@@ -118,7 +118,8 @@ class Journal:
     def __init__(self, path: str | Path, key: dict[str, Any]) -> None:
         self.path = Path(path)
         self.found: dict[str, Any] = {}
-        first, *lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else [""]
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        first, *lines = text.split("\n")
         if first == json.dumps(key):
             with suppress(ValueError):
                 for line in lines:

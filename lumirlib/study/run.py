@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lumirlib import provenance
 from lumirlib.data import Cohort, Pair, load_cohort
 from lumirlib.data.cohort import MIN_LABEL_VOXELS
-from lumirlib.evaluation import Method, evaluate_method, zero_displacement
+from lumirlib.evaluation import FURTHER_METRICS, Method, evaluate_method, zero_displacement
 from lumirlib.files import Journal, check_writable, read_json, write_atomically
 from lumirlib.methods import parse_row
 from lumirlib.methods.base import Baseline, halvings
@@ -332,6 +332,7 @@ class Run:
             "cohort": self.cohort.content_digest,
             "weights": hashlib.sha256(result.checkpoint.read_bytes()).hexdigest() if result.checkpoint else None,
             "consistency": consistency,
+            "further_metrics": sorted(FURTHER_METRICS),
             "device": self.engine.describe(),
         }
         journal = Journal(self.out / "checkpoints" / self.config.run / "evaluated.jsonl", depends_on)
