@@ -350,7 +350,7 @@ def run_row(
         result = run.train(resume=not restart, progress=not quiet)
         if train_only or not run.engine.is_first:
             return 0
-        table = run.evaluate(result, not quiet, consistency or None)
+        table = run.evaluate(result, not quiet, consistency)
         print(f"\nbest epoch {result.best_epoch}; {run.metrics_path}")
     print(summarize(table).to_string(float_format="%.4f"))
     return 0

@@ -1,9 +1,8 @@
 """Losses: similarity and smoothness of the paper, their deep supervision, and losses of our own.
 
-The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `ndv`, `consistency` and `pair` are ours.
+The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `ndv` and `pair` are ours.
 """
 
-from lumirlib.losses.consistency import group_consistency_loss, inverse_consistency_loss
 from lumirlib.losses.multilevel import PYRAMID_BLURS, SIMILARITIES, gaussian_pyramid, gaussian_smooth, registration_loss
 from lumirlib.losses.ndv import ndv_loss
 from lumirlib.losses.pair import PairLoss, masked_ncc_loss
@@ -17,8 +16,6 @@ __all__ = [
     "diffusion_loss",
     "gaussian_pyramid",
     "gaussian_smooth",
-    "group_consistency_loss",
-    "inverse_consistency_loss",
     "masked_ncc_loss",
     "mse_loss",
     "ncc_loss",

@@ -38,11 +38,6 @@ class Row:
     trains_on: ClassVar[str] = "images"
     optimizer: str = "adam"
 
-    @property
-    def trains_on_triplets(self) -> bool:
-        """Whether each pair of a training step gets a third scan, see :func:`lumirlib.training.pairs.with_third`."""
-        return False
-
     def available(self) -> str:
         """Empty where the row can be run on this machine; else "not installed: " and the steps to install it."""
         return ""
@@ -76,10 +71,8 @@ class Row:
 
         Args:
             model: Network from :meth:`build`.
-            fixed: ``(1, 1, D, H, W)`` image in [0, 1], or integer labels where the row trains on labels. For a row with
-                `trains_on_triplets` ``(2, 1, D, H, W)``: the images B and C of a triplet A, B, C.
-            moving: Image or labels of the same shape; for a row with `trains_on_triplets` the images A and B of the
-                triplet.
+            fixed: ``(1, 1, D, H, W)`` image in [0, 1], or integer labels where the row trains on labels.
+            moving: Image or labels of the same shape.
             preset: Preset as :meth:`training_preset` gives it.
             generator: Generator on the CPU, seeded for this step, for all that is random in it.
 

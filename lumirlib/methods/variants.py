@@ -12,13 +12,10 @@ from torch import nn
 
 from lumirlib import losses
 from lumirlib._checks import check_choice
-from lumirlib.data.intensity import randomize_intensity
-from lumirlib.losses import consistency
 from lumirlib.losses.ndv import ndv_loss
 from lumirlib.methods import instance_optimization
 from lumirlib.methods.base import ADDED_LATER, Row, check_options, nearest_odd
 from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
-from lumirlib.models.local_correlation import MODES as CORRELATION_MODES
 
 if TYPE_CHECKING:
     from lumirlib.methods.base import Preset
@@ -26,9 +23,6 @@ if TYPE_CHECKING:
 BILATERAL_MODES = ("joint", "post")
 
 OPTIMIZERS = ("adam", "muon")
-#: Unit of the lengths that the consistency losses weigh where a preset is in mm: the voxels that their weights were
-#: chosen at.
-CONSISTENCY_MM = 4.0
 
 
 @dataclass(frozen=True)
@@ -48,10 +42,6 @@ class NetworkOptions:
         bilateral_sigma: Width of the filter along every axis in voxels; the initial one where it is trained.
         bilateral_sigma_range: Width of the filter in intensities of the fixed image; the initial one where it is
             trained.
-        correlation_window: Side of the window of local correlations at every level (CORR), 0 for none; see
-            :mod:`lumirlib.models.local_correlation`.
-        correlation_mode: Use of the correlations: "channels", which the flow estimators read, or "attention", added to
-            the velocity.
         passes: Number of times that each level's estimator is applied (REC).
         refinements: Number of further passes of the finest level in registration (REF), which training does without.
         antisymmetric: Whether a level's velocity changes its sign where the features are exchanged (ANTI).
@@ -68,8 +58,6 @@ class NetworkOptions:
     bilateral_window: int = 0
     bilateral_sigma: float = field(default=1.0, metadata=ADDED_LATER)
     bilateral_sigma_range: float = field(default=0.1, metadata=ADDED_LATER)
-    correlation_window: int = field(default=0, metadata=ADDED_LATER)
-    correlation_mode: str = field(default="channels", metadata=ADDED_LATER)
     passes: int = field(default=1, metadata=ADDED_LATER)
     refinements: int = field(default=0, metadata=ADDED_LATER)
     antisymmetric: bool = field(default=False, metadata=ADDED_LATER)
@@ -82,28 +70,16 @@ class TrainingOptions:
     Attributes:
         bilateral_mode: Mode of the bilateral filter: "joint", it is trained with the network, or "post", it is put
             behind the trained weights of the same network without it, with its widths as given.
-        symmetric: Whether to train on both directions of each pair (SYM), predicted in one pass from shared features;
-            both count half in the loss.
-        inverse_consistency_weight: Weight of :func:`lumirlib.losses.consistency.inverse_consistency_loss` between both
-            directions.
-        group_weight: Weight of :func:`lumirlib.losses.consistency.group_consistency_loss` (GROUP); each pair A, B of a
-            training step gets a third scan C, and A to B, B to C and A to C count a third each in the rest of the loss.
         ndv_weight: Weight of :func:`lumirlib.losses.ndv.ndv_loss` of the result (NDV), a share of the volume.
         learning_rate_factor: Factor on the preset's learning rate (LR2 and LR4), which is that of the paper's own
             network.
         optimizer: Name of the optimizer (MUON), "adam" or "muon", see :mod:`lumirlib.training.muon`.
-        intensity_probability: Probability that an image that the network is trained on gets a random contrast (INT),
-            see :func:`lumirlib.data.intensity.randomize_intensity`; the loss compares the images as they are.
     """
 
     bilateral_mode: str = field(default="joint", metadata=ADDED_LATER)
-    symmetric: bool = field(default=False, metadata=ADDED_LATER)
-    inverse_consistency_weight: float = field(default=0.0, metadata=ADDED_LATER)
-    group_weight: float = field(default=0.0, metadata=ADDED_LATER)
     ndv_weight: float = field(default=0.0, metadata=ADDED_LATER)
     learning_rate_factor: float = field(default=1.0, metadata=ADDED_LATER)
     optimizer: str = field(default="adam", metadata=ADDED_LATER)
-    intensity_probability: float = field(default=0.0, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)
@@ -132,9 +108,8 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
     The options are those of :class:`NetworkOptions`, :class:`TrainingOptions` and :class:`InferenceOptions`, and
 
     Attributes:
-        voxel_mm: Edge of the network's voxels in mm where `bilateral_window` and `bilateral_sigma` are in mm, and the
-            weights of inverse and group consistency are of squared lengths of :data:`CONSISTENCY_MM`; 0 where all these
-            count voxels. A preset in mm sets it.
+        voxel_mm: Edge of the network's voxels in mm where `bilateral_window` and `bilateral_sigma` are in mm; 0 where
+            they count voxels. A preset in mm sets it.
     """
 
     voxel_mm: float = field(default=0.0, metadata=ADDED_LATER)
@@ -142,17 +117,12 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
     def __post_init__(self) -> None:
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
-        check_choice(self.correlation_mode, CORRELATION_MODES, "correlation_mode")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
-        for option in ("inverse_consistency_weight", "group_weight", "ndv_weight", "voxel_mm"):
+        for option in ("ndv_weight", "voxel_mm"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
-        if not 0 <= self.intensity_probability <= 1:
-            raise ValueError(f"intensity_probability must be from 0 to 1, got {self.intensity_probability}")
         if not 0 < self.learning_rate_factor < math.inf:
             raise ValueError(f"learning_rate_factor must be above 0, got {self.learning_rate_factor}")
-        if self.inverse_consistency_weight and not self.symmetric:
-            raise ValueError("inverse_consistency_weight needs both directions: set symmetric=true too")
         if self.instance_steps:
             instance_optimization.check_options(*self._instance_options)
 
@@ -202,44 +172,8 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
         preset: Preset,
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
-        """Loss of :meth:`objective`, of all pairs and directions that the variant trains on, and of their agreement.
-
-        Besides what :meth:`lumirlib.methods.base.Row.loss_terms` says, "inverse_consistency" and "group_consistency"
-        are returned where they count.
-        """
-        if self.trains_on_triplets:  # A to B, B to C, A to C
-            fixed, moving = torch.cat([fixed, fixed[1:]]), torch.cat([moving, moving[:1]])
-        seen = [self._seen(image, generator) for image in (fixed, moving)]
-        predicted = model.fields(*seen, both_directions=self.symmetric)
-        if self.symmetric:
-            fixed, moving = torch.cat([fixed, moving]), torch.cat([moving, fixed])
-        terms = self.objective(predicted, fixed, moving, preset)
-        result = predicted.displacements[0]
-        if self.inverse_consistency_weight:
-            found = consistency.inverse_consistency_loss(*result.chunk(2))
-            weight = self.inverse_consistency_weight * self._squared_voxel
-            terms |= {"inverse_consistency": found, "total": terms["total"] + weight * found}
-        if self.trains_on_triplets:
-            found = consistency.group_consistency_loss(*result[:3].split(1))
-            weight = self.group_weight * self._squared_voxel
-            terms |= {"group_consistency": found, "total": terms["total"] + weight * found}
-        return terms
-
-    @property
-    def _squared_voxel(self) -> float:
-        """A squared voxel in the unit of the squared lengths that consistency weighs."""
-        return (self.voxel_mm / CONSISTENCY_MM) ** 2 if self.voxel_mm else 1.0
-
-    @property
-    def trains_on_triplets(self) -> bool:
-        """Whether each pair of a training step gets a third scan."""
-        return self.group_weight > 0
-
-    def _seen(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """An image as the network sees it in training."""
-        if self.intensity_probability and float(torch.rand(1, generator=generator)) < self.intensity_probability:
-            return randomize_intensity(image, generator)
-        return image
+        """Loss of :meth:`objective`; see :meth:`lumirlib.methods.base.Row.loss_terms`."""
+        return self.objective(model.fields(fixed, moving), fixed, moving, preset)
 
     def objective(
         self, predicted: Fields, fixed: torch.Tensor, moving: torch.Tensor, preset: Preset
@@ -296,22 +230,14 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
             how = "trained with the network" if self.bilateral_mode == "joint" else "put behind trained weights"
             unit = " mm" if self.voxel_mm else ""
             words.append(f"bilateral filter of window {self.bilateral_window}{unit}, {how}")
-        if self.correlation_window:
-            words.append(f"local correlation of window {self.correlation_window} as {self.correlation_mode}")
         words += ["antisymmetric velocities"] if self.antisymmetric else []
         words += [f"{self.passes} passes of each level"] if self.passes > 1 else []
         if self.refinements:
             words.append(f"{self.refinements} further pass(es) of the finest level in registration")
-        if self.symmetric:
-            weight = self.inverse_consistency_weight
-            words.append(f"trained on both directions of each pair, inverse consistency weighted {weight:g}")
-        words += [f"group consistency over triplets weighted {self.group_weight:g}"] if self.group_weight else []
         words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
         if self.learning_rate_factor != 1:
             words.append(f"learning rate times {self.learning_rate_factor:g}")
         words += ["trained with Muon"] if self.optimizer == "muon" else []
-        if self.intensity_probability:
-            words.append(f"trained on random contrasts with probability {self.intensity_probability:g}")
         if self.instance_steps:
             words.append(f"up to {self.instance_steps} steps of instance optimization behind trained weights")
         return ", ".join(words)
@@ -327,7 +253,7 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
 
 
 #: What each scheme changes about the backbone, in the order in which a combination's name lists them; "ours" is
-#: COMP, REC, REF, SYM, NDV, LR4 and MUON together.
+#: COMP, REC, REF, ANTI, NDV, LR4 and MUON together.
 SCHEMES: dict[str, dict[str, Any]] = {
     "LK": {"start_channels": 36, "large_kernel": 5},
     "LC-1": {"start_channels": 64, "head_channels": 108, "cascade": "additive"},
@@ -340,8 +266,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "cascade": "compositional",
         "passes": 2,
         "refinements": 1,
-        "symmetric": True,
-        "inverse_consistency_weight": 0.01,
+        "antisymmetric": True,
         "ndv_weight": 10.0,
         "learning_rate_factor": 4.0,
         "optimizer": "muon",
@@ -352,12 +277,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "LR2": {"learning_rate_factor": 2.0},
     "LR4": {"learning_rate_factor": 4.0},
     "MUON": {"optimizer": "muon"},
-    "CORR": {"correlation_window": 3, "correlation_mode": "channels"},
-    "CORR-att": {"correlation_window": 3, "correlation_mode": "attention"},
-    "SYM": {"symmetric": True, "inverse_consistency_weight": 0.01},
-    "GROUP": {"group_weight": 0.01},
     "NDV": {"ndv_weight": 10.0},
-    "INT": {"intensity_probability": 0.8},
     "IO": {"instance_steps": 50},
 }
 

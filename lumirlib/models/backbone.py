@@ -21,8 +21,6 @@ from lumirlib.models.bilateral_filter import JointBilateralFilter
 from lumirlib.models.co_attention import CoAttention
 from lumirlib.models.large_kernel import LargeKernelBlock
 from lumirlib.models.layers import Conv3d, instance_norm_prelu
-from lumirlib.models.local_correlation import MODES as CORRELATION_MODES
-from lumirlib.models.local_correlation import CorrelationAttention, CorrelationChannels
 
 CASCADES = ("additive", "compositional")
 
@@ -147,32 +145,51 @@ class FlowEstimator(nn.Module):
     Args:
         feature_channels: Number N of feature channels.
         head_channels: Width K of the second convolution.
+        antisymmetric: Whether the velocity is half the difference of the two that the features give in either order
+            (ANTI), so that exchanged features give the velocity with another sign.
     """
 
-    def __init__(self, feature_channels: int, head_channels: int) -> None:
+    def __init__(self, feature_channels: int, head_channels: int, antisymmetric: bool = False) -> None:
         super().__init__()
         width = 2 * feature_channels
+        self.antisymmetric = antisymmetric
         self.conv1 = Conv3d(width, width, kernel_size=3, padding=1)
         self.conv2 = Conv3d(width, head_channels, kernel_size=3, padding=1)
-        self.conv3 = Conv3d(head_channels, 3, kernel_size=3, padding=1)
+        self.conv3 = Conv3d(head_channels, 3, kernel_size=3, padding=1, bias=not antisymmetric)
 
-    def forward(
-        self, fixed: torch.Tensor, moving: torch.Tensor, correlation: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Features ``(B, N, D_l, H_l, W_l)`` of both -> velocity ``(B, 3, D_l, H_l, W_l)``.
 
-        The convolution of ``cat(F + M, F - M)`` is one of ``cat(F, M)`` with sums and differences of its weights, which
-        are small where features are large; `correlation`, ``(B, 2N, D_l, H_l, W_l)``, is added to its result. Under
-        autocast the last convolution stays in the weights' dtype.
+        Under autocast the last convolution stays in the weights' dtype.
+        """
+        features = self._antisymmetric_pair(fixed, moving) if self.antisymmetric else self._first(fixed, moving)
+        features = F.relu(features, inplace=True)
+        features = F.relu(self.conv2(features), inplace=True)
+        with spatial.without_autocast(features.device):
+            features = features.to(self.conv3.weight.dtype)
+            if self.antisymmetric:  # conv3 is linear, and a bias would cancel
+                there, back = features.chunk(2)
+                features = (there - back) / 2
+            return self.conv3(features)
+
+    def _first(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """First convolution of ``cat(F + M, F - M)``.
+
+        It is one of ``cat(F, M)`` with sums and differences of its weights, which are small where features are large.
         """
         of_sum, of_difference = self.conv1.weight.chunk(2, dim=1)
         weight = torch.cat([of_sum + of_difference, of_sum - of_difference], dim=1)
-        features = torch.cat([fixed, moving], dim=1)
-        features = self.conv1._conv_forward(features, weight, self.conv1.bias)
-        features = F.relu(features if correlation is None else features + correlation, inplace=True)
-        features = F.relu(self.conv2(features), inplace=True)
-        with spatial.without_autocast(features.device):
-            return self.conv3(features.to(self.conv3.weight.dtype))
+        return self.conv1._conv_forward(torch.cat([fixed, moving], dim=1), weight, self.conv1.bias)
+
+    def _antisymmetric_pair(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+        """First convolution for (F, M) and for (M, F), ``(2 B, 2 N, D_l, H_l, W_l)``, at the cost of one.
+
+        The part of the sum is the same for both, that of the difference changes its sign.
+        """
+        of_sum, of_difference = self.conv1.weight.chunk(2, dim=1)
+        even = self.conv1._conv_forward(fixed + moving, of_sum, self.conv1.bias)
+        odd = self.conv1._conv_forward(fixed - moving, of_difference, None)
+        return torch.cat([even + odd, even - odd])
 
 
 class RegistrationNetwork(nn.Module):
@@ -193,9 +210,6 @@ class RegistrationNetwork(nn.Module):
         bilateral_window: Window of the joint bilateral filter of the result (BF), in voxels; 0 for none.
         bilateral_sigma: Initial width of the filter along every axis, in voxels.
         bilateral_sigma_range: Initial width of the filter in intensities of the fixed image.
-        correlation_window: Side of the window of local correlations at every level (CORR); 0 for none.
-        correlation_mode: Use of the correlations: "channels", which the flow estimators read, or "attention", added to
-            the velocity.
         passes: Number of times that each level's estimator is applied (REC), each time to the moving features as warped
             by all that was found before, and its field joined to that as a finer level's would be.
         refinements: Number of further passes of the finest level where the network is called (REF), not in
@@ -216,15 +230,12 @@ class RegistrationNetwork(nn.Module):
         bilateral_window: int = 0,
         bilateral_sigma: float = 1.0,
         bilateral_sigma_range: float = 0.1,
-        correlation_window: int = 0,
-        correlation_mode: str = "channels",
         passes: int = 1,
         refinements: int = 0,
         antisymmetric: bool = False,
     ) -> None:
         super().__init__()
         check_choice(cascade, CASCADES, "cascade")
-        check_choice(correlation_mode, CORRELATION_MODES, "correlation_mode")
         for name, value, least in (
             ("start_channels", start_channels, 1),
             ("head_channels", head_channels, 1),
@@ -233,7 +244,6 @@ class RegistrationNetwork(nn.Module):
             ("large_kernel", large_kernel, 0),
             ("co_attention_levels", co_attention_levels, 0),
             ("bilateral_window", bilateral_window, 0),
-            ("correlation_window", correlation_window, 0),
             ("passes", passes, 1),
             ("refinements", refinements, 0),
         ):
@@ -245,10 +255,11 @@ class RegistrationNetwork(nn.Module):
         self.squarings = squarings
         self.passes = passes
         self.refinements = refinements
-        self.antisymmetric = antisymmetric
         self._checkpointing = False
         self.encoder = Encoder(start_channels, large_kernel)
-        self.estimators = nn.ModuleList(FlowEstimator(start_channels, head_channels) for _ in range(levels))
+        self.estimators = nn.ModuleList(
+            FlowEstimator(start_channels, head_channels, antisymmetric) for _ in range(levels)
+        )
         # what the backbone lacks is registered last, so that weights can be exchanged by order without it
         self.co_attention = nn.ModuleDict(
             {str(level): CoAttention(start_channels) for level in range(levels - co_attention_levels, levels)}
@@ -256,13 +267,6 @@ class RegistrationNetwork(nn.Module):
         self.bilateral_filter = (
             JointBilateralFilter(bilateral_window, bilateral_sigma, bilateral_sigma_range) if bilateral_window else None
         )
-
-        def correlation() -> nn.Module:
-            if correlation_mode == "attention":
-                return CorrelationAttention(correlation_window)
-            return CorrelationChannels(correlation_window, 2 * start_channels)
-
-        self.correlation = nn.ModuleList(correlation() for _ in range(levels if correlation_window else 0))
 
     @property
     def checkpointing(self) -> bool:
@@ -285,30 +289,24 @@ class RegistrationNetwork(nn.Module):
         fixed_features, moving_features = self.encoder(torch.cat([fixed, moving])).chunk(2)
         return fixed_features, moving_features
 
-    def fields(self, fixed: torch.Tensor, moving: torch.Tensor, both_directions: bool = False) -> Fields:
+    def fields(self, fixed: torch.Tensor, moving: torch.Tensor) -> Fields:
         """Displacement and velocity of every level, as the loss with deep supervision needs them.
 
         Args:
             fixed: Fixed image ``(B, 1, D, H, W)``, intensities in [0, 1].
             moving: Moving image ``(B, 1, D, H, W)``, intensities in [0, 1].
-            both_directions: Whether to register the fixed image to the moving one too, from the same features.
 
         Returns:
-            :class:`Fields`, float32; with both directions of batch size 2B, those of the other direction last.
+            :class:`Fields`, float32.
 
         Raises:
             ValueError: shapes that differ or are not (B, 1, D, H, W), or a side below 2 voxels.
             TypeError: a dtype other than the weights', unless autocast is on.
         """
-        return self._fields(fixed, moving, both_directions)
+        return self._fields(fixed, moving)
 
     def _fields(
-        self,
-        fixed: torch.Tensor,
-        moving: torch.Tensor,
-        both_directions: bool = False,
-        refinements: int = 0,
-        last_alone: bool = False,
+        self, fixed: torch.Tensor, moving: torch.Tensor, refinements: int = 0, last_alone: bool = False
     ) -> Fields:
         """:meth:`fields`, with further passes of the finest level; if `last_alone` with no more than the result."""
         check_network_images(fixed, moving, self.encoder.dtype)
@@ -323,8 +321,6 @@ class RegistrationNetwork(nn.Module):
         velocities: list[torch.Tensor] = []
         for level in reversed(range(len(shapes))):
             features = pyramid.pop()
-            if both_directions:
-                features = torch.cat(features), torch.cat(features[::-1])
             for _ in range(self.passes + (0 if level else refinements)):
                 coarser = upsample_displacement(displacements[0], shapes[level]) if displacements else None
                 inputs = (*features, coarser)
@@ -337,8 +333,7 @@ class RegistrationNetwork(nn.Module):
                 if last_alone:
                     del displacements[1:], velocities[:], velocity
         if self.bilateral_filter is not None:
-            guide = torch.cat([fixed, moving]) if both_directions else fixed
-            displacements[0] = self.bilateral_filter(displacements[0], guide)
+            displacements[0] = self.bilateral_filter(displacements[0], fixed)
         return Fields(displacements, velocities)
 
     def displacements(self, velocities: Sequence[torch.Tensor], fixed: torch.Tensor) -> list[torch.Tensor]:
@@ -369,23 +364,8 @@ class RegistrationNetwork(nn.Module):
                 fixed, moving = self.co_attention[str(level)](fixed, moving)
             if coarser is not None:
                 moving = spatial.warp(moving, coarser)
-            velocity = self.estimate(level, fixed, moving)
+            velocity = self.estimators[level](fixed, moving)
             return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
-
-    def estimate(self, level: int, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """Velocity ``(B, 3, D_l, H_l, W_l)`` from the features of a level, the moving ones warped."""
-        if self.antisymmetric:
-            there, back = self._estimate(level, torch.cat([fixed, moving]), torch.cat([moving, fixed])).chunk(2)
-            return (there - back) / 2
-        return self._estimate(level, fixed, moving)
-
-    def _estimate(self, level: int, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        if not len(self.correlation):
-            return self.estimators[level](fixed, moving)
-        found = self.correlation[level](fixed, moving)
-        if isinstance(self.correlation[level], CorrelationChannels):
-            return self.estimators[level](fixed, moving, found)
-        return self.estimators[level](fixed, moving) + found
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Displacement ``(B, 3, D, H, W)`` in voxels that carries `moving` onto `fixed`; arguments as `fields`.

@@ -85,7 +85,7 @@ def multiply_adds(row: Row, shape: tuple[int, ...]) -> float:
                 for _ in range(model.passes + (0 if level else model.refinements)):
                     if str(level) in model.co_attention:
                         model.co_attention[str(level)](features, features)
-                    model.estimate(level, features, features)
+                    model.estimators[level](features, features)
     return counter.get_total_flops() // 2
 
 
@@ -183,8 +183,6 @@ def measure(row: Row, preset: Preset, device: str, repeats: int, training: bool 
     if row.trains_on == "labels":
         numbers = torch.tensor(LUMIR_LABELS, dtype=torch.int16)
         fixed, moving = (numbers[torch.randint(len(numbers), shape, generator=generator)].to(chosen) for _ in range(2))
-    if row.trains_on_triplets:
-        fixed, moving = fixed.expand(2, *shape[1:]), moving.expand(2, *shape[1:])
 
     def step() -> None:
         terms = row.loss_terms(model, fixed, moving, preset, generator)

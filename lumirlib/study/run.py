@@ -313,7 +313,7 @@ class Run:
     def _start(self) -> dict[str, torch.Tensor] | None:
         return self.start.tensors if self.start else None
 
-    def evaluate(self, result: TrainingResult, progress: bool = True, consistency: bool | None = None) -> pd.DataFrame:
+    def evaluate(self, result: TrainingResult, progress: bool = True, consistency: bool = False) -> pd.DataFrame:
         """Score the trained network and write `<out>/metrics/<run>.csv` with its provenance; the long table.
 
         Scored pairs are kept as they come, so that an evaluation that was stopped goes on with the next pair.
@@ -321,12 +321,9 @@ class Run:
         Args:
             result: Result of :meth:`train`.
             progress: Whether to show a progress bar.
-            consistency: Whether to measure inverse consistency on every pair; None does so for rows trained on both
-                directions.
+            consistency: Whether to measure inverse consistency on every pair.
         """
         name = self.config.row.name
-        if consistency is None:
-            consistency = isinstance(self.config.row, Variant) and self.config.row.symmetric
         depends_on = {
             "code": provenance.source_digest(),
             "cohort": self.cohort.content_digest,

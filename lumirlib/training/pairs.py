@@ -48,47 +48,21 @@ def epoch_pairs(train: tuple[Subject, ...], seed: int, epoch: int, limit: int | 
         left -= len(train)
 
 
-def with_third(pair: Pair, train: tuple[Subject, ...], seed: int, epoch: int, place: int) -> tuple[Pair, Pair]:
-    """A pair that registers A to B, and one that registers B to C, a random third scan.
-
-    Args:
-        pair: Pair whose moving scan is A and whose fixed scan is B.
-        train: Scans that C is drawn from.
-        seed: Random seed of the run.
-        epoch: Number of the epoch, from 0.
-        place: Place of the pair in the epoch.
-
-    Raises:
-        ValueError: fewer than three scans.
-    """
-    others = [subject for subject in train if subject not in (pair.fixed, pair.moving)]
-    if not others:
-        raise ValueError(f"triplets need at least 3 training scans, the cohort has {len(train)}")
-    third = others[np.random.default_rng([seed, epoch, place]).integers(len(others))]
-    return pair, Pair(fixed=third, moving=pair.fixed)
-
-
 def epoch_batches(
-    row: Row, train: tuple[Subject, ...], seed: int, epoch: int, steps: int, batch_size: int
-) -> Iterator[list[tuple[Pair, ...]]]:
-    """The batches of one epoch, over all processes: of each place its pair, or the two pairs of its triplet.
+    train: tuple[Subject, ...], seed: int, epoch: int, steps: int, batch_size: int
+) -> Iterator[list[Pair]]:
+    """The batches of one epoch, over all processes.
 
     Args:
-        row: Row to be trained.
         train: Training scans.
         seed: Random seed of the run.
         epoch: Number of the epoch, from 0.
         steps: Number of batches in the epoch.
-        batch_size: Number of places in each batch.
+        batch_size: Number of pairs in each batch.
     """
     pairs = epoch_pairs(train, seed, epoch, steps * batch_size)
-    for step in range(steps):
-        batch = list(itertools.islice(pairs, batch_size))
-        if row.trains_on_triplets:
-            first = step * batch_size
-            yield [with_third(pair, train, seed, epoch, first + place) for place, pair in enumerate(batch)]
-        else:
-            yield [(pair,) for pair in batch]
+    for _ in range(steps):
+        yield list(itertools.islice(pairs, batch_size))
 
 
 def pair_generator(seed: int, epoch: int, place: int) -> torch.Generator:

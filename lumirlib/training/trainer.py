@@ -229,13 +229,12 @@ class Trainer:
         return {"stage": self.stages.index(stage) + 1, "resolution_mm": stage.preset.resolution_mm}
 
     def batches(self) -> Iterator[tuple[Pair, ...]]:
-        """This process's share of each batch that is left of the epoch under way; of triplets both pairs in turn."""
+        """This process's share of each batch that is left of the epoch under way."""
         engine, stage, state = self.engine, self.stage, self.state
-        batches = epoch_batches(
-            stage.row, stage.source.train, self.config.seed, state.epoch, stage.steps, stage.preset.batch_size
-        )
+        train, preset = stage.source.train, stage.preset
+        batches = epoch_batches(train, self.config.seed, state.epoch, stage.steps, preset.batch_size)
         for batch in itertools.islice(batches, state.step, None):
-            yield tuple(itertools.chain.from_iterable(batch[engine.rank :: engine.world_size]))
+            yield tuple(batch[engine.rank :: engine.world_size])
 
     def _epoch(self, bar: tqdm, stop: StopRequest) -> None:
         state, stage = self.state, self.stage
@@ -296,9 +295,8 @@ class Trainer:
         row, preset, state, fabric = self.stage.row, self.stage.preset, self.state, self.engine.fabric
         self._called_optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
-        together = 2 if row.trains_on_triplets else 1
-        count = len(batch.pairs) // together
-        parts = zip(batch.fixed.split(together), batch.moving.split(together), strict=True)
+        count = len(batch.pairs)
+        parts = zip(batch.fixed.split(1), batch.moving.split(1), strict=True)
         for index, (fixed, moving) in enumerate(parts):
             place = state.step * preset.batch_size + index * self.engine.world_size + self.engine.rank
             generator = pair_generator(self.config.seed, state.epoch, place)

@@ -145,7 +145,7 @@ class Weights:
 
 
 #: Parts of the paper's network that every level has one of, all of one shape, and those that coarse levels have.
-LEVEL_PARTS = ("estimators", "correlation")
+LEVEL_PARTS = ("estimators",)
 COARSE_LEVEL_PARTS = ("co_attention",)
 
 

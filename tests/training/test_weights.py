@@ -303,11 +303,11 @@ def test_of_several_weights_of_a_network_those_of_the_row_are_taken_and_a_tie_is
 
     def rename(tensors, stored):
         config = json.loads(stored["config"])
-        stored["config"] = json.dumps({**config, "variant": {**config["variant"], "name": "SYM", "symmetric": True}})
+        stored["config"] = json.dumps({**config, "variant": {**config["variant"], "name": "NDV", "ndv_weight": 10.0}})
 
     rewritten(packaged / "another-1mm-cpu.safetensors", rename)
     assert weights.starting_weights("pretrained", row, 1).name == NAME
-    assert weights.starting_weights("pretrained", replace(row, name="SYM"), 1).name == "another-1mm-cpu"
+    assert weights.starting_weights("pretrained", replace(row, name="NDV"), 1).name == "another-1mm-cpu"
 
 
 def test_own_scans_are_registered_with_packaged_weights(packaged):

@@ -103,13 +103,13 @@ def runs(folder):
 
 def test_the_list_beyond_names_single_options_on_the_compositional_cascade():
     rows = paper.table_rows(["beyond", "LC-2"])
-    assert rows[:3] == ["LC-2", "COMP", "COMP+CORR"] and len(rows) == len(set(rows)) == 18
-    assert {"ours", "ours+IO", "LC-2+IO", "COMP+REC", "LC-2+MUON", "LC-2+LR4+MUON"} <= set(rows)
+    assert rows[:3] == ["LC-2", "COMP", "COMP+REC"] and len(rows) == len(set(rows)) == 13
+    assert {"ours", "ours+IO", "LC-2+IO", "COMP+ANTI", "LC-2+LR4+MUON"} <= set(rows)
     assert paper.table_rows(["table2"])[0] == "backbone"
 
 
 def test_seeds_are_chosen_and_what_is_missing_is_named(folder, runs):
-    assert runs.variants == tuple(DICE) and "COMP+CORR" in runs.missing
+    assert runs.variants == tuple(DICE) and "COMP+REC" in runs.missing
     write_run(folder, "LC-2+IO", 1, 0.61)
     first = load_study_runs(folder, ["LC-2", "LC-2+IO"], "demo", "embedded", [0])
     assert set(first.facts["seed"]) == {0} and first.variants == ("LC-2",) and first.missing == ("LC-2+IO",)
@@ -129,7 +129,7 @@ def test_ablation_has_differences_to_both_references_and_minutes_of_training(run
     assert table.loc["ours+IO", "training_minutes"] == 6  # of the weights it uses
     assert pd.isna(table.loc["ours+IO", "equal_time_dice"])
     text = beyond.publish_ablation(runs, NOT_MEASURED, tmp_path / "ablation")
-    assert "Not run: COMP+CORR" in text and "simulated" in text
+    assert "Not run: COMP+REC" in text and "simulated" in text
     assert "| ours+IO " in text and "better |" in text and json.loads((tmp_path / "ablation.json").read_text())["runs"]
 
 
@@ -212,7 +212,7 @@ def test_targets_are_met_missed_or_open_as_the_figures_are(folder, runs, tmp_pat
 def test_rows_with_instance_optimization_are_judged_against_references_with_it(folder):
     for seed, (name, dice) in itertools.product((0, 1), (("LC-2+IO", 0.615), ("COMP+IO", 0.635))):
         write_run(folder, name, seed, dice + 0.001 * seed, SECONDS["LC-2"])
-    runs = load_study_runs(folder, paper.table_rows(["beyond"]), "demo", "embedded")
+    runs = load_study_runs(folder, [*paper.table_rows(["beyond"]), "COMP+IO"], "demo", "embedded")
     found = outcomes(runs)
     assert found["ours+IO", "Dice", "LC-2+IO"] == MET and found["ours+IO", "Dice", "COMP+IO"] == NOT_MET
     table = beyond.ablation(runs).set_index("variant")
@@ -306,7 +306,7 @@ def test_the_notebook_shows_what_is_there_and_names_what_is_missing(folder, alte
     notebook = str(project_root() / "notebooks" / "beyond.ipynb")
     papermill.execute_notebook(notebook, str(tmp_path / "o.ipynb"), parameters, progress_bar=False)
     text = "".join(str(cell.get("outputs")) for cell in nbformat.read(tmp_path / "o.ipynb", 4).cells)
-    assert "Not run: COMP+CORR" in text and "**met**" in text and "Not measured: COMP" in text
+    assert "Not run: COMP+REC" in text and "**met**" in text and "Not measured: COMP" in text
     made = {path.name for path in (out / "tables").iterdir()} | {path.name for path in (out / "figures").iterdir()}
     stem = "beyond_embedded_demo"
     assert {
