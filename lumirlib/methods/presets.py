@@ -61,6 +61,23 @@ PRESETS: dict[str, Preset] = {
         ),
         replace(
             PAPER,
+            name="real-1mm",
+            stages=(
+                Stage(resolution_mm=4, epochs=24, window=20),
+                Stage(resolution_mm=2, epochs=10, window=10),
+                Stage(resolution_mm=1, epochs=2, window=9),
+            ),
+            channel_divisor=4,
+            divide_heads=True,
+            levels=6,
+            learning_rate=1e-3,
+            smoothness_weight=1.0,
+            unit="mm",
+            validation_pairs=10,
+            about="from 4 mm over 2 mm to 1 mm on a CPU, as the packaged weights are made; three hours",
+        ),
+        replace(
+            PAPER,
             name="half",
             resolution_mm=2,
             epochs=100,
