@@ -26,7 +26,7 @@ RESOLUTIONS_MM = (1, 2, 4)
 DEFAULT_RESOLUTION_MM = 2
 #: The packaged weights that `lumirlib register` takes where nothing is chosen, and its voxels in mm: as a rule, with
 #: `--fast`, and where the result is optimized on the pair, which takes some 50 times as long.
-DEFAULT_WEIGHTS = "ours-4mm-cpu"
+DEFAULT_WEIGHTS = "ours"
 BEST_MM, FAST_MM = 1, 2
 #: Learning rate of the optimization on a pair, in mm.
 OPTIMIZATION_MM = 0.4

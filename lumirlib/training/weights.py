@@ -191,12 +191,15 @@ def names() -> tuple[str, ...]:
 
 
 def read_packaged(name: str) -> Weights:
-    """Weights that the package carries, by name.
+    """Weights that the package carries, by their name or that of their row, whose finest ones are taken.
 
     Raises:
         ValueError: an unknown name, with the choices listed; a file that is damaged.
     """
     if name not in names():
+        of_row = [one for one in map(read_packaged, names()) if one.row.name == name]
+        if of_row:
+            return min(of_row, key=lambda one: one.resolution_mm)
         raise ValueError(
             f"no pretrained weights {name!r}: choose from {', '.join(names()) or 'none, none are packaged'}"
         )
@@ -282,8 +285,8 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
     """The network with the weights of a name, ready for ``model(fixed, moving)``.
 
     Args:
-        name: Name of the weights, one of :func:`lumirlib.training.weights.names`; it says the voxel size that the
-            weights were trained at, and images are to have.
+        name: Name of the weights, one of :func:`lumirlib.training.weights.names`, which says the voxel size that they
+            were trained at, and images are to have; or the name of a row, such as "ours", for its finest weights.
         device: Device's name: "auto", "cpu", "cuda" ...
         resolution_mm: Edge of the voxels that images are to have instead, in mm, see :func:`to_finer_levels`.
         contrast: Contrast of the images, see :func:`lumirlib.methods.contrast.for_contrast`.
