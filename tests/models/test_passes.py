@@ -1,9 +1,7 @@
 """Several passes of each level (REC): the cascade, the loss, and that they go with the other options."""
 
-import re
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 from known_fields import ConstantVelocity, known_velocity
@@ -14,7 +12,6 @@ from lumirlib.methods.instance_optimization import InstanceOptimization
 from lumirlib.methods.presets import get_preset, split_options
 from lumirlib.models import RegistrationNetwork
 from lumirlib.models.backbone import join_levels, join_velocities
-from lumirlib.provenance import project_root
 from lumirlib.study import costs
 from lumirlib.training.divergence import first_non_finite
 
@@ -200,29 +197,3 @@ def test_our_recipe_is_its_parts_and_reads_as_one_name():
 def test_no_passes_are_refused():
     with pytest.raises(ValueError, match="passes must be a whole number from 1, got 0"):
         build_model("backbone", passes=0)
-
-
-def test_the_documented_trials_are_those_of_the_table():
-    root = project_root()
-    trials = pd.read_csv(root / "results" / "trials" / "trials.csv")
-    documented = re.findall(
-        r"^\|[^|]+\| (\d\d\.\d\d) +\| (0\.\d{5}) +\|$", (root / "docs" / "beyond.md").read_text(), re.M
-    )
-    assert sorted(documented) == sorted(
-        (f"{100 * dice:.2f}", f"{ndv:.5f}") for dice, ndv in zip(trials.val_dice, trials.val_ndv_percent, strict=True)
-    )
-    for run, dice in zip(trials.run, trials.val_dice, strict=True):
-        assert pd.read_csv(root / "results" / "trials" / f"{run}.csv").val_dice.iloc[-1] == pytest.approx(dice)
-
-
-def test_the_documented_refinements_are_those_of_the_table():
-    root = project_root()
-    found = pd.read_csv(root / "results" / "trials" / "refinements.csv")
-    documented = re.findall(r"(\d\d\.\d\d), (0\.\d{4}) +\|", (root / "docs" / "beyond.md").read_text())
-    expected = [
-        (f"{100 * dice:.2f}", f"{ndv:.4f}") for dice, ndv in zip(found.val_dice, found.val_ndv_percent, strict=True)
-    ]
-    assert documented == expected
-    for run, lines in found.groupby("run"):
-        log = pd.read_csv(root / "results" / "trials" / f"{run}.csv")
-        assert log.val_dice.max() == pytest.approx(lines.val_dice[lines.refinements == 0].item())
