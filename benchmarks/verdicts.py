@@ -240,13 +240,13 @@ def run(studies: int, workers: int) -> dict[str, object]:
         workers: Number of processes.
     """
     results = provenance.project_root() / "results"
-    real = load_runs(results, rows_of_table(2), "real-cpu", "brains")
+    real = load_runs(results, rows_of_table(2), "real-2mm", "brains")
     simulated = load_runs(results, rows_of_table(2), "demo", "embedded")
     parts = {metric: components(real, metric) for metric in CHALLENGE}
     # landmarks on three real people tell little of the spread between people: the larger of both cohorts'
     of_points = (parts["tre_mm"], components(simulated, "tre_mm"))
     parts["tre_mm"] = Components(*map(max, *(vars(one).values() for one in of_points)))
-    # folds are rare at 4 mm: their spread, relative to their mean, at the paper's level
+    # narrow networks fold less than the paper's: their spread, relative to their mean, at the paper's level
     own = real.values[(real.values["metric"] == "ndv_percent") & real.values["variant"].isin(real.variants)]
     level = paper_table(2).set_index("method").loc["backbone", "ndv_percent"] / own["value"].mean()
     parts["ndv_percent"] = Components(*(level * one for one in vars(parts["ndv_percent"]).values()))
