@@ -302,7 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("verdicts: --studies and --workers must be 1 or more", file=sys.stderr)
         return 2
     found = run(given.studies, given.workers)
-    about = {"commit": provenance.commit(), "written": provenance.now(), "versions": provenance.versions()}
+    about = {"command": " ".join(["python benchmarks/verdicts.py", *(arguments or sys.argv[1:])])}
+    about |= {"commit": provenance.commit(), "written": provenance.now(), "versions": provenance.versions()}
     write_json(given.out or provenance.results_folder() / "benchmarks" / "verdicts.json", {**about, **found})
     print(found["nothing differs"]["errors"])
     for scenario in SCENARIOS:
