@@ -1,6 +1,6 @@
 """How often the rules of docs/protocol.md are wrong: simulated studies with people, seeds and pairs as random effects.
 
-    python benchmarks/verdicts.py                    # results/benchmarks/verdicts.json, some ten minutes
+    python benchmarks/verdicts.py                    # results/benchmarks/verdicts.json, two minutes
     python benchmarks/verdicts.py --studies 20 --out verdicts.json
 
 The variances are those of the committed runs of Table 2. Each study has ten people, all ordered pairs, three seeds, and

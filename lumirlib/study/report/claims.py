@@ -542,12 +542,6 @@ def at_equal_displacement(folding: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _interval_of_folds(line: pd.Series) -> str:
-    if pd.isna(line["low"]):
-        return "(one seed)"
-    return "[{}, {}]".format(*(f"{line[end]:+.2f}".replace("-", "−") for end in ("low", "high")))
-
-
 def smoother_cascade(study: Evidence) -> Verdict:
     """Does the compositional cascade fold less than the additive one, all else and the length of the field equal?"""
     words = "a better cascade (LC-2's) makes smoother fields"
@@ -589,9 +583,11 @@ def smoother_cascade(study: Evidence) -> Verdict:
     less = told & (compared["high"] < 0)
     verdict = SUPPORTED if less.all() else NOT_SUPPORTED if (told & (compared["low"] > 0)).any() else OPEN
     widest = compared.groupby("variant", sort=False).last()
+    ends = {name: [publish.as_text(one, 2, True) for one in widest[name]] for name in ("low", "high")}
+    widest = widest.assign(**ends)  # dashes where there is one seed
     ours = f"less folding in {less.sum()} of {len(less)} comparisons at equal length; " + "; ".join(
         f"{variant}'s velocities ×{line['factor']:g}, fields of {line['displacement_mm']:.1f} mm, NDV: "
-        f"{line['compositional']:.2f} against {line['additive']:.2f} % {_interval_of_folds(line)}"
+        f"{line['compositional']:.2f} against {line['additive']:.2f} % [{line['low']}, {line['high']}]"
         for variant, line in widest.iterrows()
     )
     return Verdict("cascade", words, rule, verdict, paper, ours, rests_on, values=compared)

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lumirlib import metrics, spatial
 from lumirlib._checks import check_labels
-from lumirlib.data.embedded import EmbeddedPopulation, make_person
+from lumirlib.data.embedded import person_image
 from lumirlib.methods import parse_row
 from lumirlib.methods.synthesis import SynthesisOptions, deform_labels, synthesize
 from lumirlib.methods.variants import Variant
@@ -86,18 +86,15 @@ def finer_pair_figure(run: Run, name: str) -> Figure | None:
         return None
     finer = cohort.resolution_mm / 2
     pair = next(pair for pair in cohort.validation_pairs if pair.name == name)
-    images = []
-    for subject in (pair.fixed, pair.moving):
-        values, *_ = make_person(EmbeddedPopulation(), int(subject.name.rpartition("_")[2]), round(finer))
-        images.append(torch.from_numpy(values)[None, None] / 255)
+    fixed, moving = (
+        person_image(cohort.path, subject.image.name, round(finer)) for subject in (pair.fixed, pair.moving)
+    )
     with torch.no_grad():
-        displacement = (
-            read_checkpoint(run.checkpoint)
-            .at_resolution(finer)
-            .network(run.device)(*(image.to(run.device) for image in images))
+        displacement = displacement_of(
+            read_checkpoint(run.checkpoint).at_resolution(finer).network(run.device), fixed, moving
         )
     figure, axes = plt.subplots(1, 5, figsize=(13, 3.4), dpi=SHOWN_DPI, layout="constrained")
-    plot_pair(axes, *images, displacement.cpu(), finer)
+    plot_pair(axes, fixed, moving, displacement, finer)
     figure.suptitle(f"{run.title}; the same network at {finer:g} mm")
     return figure
 
