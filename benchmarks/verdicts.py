@@ -1,7 +1,6 @@
 """How often the rules of docs/protocol.md are wrong: simulated studies with people, seeds and pairs as random effects.
 
-    python benchmarks/verdicts.py                    # results/benchmarks/verdicts.json, two minutes
-    python benchmarks/verdicts.py --studies 20 --out verdicts.json
+    python benchmarks/verdicts.py --studies 100 --out results/benchmarks/verdicts.json    # a minute
 
 The variances are those of the committed runs of Table 2. Each study has ten people, all ordered pairs, three seeds, and
 every row of the claims. Everything has converged, everyone has landmarks, nothing is narrowed: what is left is chance.
@@ -296,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--studies", type=int, default=200, help="in each scenario")
     options.add_argument("--workers", type=int, default=2, help="processes")
-    options.add_argument("--out", default="", help="file; empty: results/benchmarks/verdicts.json")
+    options.add_argument("--out", default="", help="file; empty: benchmarks/verdicts.json of your own results")
     given = options.parse_args(arguments)
     if given.studies < 1 or given.workers < 1:
         print("verdicts: --studies and --workers must be 1 or more", file=sys.stderr)
