@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -583,11 +583,11 @@ def smoother_cascade(study: Evidence) -> Verdict:
     less = told & (compared["high"] < 0)
     verdict = SUPPORTED if less.all() else NOT_SUPPORTED if (told & (compared["low"] > 0)).any() else OPEN
     widest = compared.groupby("variant", sort=False).last()
-    ends = {name: [publish.as_text(one, 2, True) for one in widest[name]] for name in ("low", "high")}
-    widest = widest.assign(**ends)  # dashes where there is one seed
+    ends = widest[["low", "high"]].map(partial(publish.as_text, digits=2, signed=True))
+    widest["interval"] = (" [" + ends["low"] + ", " + ends["high"] + "]").where(widest["low"].notna(), "")  # of seeds
     ours = f"less folding in {less.sum()} of {len(less)} comparisons at equal length; " + "; ".join(
         f"{variant}'s velocities ×{line['factor']:g}, fields of {line['displacement_mm']:.1f} mm, NDV: "
-        f"{line['compositional']:.2f} against {line['additive']:.2f} % [{line['low']}, {line['high']}]"
+        f"{line['compositional']:.2f} against {line['additive']:.2f} %{line['interval']}"
         for variant, line in widest.iterrows()
     )
     return Verdict("cascade", words, rule, verdict, paper, ours, rests_on, values=compared)
