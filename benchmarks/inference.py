@@ -4,7 +4,7 @@
     python benchmarks/inference.py --device cuda       # 160x224x192 voxels, N = 16, 32, 64
     python benchmarks/inference.py --sizes 160x224x192:8 --only packaged --against 080a01f
 
-The last is what `lumirlib register` does with the weights that the package carries, at 1 mm where the images have such
+The last command measures what `lumirlib register` does with the packaged weights, at 1 mm where the images have such
 sides, against the library before it kept freed memory.
 
 LK has N = 36 at the paper's 32, LC-2 has 64; here every scheme has the N of its size.

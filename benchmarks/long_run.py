@@ -2,9 +2,9 @@
 
     python benchmarks/long_run.py        # simulated people, a quarter of an hour on a busy CPU
 
-Resident memory and open file descriptors are sampled every few steps. Slopes are medians of those between all pairs of
-samples behind the first quarter, in which caches fill (Theil and Sen), which single peaks do not move: a leak of one
-volume of float32 a step would be 420 KiB.
+Resident memory and open file descriptors are sampled every few steps. Slopes are Theil and Sen's: medians
+over all pairs of samples after the first quarter, in which caches fill. Single peaks do not move them. A leak of one
+float32 volume a step would be 420 KiB.
 """
 
 from __future__ import annotations

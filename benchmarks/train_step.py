@@ -7,7 +7,7 @@
 The plain step is benchmarks/plain.py with the same weights; on a GPU its convolutions use TF32, as PyTorch does by
 default. "row ours ..." is the row `ours` with its optimizer in place of the backbone. Peers are the networks of the
 packages voxelmorph (with neurite's NCC) and MONAI (with its own) at the widths in their names: other networks than
-ours, at the time that a step of them takes on the same images.
+ours, compared by the time of a step on the same images.
 """
 
 from __future__ import annotations

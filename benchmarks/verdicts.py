@@ -1,7 +1,6 @@
 """How often the rules of docs/protocol.md are wrong: simulated studies with people, seeds and pairs as random effects.
 
-    python benchmarks/verdicts.py                    # results/benchmarks/verdicts.json, some ten minutes
-    python benchmarks/verdicts.py --studies 20 --out verdicts.json
+    python benchmarks/verdicts.py --studies 100 --out results/benchmarks/verdicts.json    # a minute
 
 The variances are those of the committed runs of Table 2. Each study has ten people, all ordered pairs, three seeds, and
 every row of the claims. Everything has converged, everyone has landmarks, nothing is narrowed: what is left is chance.
@@ -240,13 +239,13 @@ def run(studies: int, workers: int) -> dict[str, object]:
         workers: Number of processes.
     """
     results = provenance.project_root() / "results"
-    real = load_runs(results, rows_of_table(2), "real-cpu", "brains")
+    real = load_runs(results, rows_of_table(2), "real-2mm", "brains")
     simulated = load_runs(results, rows_of_table(2), "demo", "embedded")
     parts = {metric: components(real, metric) for metric in CHALLENGE}
     # landmarks on three real people tell little of the spread between people: the larger of both cohorts'
     of_points = (parts["tre_mm"], components(simulated, "tre_mm"))
     parts["tre_mm"] = Components(*map(max, *(vars(one).values() for one in of_points)))
-    # folds are rare at 4 mm: their spread, relative to their mean, at the paper's level
+    # narrow networks fold less than the paper's: their spread, relative to their mean, at the paper's level
     own = real.values[(real.values["metric"] == "ndv_percent") & real.values["variant"].isin(real.variants)]
     level = paper_table(2).set_index("method").loc["backbone", "ndv_percent"] / own["value"].mean()
     parts["ndv_percent"] = Components(*(level * one for one in vars(parts["ndv_percent"]).values()))
@@ -296,13 +295,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--studies", type=int, default=200, help="in each scenario")
     options.add_argument("--workers", type=int, default=2, help="processes")
-    options.add_argument("--out", default="", help="file; empty: results/benchmarks/verdicts.json")
+    options.add_argument("--out", default="", help="file; empty: benchmarks/verdicts.json of your own results")
     given = options.parse_args(arguments)
     if given.studies < 1 or given.workers < 1:
         print("verdicts: --studies and --workers must be 1 or more", file=sys.stderr)
         return 2
     found = run(given.studies, given.workers)
-    about = {"commit": provenance.commit(), "written": provenance.now(), "versions": provenance.versions()}
+    about = {"command": " ".join(["python benchmarks/verdicts.py", *(arguments or sys.argv[1:])])}
+    about |= {"commit": provenance.commit(), "written": provenance.now(), "versions": provenance.versions()}
     write_json(given.out or provenance.results_folder() / "benchmarks" / "verdicts.json", {**about, **found})
     print(found["nothing differs"]["errors"])
     for scenario in SCENARIOS:

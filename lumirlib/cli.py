@@ -255,7 +255,7 @@ _METHOD = _together(
         "--resolution",
         "resolution_mm",
         type=int,
-        help="Voxels in mm: 1, 2 or 4; without it a network's own, 2 for --method.",
+        help="Voxels in mm: 1, 2 or 4; if not given, those that a network was trained at, 2 for --method.",
     ),
     _DEVICE,
 )
@@ -305,7 +305,7 @@ def run_row(
     quiet: bool,
     **engine: Any,
 ) -> int:
-    """Train and evaluate one row of a table, resuming.
+    """Train and evaluate one row of a table; the same call resumes it.
 
     ROW is the backbone or schemes joined by '+' (backbone, LK, LC-1, LC-2, CA, BF, BF-post, CA+BF ...), or another
     team's method (VoxelMorph, TransMorph, SynthMorph, uniGradICON, deedsBCV ...).
@@ -401,7 +401,7 @@ def run_many(
     dry_run: bool,
     **engine: Any,
 ) -> int:
-    """Many rows and seeds, here or on Slurm.
+    """Run many rows and seeds, here or on Slurm.
 
     Finished runs are skipped, so the same command resumes where it stopped. Failed runs are run again.
     """
@@ -454,10 +454,7 @@ def _summarized(table: pd.DataFrame, cohort: Cohort) -> str:
 @_text("--out", help="CSV for the figures of every pair; a JSON with their provenance goes beside it.")
 @_QUIET
 def evaluate(cohort: str, data_root: str, out: str, quiet: bool, device: str, **chosen: Any) -> None:
-    """Score a network or a method on a cohort's pairs.
-
-    These are its validation pairs, and all of them.
-    """
+    """Score a network or a method on all validation pairs of a cohort."""
     from lumirlib import provenance
     from lumirlib.data import load_cohort
     from lumirlib.evaluation import evaluate_method
@@ -579,7 +576,7 @@ def score_zip(path: str, resolution_mm: int, cohort: str, data_root: str, quiet:
     examples="""
     lumirlib prepare scans --out cohort                       # heads as they come from the scanner
     lumirlib prepare scans --out cohort --jobs 4              # four at a time
-    lumirlib prepare raw --out derivatives/lumirlib           # a dataset of BIDS becomes a derivative of it
+    lumirlib prepare raw --out derivatives/lumirlib           # a BIDS dataset becomes a BIDS derivative
     lumirlib prepare brains --out cohort --skip strip bias    # brains that are stripped and corrected already
     lumirlib run LC-2 --cohort cohort/dataset.json            # train on them
     """,
@@ -603,7 +600,7 @@ def prepare(quiet: bool, **given: Any) -> int:
     """Make a folder of T1 scans into a cohort in the LUMIR frame.
 
     FOLDER has .nii or .nii.gz files, at any depth. All scans of a person, by BIDS names, stay on one side of the split.
-    Where FOLDER has dataset_description.json, its *_T1w are taken, and --out becomes a derivative of BIDS besides.
+    Where FOLDER has dataset_description.json, its *_T1w are taken, and --out is a BIDS derivative too.
     Skulls are stripped on --device. The status is 1 where a scan could not be prepared, 3 where one was left out as
     hardly a T1 brain.
     """
@@ -650,14 +647,14 @@ _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace results tha
     "--contrast",
     default="t1",
     type=click.Choice(["t1", "any"]),
-    help="any: other sequences than T1, or two that differ, of which FIXED should be the T1.",
+    help="any: for other sequences than T1, or two that differ; if one is a T1, it should be FIXED.",
 )
-@_text("--fixed-mask", metavar="FILE", help="What of the fixed scan is not to count (lesion, resection): not zero.")
+@_text("--fixed-mask", metavar="FILE", help="Mask, not zero where the fixed scan does not count (lesion, resection).")
 @_text(
-    "--moving-mask", metavar="FILE", help="The same of the moving scan; with a mask the result is optimized, at 2 mm."
+    "--moving-mask", metavar="FILE", help="The same for the moving scan; with a mask the result is optimized, at 2 mm."
 )
-@click.option("--displacements", is_flag=True, help="Write displacements in voxels too, as Learn2Reg has them.")
-@click.option("--bids", is_flag=True, help="Name the results as derivatives of BIDS.")
+@click.option("--displacements", is_flag=True, help="Also write displacements in voxels, as Learn2Reg has them.")
+@click.option("--bids", is_flag=True, help="Name the results as BIDS derivatives.")
 @_OVERWRITE
 @_METHOD
 @_several("--skip", metavar="STEP", help=f"Steps done before to both scans: {_SKIP}.")
@@ -668,7 +665,7 @@ def register(quiet: bool, **given: Any) -> None:
     """Register two scans: images, transforms and their inverses in the spaces of both.
 
     FIXED and MOVING are NIfTI files of heads, any orientation and spacing. Without --weights, --run, --pretrained or
-    --method the best packaged weights are taken. `lumirlib apply` takes labels, images and points along.
+    --method the best packaged weights are taken. `lumirlib apply` carries labels, images and points.
     """
     from lumirlib.scans.register import register
 
@@ -712,8 +709,8 @@ def _registered_by(facts: dict[str, Any]) -> str:
     help="auto: nearest for label maps, else linear; label: smoother for label maps of thick slices.",
 )
 @click.option("--inverse", is_flag=True, help="Invert the transforms, all of them as one.")
-@click.option("--points", type=click.Choice(["ras", "lps", "voxels"]), help="INPUT is a CSV of points: what they are.")
-@_text("--points-of", metavar="FILE", help="With voxels: the image that the points are of.")
+@click.option("--points", type=click.Choice(["ras", "lps", "voxels"]), help="Coordinates of INPUT, a CSV of points.")
+@_text("--points-of", metavar="FILE", help="With --points voxels: the image whose voxels these are.")
 @_OVERWRITE
 def apply(
     transforms: tuple[str, ...],
@@ -794,7 +791,7 @@ def export_weights(run: str, name: str, results: str, cohort: str, data_root: st
 def check_weights(names: tuple[str, ...], cohort: str, data_root: str, device: str, quiet: bool) -> int:
     """Measure packaged weights anew: all, or those of the NAMES.
 
-    The status is 1 unless Dice is the card's to 0.1 point.
+    The status is 1 if Dice differs from the card's by more than 0.1 point.
     """
     from lumirlib.study.model_cards import check
     from lumirlib.training import weights as packaged
@@ -844,9 +841,9 @@ def cache(
     repair: bool,
     quiet: bool,
 ) -> None:
-    """Make, check or mend the volumes that training reads.
+    """Make, check or repair the cache of volumes that training reads.
 
-    They are memory-mapped. An interrupted call goes on where it stopped.
+    The volumes are memory-mapped. An interrupted call goes on where it stopped.
     """
     import time
 
@@ -1015,7 +1012,7 @@ def _page(name: str) -> Path:
 
 @lumirlib.group("report")
 def report() -> None:
-    """Verdicts, costs and ranks, from finished runs; what follows from them, checked or made anew."""
+    """Verdicts, costs and ranks from finished runs; checks, site and PDF of the study."""
 
 
 @report.command(

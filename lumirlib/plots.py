@@ -27,7 +27,7 @@ from lumirlib.files import write_atomically
 from lumirlib.metrics.pair import MEASURES
 
 #: Of large figures where they are shown: notebooks are committed with what they show. Files have 120.
-SHOWN_DPI = 80
+SHOWN_DPI = 64
 #: Numbers of one thing drawn that :func:`figure_data` lists.
 MAX_NUMBERS = 2000
 #: Whether :func:`save_figure` draws; :func:`without_pictures` says no.

@@ -71,6 +71,16 @@ def test_the_start_page_gets_ready_on_colab_alone():
     assert "subprocess" not in names and "source" not in names  # nothing is installed elsewhere
 
 
+def test_committed_notebooks_are_small_and_show_pictures_and_text_in_place_of_widgets():
+    """A widget's state weighs as much as its picture, and without a kernel it says "Loading widget"."""
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, 4)
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+        widgets = [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
+        assert "widgets" not in notebook.metadata and not widgets, f"{path.name}: take the widgets out of what it shows"
+        assert path.stat().st_size < 1e6, path.name
+
+
 def test_notebooks_check_their_parameters_before_anything_else():
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         code = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code" and not colab(cell)]

@@ -381,7 +381,7 @@ class Cohort:
         (:mod:`lumirlib.data.cache`). The digest stays.
 
         Args:
-            folder: Folder where caches are kept; None takes the folder of the embedded cohort, see README.
+            folder: Folder where caches are kept; None takes the folder of the embedded cohort, see docs/speed.md.
             dtype: Form to store images in: "auto", or "float16" or "float32" for images whatever they hold.
             workers: Number of threads that read scans, as for :meth:`lumirlib.data.cache.VolumeCache.build`.
             progress: Whether to show progress bars.

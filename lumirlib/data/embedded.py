@@ -37,7 +37,7 @@ from lumirlib.data.frame import (
     template_image,
 )
 from lumirlib.data.nifti import read_nifti, write_nifti
-from lumirlib.files import write_json
+from lumirlib.files import read_json, write_json
 from lumirlib.metrics.labels import LUMIR_LABELS
 
 CONTROL_SPACING_MM = 8
@@ -293,6 +293,31 @@ def make_person(
     noisy = np.where(brain > 0, np.clip(brain / white + noise, 1 / 255, 1), 0)
     landmarks = _person_landmarks(velocity, transform, resolution_mm)
     return np.rint(noisy * 255).astype(np.uint8), labels, landmarks, velocity
+
+
+def person_image(dataset: Path, file: str, resolution_mm: int) -> torch.Tensor:
+    """Image of a person of a simulated cohort on voxels of any size, made anew; nothing is written.
+
+    Args:
+        dataset: Path of the cohort's JSON, which holds the recipe of its population.
+        file: Name of the person's image file.
+        resolution_mm: Voxel size in mm: 1, 2 or 4.
+
+    Returns:
+        ``(1, 1, D, H, W)`` float32 in [0, 1].
+
+    Raises:
+        ValueError: people of another release of the generator, whom this one cannot make.
+    """
+    content = read_json(dataset)
+    if content["release"] != str(GENERATOR_VERSION):
+        raise ValueError(f"{dataset}: expected people of release {GENERATOR_VERSION}, got {content['release']}")
+    recipe = {name: tuple(one) if isinstance(one, list) else one for name, one in content["population"].items()}
+    (person,) = (
+        one["person"] for one in (*content["training"], *content["labelled"]) if Path(one["image"]).name == file
+    )
+    image, *_ = make_person(EmbeddedPopulation(**recipe), person, resolution_mm)
+    return torch.from_numpy(image)[None, None] / 255
 
 
 def _person_landmarks(velocity: torch.Tensor, transform: torch.Tensor, resolution_mm: int) -> dict[int, list[float]]:

@@ -527,6 +527,15 @@ def test_embedded_cohort_says_that_it_is_simulated_and_has_all_it_promises(embed
     assert image.min() == 0 and image.max() == 1 and 0.2 < float((image > 0).float().mean()) < 0.4
 
 
+def test_a_person_is_made_anew_as_the_cohort_has_it_and_not_by_another_generator(embedded_cohort, monkeypatch):
+    subject = embedded_cohort.validation_pairs[0].moving
+    found = embedded.person_image(embedded_cohort.path, subject.image.name, 4)
+    assert torch.equal(found, embedded_cohort.image(subject))
+    monkeypatch.setattr(embedded, "GENERATOR_VERSION", 0)
+    with pytest.raises(ValueError, match=r"dataset\.json: expected people of release 0, got"):
+        embedded.person_image(embedded_cohort.path, subject.image.name, 4)
+
+
 def test_embedded_people_overlap_before_registration_as_in_the_paper(embedded_cohort):
     dices, errors = [], []
     zero = torch.zeros(1, 3, *embedded_cohort.shape)

@@ -14,7 +14,7 @@ from lumirlib.methods.base import PAPER, Baseline, Tool
 from lumirlib.methods.external import MethodUnavailableError
 from lumirlib.methods.presets import PRESETS, split_options
 from lumirlib.study import costs, paper
-from lumirlib.study.report import publish, tables
+from lumirlib.study.report import figures, publish, tables
 from lumirlib.study.report.runs import load_runs
 from lumirlib.study.run import Run
 from lumirlib.training import launch, pairs, trainer
@@ -141,6 +141,7 @@ def test_a_run_of_deeds_trains_nothing_and_is_scored_like_any_other(small_cohort
     facts = json.loads(run.metrics_path.with_suffix(".json").read_text())
     assert (facts["parameters"], facts["trained_on"], facts["weights"]) == (0, "nothing", None)
     assert plots.pairs_figure(result.model, run.cohort, [run.pairs[0].name], run.title).axes
+    assert figures.finer_pair_figure(run, run.pairs[0].name) is None  # it can be made of simulated people alone
     assert run.inverse_consistency(result, 1)["when"].tolist() == ["as run"]
     with pytest.raises(ValueError, match="deedsBCV is not trained"):
         Trainer(run.config, run.cohort, tmp_path, CPU)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -348,13 +348,18 @@ def _span(counts: Iterable[int]) -> str:
     return f"{fewest}" if fewest == most else f"{fewest} to {most}"
 
 
+def _seeds(counts: Iterable[int]) -> str:
+    span = _span(counts)
+    return f"{span} seed{'' if span == '1' else 's'}"
+
+
 def _basis(
     study: Evidence, rows: Sequence[str], people: Sequence[int], pairs: Sequence[int], seeds: Sequence[int]
 ) -> str:
     """People, pairs, seeds, voxels, and which rows had not converged."""
     late = [name for name in dict.fromkeys(rows) if name in study.not_converged]
     converged = f"not converged: {', '.join(late)}" if late else "all converged"
-    return f"{_span(people)} people, {_span(pairs)} pairs, {_span(seeds)} seed(s), {study.runs.voxels}; {converged}"
+    return f"{_span(people)} people, {_span(pairs)} pairs, {_seeds(seeds)}, {study.runs.voxels}; {converged}"
 
 
 def _basis_of_checks(study: Evidence, checks: pd.DataFrame) -> str:
@@ -448,12 +453,12 @@ def _checks(row: str, reference: str, *metrics: str, expect: str = "better") -> 
 
 def convergence(study: Evidence) -> Verdict:
     """Does Dice rise within few epochs and stay?"""
-    words = "Training converges rapidly, within a minimal number of initial epochs"
+    words = "training converges rapidly, within a minimal number of initial epochs"
     rule = (
-        f"Of each run of Table 2's rows: the first epoch with {ARRIVED:.0%} of the whole gain in validation Dice, as a "
-        f"share of its epochs. Supported if the median is at most {EARLY:.0%}, not supported above; not to be told if "
-        f"most runs still rise by more than {runs.CONVERGED} points over their last quarter, or if they end within "
-        f"what is the first epoch of the paper, {PAPER_EPOCH_STEPS:,} steps."
+        f"Of each run of Table 2's rows: the first epoch with {100 * ARRIVED:.0f} % of the whole gain in validation "
+        f"Dice, as a share of its epochs. Supported if the median is at most {100 * EARLY:.0f} %, not supported above; "
+        f"not to be told if most runs still rise by more than {runs.CONVERGED} points over their last quarter, or if "
+        f"they end within what is the first epoch of the paper, {PAPER_EPOCH_STEPS:,} steps."
     )
     names = [name for name in rows_of_table(2) if name in study.rows]
     history = study.runs.history[study.runs.history["variant"].isin(names)]
@@ -474,14 +479,14 @@ def convergence(study: Evidence) -> Verdict:
     if rising > len(rises) / 2 or steps < PAPER_EPOCH_STEPS:
         verdict = OPEN
     ours = (
-        f"{ARRIVED:.0%} of the gain after {median:.0%} of the epochs (median of {len(shares)} runs); {rising} of them "
-        f"still rise by more than {runs.CONVERGED} points over the last quarter; all of it is {steps:,} steps, "
-        f"{steps / PAPER_EPOCH_STEPS:.1f} epochs of the paper"
+        f"{100 * ARRIVED:.0f} % of the gain after {100 * median:.0f} % of the epochs (median of {len(shares)} runs); "
+        f"{rising} of them still rise by more than {runs.CONVERGED} points over the last quarter; all of it is "
+        f"{steps:,} steps, {steps / PAPER_EPOCH_STEPS:.1f} epochs of the paper"
     )
     seeds = history.groupby("variant")["seed"].nunique()
     pairs = study.runs.preset.validation_pairs
     rests_on = (
-        f"{len(names)} rows, {_span(seeds)} seed(s), Dice of {'all' if pairs is None else pairs} validation pairs, "
+        f"{len(names)} rows, {_seeds(seeds)}, Dice of {'all' if pairs is None else pairs} validation pairs, "
         f"{study.runs.voxels}"
     )
     return Verdict("convergence", words, rule, verdict, "Fig. 2, 200 epochs", ours, rests_on, values=history)
@@ -489,7 +494,7 @@ def convergence(study: Evidence) -> Verdict:
 
 def spread_between_pairs(study: Evidence) -> Verdict:
     """Does Dice differ widely between pairs?"""
-    words = "Pairs differ widely in difficulty: Dice from 18 % to 99 %"
+    words = "pairs differ widely in difficulty: Dice from 18 % to 99 %"
     rule = (
         f"Supported if {NEXT_GEN_NN}'s Dice (means over labels and seeds) of the easiest and the hardest pair differ "
         f"by {WIDE:g} points or more, not supported below {NARROW:g}. A mean over labels cannot reach 99 % where its "
@@ -539,7 +544,7 @@ def at_equal_displacement(folding: pd.DataFrame) -> pd.DataFrame:
 
 def smoother_cascade(study: Evidence) -> Verdict:
     """Does the compositional cascade fold less than the additive one, all else and the length of the field equal?"""
-    words = "A better cascade (LC-2's) makes smoother fields"
+    words = "a better cascade (LC-2's) makes smoother fields"
     rule = (
         "The velocities of trained networks, amplified, are joined both ways (DEVIATIONS.md, E7). Each pair's NDV is "
         "compared where both fields are equally long, by the test over people and seeds, adjusted after Holm. "
@@ -578,11 +583,13 @@ def smoother_cascade(study: Evidence) -> Verdict:
     less = told & (compared["high"] < 0)
     verdict = SUPPORTED if less.all() else NOT_SUPPORTED if (told & (compared["low"] > 0)).any() else OPEN
     widest = compared.groupby("variant", sort=False).last()
+    ends = widest[["low", "high"]].map(partial(publish.as_text, digits=2, signed=True))
+    widest["interval"] = (" [" + ends["low"] + ", " + ends["high"] + "]").where(widest["low"].notna(), "")  # of seeds
     ours = f"less folding in {less.sum()} of {len(less)} comparisons at equal length; " + "; ".join(
         f"{variant}'s velocities ×{line['factor']:g}, fields of {line['displacement_mm']:.1f} mm, NDV: "
-        f"{line['compositional']:.2f} against {line['additive']:.2f} % [{line['low']:+.2f}, {line['high']:+.2f}]"
+        f"{line['compositional']:.2f} against {line['additive']:.2f} %{line['interval']}"
         for variant, line in widest.iterrows()
-    ).replace("-", "−")
+    )
     return Verdict("cascade", words, rule, verdict, paper, ours, rests_on, values=compared)
 
 
@@ -633,7 +640,7 @@ CLAIMS: tuple[Claim | Callable[[Evidence], Verdict], ...] = (
     ),
     Claim(
         "bf-post",
-        "the same, with BF put behind the trained backbone (DEVIATIONS.md, N13)",
+        "BF put behind the trained backbone improves Dice and HD95 and makes fields smoother",
         _checks("BF-post", "backbone", "dice", "hd95_mm", "ndv_percent"),
     ),
     Claim("lk", "LK improves TRE and NDV", _checks("LK", "backbone", "tre_mm", "ndv_percent")),
@@ -697,8 +704,8 @@ def detectable(study: Evidence) -> pd.DataFrame:
     Returns:
         One line per metric of enough people, and of NDV where the backbone folds: metric, smallest (the effect that
         the test over people finds in four of five such studies after Holm, and no less than twice the spread over
-        seeds; the 80th percentile over the schemes, whose errors differ by chance), paper_low and paper_high (the range
-        of the paper's schemes); in the paper's units. Empty without the backbone.
+        seeds; the 80th percentile over the schemes with several seeds, as errors differ by chance), paper_low and
+        paper_high (the range of the paper's schemes); in the paper's units. Empty without the backbone.
     """
     rows = [row for row in study.families["backbone"] if row in study.rows] if "backbone" in study.rows else []
     lines = []
@@ -706,7 +713,8 @@ def detectable(study: Evidence) -> pd.DataFrame:
         if metric.name == "ndv_percent" and study.mean("backbone", metric.name) < FOLDS:
             continue
         compared = pd.DataFrame([study.compare(row, "backbone", metric.name) for row in rows])
-        if compared["people"].min() < statistics.MIN_PEOPLE or compared["seeds_sd"].isna().any():
+        compared = compared.dropna(subset="seeds_sd")
+        if compared.empty or compared["people"].min() < statistics.MIN_PEOPLE:
             continue
         smallest = [
             max(statistics.PersonTest(0.0, line.error, line.freedom).detectable(len(rows)), 2 * line.seeds_sd)
@@ -728,7 +736,7 @@ def what_could_be_told(study: Evidence) -> str:
     """:func:`detectable` as a paragraph; says so where nothing can be told."""
     found = detectable(study)
     if found.empty:
-        return "These runs have too few people or seeds to tell any effect of a scheme."
+        return "Too few people, or one seed a row: how small an effect of a scheme these runs could tell is not known."
     parts = []
     for line in found.itertuples():
         metric = METRICS[line.metric]
@@ -738,10 +746,11 @@ def what_could_be_told(study: Evidence) -> str:
             f"schemes: {low} to {high})"
         )
     people = len({*study.values["fixed"], *study.values["moving"]})
-    seeds = study.runs.facts.groupby("variant")["seed"].nunique().max()
+    seeds = study.runs.facts[study.runs.facts["variant"].isin(study.families["backbone"])].groupby("variant")["seed"]
+    several = [count for count in seeds.nunique() if count > 1]
     return (
-        f"With {people} people and {seeds} seeds, the smallest effect of a scheme that four of five such studies would "
-        f"find is {', '.join(parts)}. Smaller claims can be neither shown nor excluded here."
+        f"With {people} people and {_seeds(several)}, the smallest effect of a scheme that four of five such studies "
+        f"would find is {', '.join(parts)}. Smaller claims can be neither shown nor excluded here."
     )
 
 
@@ -774,9 +783,8 @@ def readable_tables(study: Evidence) -> str:
         baselines = tables.table1(replace(study.runs, variants=others))
         table = pd.concat([table, baselines[baselines["variant"] != BEFORE]])
     seeds = study.runs.facts.groupby("variant")["seed"].nunique()
-    counted = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     return (
-        f"**{study.runs.title}**; {counted} seed(s) a row, ± over seeds; the paper's figures are of LUMIR\n\n"
+        f"**{study.runs.title}**; {_seeds(seeds)} a row, ± over seeds; the paper's figures are of LUMIR\n\n"
         f"{to_markdown(publish.brief_table(table))}"
     )
 

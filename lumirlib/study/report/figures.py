@@ -19,15 +19,19 @@ from matplotlib.ticker import MaxNLocator
 
 from lumirlib import metrics, spatial
 from lumirlib._checks import check_labels
+from lumirlib.data.embedded import person_image
 from lumirlib.methods import parse_row
 from lumirlib.methods.synthesis import SynthesisOptions, deform_labels, synthesize
-from lumirlib.plots import SHOWN_DPI, displacement_of, mark_stages, plot_labels, plot_slice, with_gaps
+from lumirlib.methods.variants import Variant
+from lumirlib.plots import SHOWN_DPI, displacement_of, mark_stages, plot_labels, plot_pair, plot_slice, with_gaps
 from lumirlib.study import robustness
 from lumirlib.study.paper import BEFORE, CHALLENGE, METRICS, paper_method, paper_table
 from lumirlib.study.report import beyond
 from lumirlib.study.report.claims import Verdict
 from lumirlib.study.report.difficulty import FEATURES, OUTCOMES, explain
 from lumirlib.study.report.runs import Runs
+from lumirlib.study.run import Run
+from lumirlib.training.weights import read_checkpoint
 
 
 def synthesis_figure(
@@ -57,6 +61,41 @@ def synthesis_figure(
     for number, ax in enumerate(axes[1:], start=1):
         moved = deform_labels(labels, generator, options)
         plot_slice(ax, synthesize(moved, generator, options), middle).set_title(f"synthetic {number}")
+    return figure
+
+
+def finer_pair_figure(run: Run, name: str) -> Figure | None:
+    """A pair of simulated people on voxels of half the edge, registered by the run's network as it is.
+
+    Each level of the network keeps its millimetres, and the finest one is there twice
+    (:meth:`lumirlib.training.weights.Weights.at_resolution`). The people are made anew, as the cohort's files are
+    coarser; nothing is written.
+
+    Args:
+        run: Finished run.
+        name: Name of one of its cohort's validation pairs.
+
+    Returns:
+        The figure; None for other cohorts, voxels of 1 mm, and rows other than the paper's network with its own
+        weights.
+    """
+    row, cohort = run.config.row, run.cohort
+    if not cohort.simulated or cohort.joined or cohort.resolution_mm <= 1:
+        return None
+    if not isinstance(row, Variant) or row.base_row() != row:
+        return None
+    finer = cohort.resolution_mm / 2
+    pair = next(pair for pair in cohort.validation_pairs if pair.name == name)
+    fixed, moving = (
+        person_image(cohort.path, subject.image.name, round(finer)) for subject in (pair.fixed, pair.moving)
+    )
+    with torch.no_grad():
+        displacement = displacement_of(
+            read_checkpoint(run.checkpoint).at_resolution(finer).network(run.device), fixed, moving
+        )
+    figure, axes = plt.subplots(1, 5, figsize=(13, 3.4), dpi=SHOWN_DPI, layout="constrained")
+    plot_pair(axes, fixed, moving, displacement, finer)
+    figure.suptitle(f"{run.title}; the same network at {finer:g} mm")
     return figure
 
 

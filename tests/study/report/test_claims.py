@@ -169,12 +169,12 @@ def test_the_smallest_effect_that_could_be_told_stands_beside_the_papers():
     assert shifted.compare("LK", "backbone", "dice")["verdict"] == "better"
     text = claims.what_could_be_told(given)
     assert "With 6 people and 3 seeds" in text and f"{smallest:.2f} points of Dice (the paper's schemes: −0.06" in text
-    assert "too few people or seeds" in claims.what_could_be_told(study(seeds=(0,)))
+    assert "Too few people, or one seed a row" in claims.what_could_be_told(study(seeds=(0,)))
 
 
 def test_a_claim_says_what_it_rests_on():
     (finding,) = (one for one in judge(study(landmark_people=3)) if one.key == "lk")
-    assert finding.rests_on == "3 to 6 people, 6 to 30 pairs, 3 seed(s), 1 mm; all converged"
+    assert finding.rests_on == "3 to 6 people, 6 to 30 pairs, 3 seeds, 1 mm; all converged"
     (finding,) = (one for one in judge(study(history=[])) if one.key == "channels-dice")
     assert finding.rests_on.endswith("not converged: LC-1, backbone")
 
