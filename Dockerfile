@@ -10,4 +10,4 @@ RUN grep -v '^-e' requirements.txt > pins.txt && pip install --no-cache-dir --co
 WORKDIR /
 ENV HOME=/tmp NUMBA_CACHE_DIR=/tmp/numba LUMIRLIB_CACHE=/tmp/lumirlib MPLCONFIGDIR=/tmp/matplotlib
 ENTRYPOINT ["lumirlib", "submission", "predict", "--input", "/input", "--output", "/output", "--quiet"]
-CMD ["--pretrained", "comp-4mm-cpu"]
+CMD ["--pretrained", "ours-1mm"]

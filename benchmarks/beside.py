@@ -135,7 +135,7 @@ def means(rows: list[dict]) -> pd.DataFrame:
 def main() -> int:
     """Measure what is missing, print and write."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--networks", nargs="*", default=["ours=ours-4mm-cpu"], help="NAME=WEIGHTS or NAME=FILE.pt")
+    options.add_argument("--networks", nargs="*", default=["ours=ours-1mm"], help="NAME=WEIGHTS or NAME=FILE.pt")
     options.add_argument("--resolutions", nargs="*", type=float, default=[2.0, 1.0], help="of the networks, in mm")
     options.add_argument("--programs", nargs="*", default=list(PROGRAMS), help="all if not given")
     options.add_argument("--cohort", default="brains")

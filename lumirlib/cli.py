@@ -214,9 +214,7 @@ def _seeds(default: Sequence[int]) -> Callable[[Function], Function]:
     return _several("--seeds", default=default, type=int, metavar="SEED", help="Seeds of each row.")
 
 
-_PRESET = click.option(
-    "--preset", default="demo", help="smoke, demo, real-cpu, real-2mm, real-1mm, half, full or paper."
-)
+_PRESET = click.option("--preset", default="demo", help="smoke, demo, real-2mm, real-1mm, half, full or paper.")
 _DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
 _OUT = _text("--out", help="Results folder to write to; runs/ of the checkout, if not given.")
 _READ = click.option("--results", default="study", help="Results to read: study (what is committed), or a folder.")
@@ -509,7 +507,7 @@ def write_zip(path: str, cohort: str, data_root: str, quiet: bool, device: str, 
     "predict",
     resumes=True,
     examples="""
-    lumirlib submission predict --input input --output output --pretrained comp-4mm-cpu
+    lumirlib submission predict --input input --output output --pretrained ours-1mm
     lumirlib submission predict --input input --output output --weights best.pt --json input/LUMIR_dataset.json
     """,
 )
@@ -763,9 +761,9 @@ def list_weights() -> None:
         )
 
 
-@weights.command("export", examples="lumirlib weights export --run <run> --name ours-4mm-cpu")
+@weights.command("export", examples="lumirlib weights export --run <run> --name ours-1mm")
 @click.option("--run", required=True, help="Name of the run in the results folder.")
-@click.option("--name", required=True, help="Name of the weights, such as ours-4mm-cpu.")
+@click.option("--name", required=True, help="Name of the weights, such as ours-1mm.")
 @_RESULTS
 @_cohort("brains")
 @_DEVICE
@@ -781,7 +779,7 @@ def export_weights(run: str, name: str, results: str, cohort: str, data_root: st
     "check",
     examples="""
     lumirlib weights check
-    lumirlib weights check ours-4mm-cpu
+    lumirlib weights check ours-1mm
     """,
 )
 @click.argument("names", nargs=-1)
@@ -981,7 +979,7 @@ def measure_folding(**given: Any) -> None:
 @measure.command(
     "robustness",
     resumes=True,
-    examples="lumirlib measure robustness --rows LC-2 ours --preset real-cpu --cohort brains --seeds 0 1",
+    examples="lumirlib measure robustness --rows LC-2 ours --preset real-2mm --cohort brains --seeds 0 1",
 )
 @_rows(["LC-2", "ours"])
 @_seeds([0, 1, 2])

@@ -276,7 +276,7 @@ DEMO = """
 from lumirlib import load_cohort, pretrained
 from lumirlib.evaluation import evaluate_method, zero_displacement
 people = load_cohort("embedded", 4)
-for method in (zero_displacement, pretrained("comp-4mm-cpu")):
+for method in (zero_displacement, pretrained("ours", resolution_mm=4)):
     table = evaluate_method(method, people, people.validation_pairs[:2], progress=False)
     print(table[table["metric"] == "dice"]["value"].mean())
 """
@@ -293,7 +293,7 @@ def test_a_wheel_works_alone_in_a_bare_environment(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([python, "-m", "pip", "install", "-q", "-c", pins, wheel], check=True, cwd=tmp_path, env=environment)
     given = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
-    assert "comp-4mm-cpu" in subprocess.run([python, "-m", "lumirlib", "info"], **given).stdout
+    assert "ours-1mm" in subprocess.run([python, "-m", "lumirlib", "info"], **given).stdout
     before, after = map(float, subprocess.run([python, "-c", DEMO], **given).stdout.split())
     assert after > before + 0.03
     listed = subprocess.run([python, "-c", "import lumirlib; print(lumirlib.__file__)"], **given).stdout

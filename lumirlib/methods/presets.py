@@ -40,12 +40,6 @@ PRESETS: dict[str, Preset] = {
         ),
         _COARSE,
         replace(
-            _COARSE,
-            name="real-cpu",
-            epochs=12,
-            about="real brains at 4 mm on a CPU; about a quarter of an hour",
-        ),
-        replace(
             PAPER,
             name="real-2mm",
             stages=(Stage(resolution_mm=4, epochs=12, window=20), Stage(resolution_mm=2, epochs=4, window=10)),

@@ -71,7 +71,7 @@ class TrainingOptions:
         bilateral_mode: Mode of the bilateral filter: "joint", it is trained with the network, or "post", it is put
             behind the trained weights of the same network without it, with its widths as given.
         ndv_weight: Weight of :func:`lumirlib.losses.ndv.ndv_loss` of the result (NDV), a share of the volume.
-        learning_rate_factor: Factor on the preset's learning rate (LR2 and LR4), which is that of the paper's own
+        learning_rate_factor: Factor on the preset's learning rate (LR4), which is that of the paper's own
             network.
         optimizer: Name of the optimizer (MUON), "adam" or "muon", see :mod:`lumirlib.training.muon`.
     """
@@ -274,7 +274,6 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "REC": {"passes": 2},
     "REF": {"refinements": 1},
     "ANTI": {"antisymmetric": True},
-    "LR2": {"learning_rate_factor": 2.0},
     "LR4": {"learning_rate_factor": 4.0},
     "MUON": {"optimizer": "muon"},
     "NDV": {"ndv_weight": 10.0},

@@ -60,8 +60,7 @@ def export(
 
     Args:
         run: Name of a run that was trained and evaluated; its files in checkpoints/, metrics/ and logs/ are read.
-        name: Name of the weights: lower case, with the voxel size ("4mm") and, if they were trained on a CPU, "cpu"
-            among its parts.
+        name: Name of the weights: lower case, with the voxel size ("1mm") among its parts.
         results: Results folder; empty for :func:`lumirlib.provenance.results_folder`.
         cohort: Cohort to evaluate on, all its pairs.
         data_root: Folder that the cohort's paths are relative to.
@@ -88,8 +87,7 @@ def export(
             raise ValueError(f"{checkpoint}: {key} is {weights.config[key]!r}, in metrics/{run}.json {about[key]!r}")
     if not log.is_file():
         raise FileNotFoundError(f"no such log: {log}")
-    devices = [session.partition(", ")[2] for session in about["trained_by"]]
-    _check_name(name, weights.resolution_mm, devices)
+    _check_name(name, weights.resolution_mm)
     others = [path for path in packaged.FOLDER.glob("*.safetensors") if path.stem != name]
     size = sum(path.stat().st_size for path in others) + sum(one.nbytes for one in weights.tensors.values())
     if size + HEADER_BYTES > packaged.MAX_BYTES:
@@ -132,13 +130,11 @@ def export(
     return path
 
 
-def _check_name(name: str, resolution_mm: float, devices: list[str]) -> None:
-    needed = [f"{resolution_mm:g}mm", *(["cpu"] if any("cpu" in device for device in devices) else [])]
-    lacking = [word for word in needed if word not in name.split("-")]
-    if lacking or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+def _check_name(name: str, resolution_mm: float) -> None:
+    needed = f"{resolution_mm:g}mm"
+    if needed not in name.split("-") or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
         raise ValueError(
-            f"name must be of a-z, 0-9, '.' and '-' and say {' and '.join(needed)} between hyphens, as in "
-            f"ours-{'-'.join(needed)}; got {name!r}"
+            f"name must be of a-z, 0-9, '.' and '-' and say {needed} between hyphens, as in ours-{needed}; got {name!r}"
         )
 
 
@@ -202,7 +198,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     ]
     return f"""# {facts["name"]}
 
-Weights of the network of {facts["method"]}, trained at voxels of **{size}** on **{" and ".join(devices)}**:
+Weights of `{facts["method"]}`, trained at voxels of **{size}** on **{" and ".join(devices)}**:
 {facts["words"]}; {facts["parameters"]:,} parameters.
 
 ```python
@@ -231,8 +227,8 @@ A registration takes {figures["seconds"]["mean"]:.2f} s on {done["device"]}, wit
 
 - Data: {facts["trained_on"]}.
 - Run `{facts["run"]}`: `{facts["command"]}`.
-- Preset {facts["preset"]}, seed {facts["seed"]}, {facts["epochs"]} epochs, {facts["steps"]:,} steps of
-  {facts["batch_size"]} pair(s), {facts["training_hours"]:g} hours; from {facts["started_from"] or "random weights"}.
+- Preset {facts["preset"]}, seed {facts["seed"]}, {facts["epochs"]} epochs, {facts["steps"]:,} steps, batches of
+  {facts["batch_size"]}, {facts["training_hours"]:g} hours; from {facts["started_from"] or "random weights"}.
 - Epoch {facts["best_epoch"]}, after {facts["steps_of_best_epoch"]:,} steps, was chosen by {chosen_by} on validation
   pairs of {facts["cohort_name"]}.
 - Differences from the paper's training: {"; ".join(facts["differences"]) or "none"}.

@@ -172,11 +172,8 @@ BEYOND = (
     "COMP+NDV",
     "COMP+LR4",
     "COMP+MUON",
-    "LC-2+LR2",
     "LC-2+LR4+MUON",
     "ours",
-    "ours+IO",
-    "LC-2+IO",
 )
 
 

@@ -1,7 +1,7 @@
 """Pretrained weights that the package carries: loaded, exported from a finished run with a model card, and checked.
 
     lumirlib weights list
-    lumirlib weights export --run <run> --name ours-4mm-cpu
+    lumirlib weights export --run <run> --name ours-1mm
     lumirlib weights check
 
 `pretrained_weights/<name>.safetensors` holds the weights and, as JSON in its metadata, the run's configuration and all

@@ -82,10 +82,10 @@ def test_the_method_sees_the_fixed_image_as_it_is_and_the_moving_one_matched():
 
 
 def test_pretrained_weights_register_an_inverted_scan_as_the_scan_itself():
-    network = pretrained("comp-4mm-cpu", "cpu", contrast="any")
+    network = pretrained("ours", "cpu", resolution_mm=4, contrast="any")
     fixed, moving = anatomy(), anatomy(1)
     inverted = torch.where(moving > 0, 1.1 - moving, 0.0)
     with torch.no_grad():
         assert torch.allclose(network(fixed, inverted), network(fixed, moving), atol=0.02)
     with pytest.raises(ValueError, match="contrast must be one of t1, any"):
-        pretrained("comp-4mm-cpu", contrast="T2")
+        pretrained("ours", contrast="T2")

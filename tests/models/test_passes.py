@@ -180,8 +180,8 @@ def test_a_refinement_costs_an_estimation_at_full_resolution():
 def test_a_variant_may_have_its_own_learning_rate_as_baselines_have():
     preset = get_preset("demo")
     assert parse_variant("backbone").training_preset(preset) == preset
-    assert parse_variant("LC-2+LR2").training_preset(preset).learning_rate == pytest.approx(2 * preset.learning_rate)
-    chosen, own = split_options("demo", parse_variant("LR2"), {"learning_rate": 0.005})
+    assert parse_variant("LC-2+LR4").training_preset(preset).learning_rate == pytest.approx(4 * preset.learning_rate)
+    chosen, own = split_options("demo", parse_variant("LR4"), {"learning_rate": 0.005})
     assert chosen.learning_rate == 0.005 and own == {}  # what is asked for by name holds
     with pytest.raises(ValueError, match="learning_rate_factor must be above 0, got 0"):
         parse_variant("backbone", learning_rate_factor=0.0)

@@ -98,14 +98,14 @@ def test_a_rows_own_rate_and_smoothness_count_in_every_stage():
     factor = row.coarse_learning_rate_factor  # some of it is coarse
     assert [one.learning_rate for one in adapted.each_stage] == pytest.approx([1e-3 * factor, 1e-2 * factor])
     assert {one.smoothness_weight for one in adapted.each_stage} == {row.smoothness_weight}
-    assert [one.learning_rate for one in parse_variant("LR2").training_preset(staged()).each_stage] == [2e-3, 1e-3]
+    assert [one.learning_rate for one in parse_variant("LR4").training_preset(staged()).each_stage] == [4e-3, 2e-3]
 
 
 def test_a_method_that_is_not_trained_has_its_natural_resolution_in_a_preset_with_stages():
     preset, _ = split_options("real-2mm", parse_row("deedsBCV"), {})
     assert (preset.resolution_mm, preset.stages) == (1.0, ())
     assert preset.apply(parse_row("deedsBCV")) == parse_row("deedsBCV").for_resolution(1.0)
-    assert split_options("real-cpu", parse_row("deedsBCV"), {})[0].resolution_mm == 4
+    assert split_options("demo", parse_row("deedsBCV"), {})[0].resolution_mm == 4
 
 
 def test_stages_are_part_of_a_runs_name_and_a_single_one_leaves_it_as_it_was():
@@ -119,7 +119,7 @@ def test_stages_are_part_of_a_runs_name_and_a_single_one_leaves_it_as_it_was():
 
 def test_head_channels_are_divided_with_the_start_channels_where_the_preset_says_so():
     row = parse_variant("LC-2")
-    assert get_preset("real-cpu").apply(row).head_channels == 108
+    assert get_preset("demo").apply(row).head_channels == 108
     narrow = get_preset("real-2mm").apply(row)
     assert (narrow.start_channels, narrow.head_channels) == (16, 27)
     assert sum(one.numel() for one in narrow.build().parameters()) == 294_272  # the paper's network with N = 16
@@ -311,12 +311,14 @@ def test_figures_of_the_training_mark_where_a_stage_begins_and_convergence_is_ju
 
 
 def test_pretrained_weights_run_on_finer_voxels_by_name():
-    coarse, fine = pretrained("comp-4mm-cpu", "cpu"), pretrained("comp-4mm-cpu", "cpu", resolution_mm=2)
-    assert len(fine.estimators) == len(coarse.estimators) + 1
-    for level, old in enumerate((0, 0, 1, 2, 3)):
-        assert torch.equal(fine.estimators[level].conv1.weight, coarse.estimators[old].conv1.weight)
-    assert len(pretrained("comp-4mm-cpu", "cpu", resolution_mm=8).estimators) == len(coarse.estimators) - 1
-    with pytest.raises(ValueError, match="resolutions must differ by powers of two, got 4 mm and 3 mm"):
-        pretrained("comp-4mm-cpu", resolution_mm=3)
-    with pytest.raises(ValueError, match=r"levels of .* must be above 4, one for each doubling of a voxel; got 4"):
-        pretrained("comp-4mm-cpu", resolution_mm=64)
+    given, fine = pretrained("ours-1mm", "cpu"), pretrained("ours", "cpu", resolution_mm=0.5)
+    assert len(fine.estimators) == len(given.estimators) + 1 == 7
+    for level, old in enumerate((0, 0, 1, 2, 3, 4, 5)):
+        assert torch.equal(fine.estimators[level].conv1.weight, given.estimators[old].conv1.weight)
+    coarse = pretrained("ours", "cpu", resolution_mm=4)
+    assert len(coarse.estimators) == 4
+    assert torch.equal(coarse.estimators[0].conv1.weight, given.estimators[2].conv1.weight)
+    with pytest.raises(ValueError, match="resolutions must differ by powers of two, got 1 mm and 3 mm"):
+        pretrained("ours", resolution_mm=3)
+    with pytest.raises(ValueError, match=r"levels of .* must be above 6, one for each doubling of a voxel; got 6"):
+        pretrained("ours", resolution_mm=64)

@@ -429,7 +429,7 @@ def equal_time_figure(runs: Runs, title: str, reference: str = beyond.REFERENCES
     if not names:
         raise ValueError(f"no run of {', '.join(runs.variants)} has a log")
     figure, ax = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
-    leading = [name for name in names if name in (*beyond.REFERENCES, *beyond.RECIPES)]  # solid; single options dashed
+    leading = [name for name in names if name in (*beyond.REFERENCES, beyond.RECIPE)]  # solid; single options dashed
     colours = dict(
         zip(
             [*leading, *(name for name in names if name not in leading)],

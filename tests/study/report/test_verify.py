@@ -111,10 +111,10 @@ def test_everything_that_is_tampered_with_is_found_with_its_line(small_study, tm
     tally.write_text(json.dumps(about))  # a figure of a benchmark that a page quotes
     page = (root / "docs/reliability.md").read_text().splitlines()
     expect("docs/reliability.md", page.index("<!-- python benchmarks/reliability.py -->") + 3)
-    card = "lumirlib/pretrained_weights/ours-4mm-cpu.md"
+    card = "lumirlib/pretrained_weights/ours-1mm.md"
     expect(card, replace(root / card, "| Dice (%) |", "| dice (%) |"))
-    (root / "lumirlib/pretrained_weights/nobody-4mm-cpu.md").write_text("# nobody\n")
-    expect("lumirlib/pretrained_weights/nobody-4mm-cpu.md", 0)
+    (root / "lumirlib/pretrained_weights/nobody-4mm.md").write_text("# nobody\n")
+    expect("lumirlib/pretrained_weights/nobody-4mm.md", 0)
     (root / "docs/new.md").write_text(
         "\n<!-- lumirlib report dreams -->\n\n1\n\n<!-- end of lumirlib report dreams -->\n"
     )
