@@ -2,7 +2,8 @@
 
     python benchmarks/beside.py --cohort brains --out study
 
-Networks are packaged weights or checkpoints ("LC-2=best.pt"). Programs work at 1 mm, with the settings that their own
+Networks are packaged weights or checkpoints ("LC-2=best.pt"; "LC-2+IO=best.pt" with instance optimization, at the
+resolution that it was trained at). Programs work at 1 mm, with the settings that their own
 documentation or scripts give for brains. What is not installed is left out and named; ANTs, Greedy and ConvexAdam are
 `pip install antspyx picsl_greedy convexadam`, in an environment of their own, as antspyx wants an older NumPy.
 
@@ -29,6 +30,8 @@ from tqdm.auto import tqdm
 from lumirlib import load_cohort, pretrained, provenance
 from lumirlib.evaluation import evaluate_method, zero_displacement
 from lumirlib.files import read_json, write_json
+from lumirlib.methods import parse_row
+from lumirlib.methods.base import Preset
 from lumirlib.methods.deeds import Deeds
 from lumirlib.study.costs import MEBIBYTE, PeakMemory, in_own_process
 from lumirlib.training.pairs import evenly_spaced, halves
@@ -95,7 +98,9 @@ def method(name: str, source: str, resolution_mm: float) -> Callable:
     if name in PROGRAMS:
         return PROGRAMS[name][1]()
     if source.endswith(".pt"):
-        return read_checkpoint(source).at_resolution(resolution_mm).network("cpu")
+        found = read_checkpoint(source).at_resolution(resolution_mm)
+        row = parse_row(f"{found.row.name}+IO") if "+IO" in name else found.row
+        return row.as_method(found.network("cpu"), Preset(**found.config["preset"]).at_stage(-1))
     return pretrained(source, "cpu", resolution_mm)
 
 
