@@ -433,8 +433,11 @@ def halvings(coarse_mm: float, fine_mm: float) -> int:
     """How often a voxel's edge is halved from one resolution to a finer one; negative to a coarser one.
 
     Raises:
-        ValueError: resolutions whose ratio is no power of two.
+        ValueError: resolutions whose ratio is no power of two, or that are no edges of a voxel.
     """
+    for edge in (coarse_mm, fine_mm):
+        if not 0 < edge < math.inf:
+            raise ValueError(f"a resolution must be the edge of a voxel in mm, above 0, got {edge:g}")
     found = math.log2(coarse_mm / fine_mm)
     if abs(found - round(found)) > 1e-3:
         raise ValueError(f"resolutions must differ by powers of two, got {coarse_mm:g} mm and {fine_mm:g} mm")

@@ -136,7 +136,7 @@ def choose_registrar(
             raise FileNotFoundError(
                 f"no trained run {run!r} in {folder}, which has {', '.join(known) or 'none'}; {train_first}"
             )
-    trained = read_packaged(pretrained) if pretrained else read_checkpoint(weights)
+    trained = read_packaged(pretrained, resolution_mm) if pretrained else read_checkpoint(weights)
     found = trained if resolution_mm is None else trained.at_resolution(resolution_mm)
     if found.resolution_mm not in RESOLUTIONS_MM:
         raise ValueError(f"{found.name}: works at {found.resolution_mm:g} mm, expected one of {RESOLUTIONS_MM}")

@@ -190,8 +190,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("*.safetensors")))
 
 
-def read_packaged(name: str) -> Weights:
-    """Weights that the package carries, by their name or that of their row, whose finest ones are taken.
+def read_packaged(name: str, resolution_mm: float | None = None) -> Weights:
+    """Weights that the package carries, at the resolution that they were trained at.
+
+    Args:
+        name: Their name, or that of their row.
+        resolution_mm: Edge of the voxels that they are wanted for, in mm: of a row's weights those trained at the
+            nearest one are taken, or the finest if none is given.
 
     Raises:
         ValueError: an unknown name, with the choices listed; a file that is damaged.
@@ -199,7 +204,9 @@ def read_packaged(name: str) -> Weights:
     if name not in names():
         of_row = [one for one in map(read_packaged, names()) if one.row.name == name]
         if of_row:
-            return min(of_row, key=lambda one: one.resolution_mm)
+            finest = min(one.resolution_mm for one in of_row)
+            wanted = finest if resolution_mm is None else resolution_mm
+            return min(of_row, key=lambda one: (abs(one.resolution_mm - wanted), one.resolution_mm))
         raise ValueError(
             f"no pretrained weights {name!r}: choose from {', '.join(names()) or 'none, none are packaged'}"
         )
@@ -286,7 +293,7 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
 
     Args:
         name: Name of the weights, one of :func:`lumirlib.training.weights.names`, which says the voxel size that they
-            were trained at, and images are to have; or the name of a row, such as "ours", for its finest weights.
+            were trained at, and images are to have; or the name of a row, such as "ours", see :func:`read_packaged`.
         device: Device's name: "auto", "cpu", "cuda" ...
         resolution_mm: Edge of the voxels that images are to have instead, in mm, see :func:`to_finer_levels`.
         contrast: Contrast of the images, see :func:`lumirlib.methods.contrast.for_contrast`.
@@ -299,7 +306,7 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
         ValueError: an unknown name or contrast, with the choices listed; voxels that halving or doubling does not lead
             to.
     """
-    found = read_packaged(name)
+    found = read_packaged(name, resolution_mm)
     network = (found if resolution_mm is None else found.at_resolution(resolution_mm)).network(device)
     return for_contrast(network, contrast)
 
@@ -338,7 +345,7 @@ def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | Non
     if init not in names() and not init.endswith(".pt"):
         choices = ", ".join(("random", "pretrained", *names()))
         raise ValueError(f"init must be one of {choices}, or the path of a best.pt; got {init!r}")
-    found = (read_checkpoint(init) if init.endswith(".pt") else read_packaged(init)).at_resolution(resolution_mm)
+    found = (read_checkpoint(init) if init.endswith(".pt") else read_packaged(init, resolution_mm)).at_resolution(resolution_mm)
     check_weights(f"{init} for {base.name} ({base.describe()})", found.tensors, shapes_of(init, base))
     return found
 
