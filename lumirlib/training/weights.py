@@ -345,7 +345,8 @@ def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | Non
     if init not in names() and not init.endswith(".pt"):
         choices = ", ".join(("random", "pretrained", *names()))
         raise ValueError(f"init must be one of {choices}, or the path of a best.pt; got {init!r}")
-    found = (read_checkpoint(init) if init.endswith(".pt") else read_packaged(init, resolution_mm)).at_resolution(resolution_mm)
+    given = read_checkpoint(init) if init.endswith(".pt") else read_packaged(init, resolution_mm)
+    found = given.at_resolution(resolution_mm)
     check_weights(f"{init} for {base.name} ({base.describe()})", found.tensors, shapes_of(init, base))
     return found
 
