@@ -23,6 +23,7 @@ from lumirlib.study.run import Run
 from lumirlib.training.checkpoints import load_checkpoint
 from lumirlib.training.config import RunConfig
 from lumirlib.training.launch import train
+from lumirlib.training.weights import read_packaged
 from lumirlib.training.registrar import choose_registrar
 from lumirlib.training.trainer import Trainer
 from lumirlib.training.weights import load_model, read_checkpoint, starting_weights, to_finer_levels
@@ -311,14 +312,23 @@ def test_figures_of_the_training_mark_where_a_stage_begins_and_convergence_is_ju
 
 
 def test_pretrained_weights_run_on_finer_voxels_by_name():
-    given, fine = pretrained("ours-1mm", "cpu"), pretrained("ours", "cpu", resolution_mm=0.5)
+    given, fine = pretrained("ours-1mm", "cpu"), pretrained("ours-1mm", "cpu", resolution_mm=0.5)
     assert len(fine.estimators) == len(given.estimators) + 1 == 7
     for level, old in enumerate((0, 0, 1, 2, 3, 4, 5)):
         assert torch.equal(fine.estimators[level].conv1.weight, given.estimators[old].conv1.weight)
-    coarse = pretrained("ours", "cpu", resolution_mm=4)
+    coarse = pretrained("ours-1mm", "cpu", resolution_mm=4)
     assert len(coarse.estimators) == 4
     assert torch.equal(coarse.estimators[0].conv1.weight, given.estimators[2].conv1.weight)
     with pytest.raises(ValueError, match="resolutions must differ by powers of two, got 1 mm and 3 mm"):
-        pretrained("ours", resolution_mm=3)
+        pretrained("ours-1mm", resolution_mm=3)
     with pytest.raises(ValueError, match=r"levels of .* must be above 6, one for each doubling of a voxel; got 6"):
-        pretrained("ours", resolution_mm=64)
+        pretrained("ours-1mm", resolution_mm=64)
+
+
+def test_a_rows_name_gives_its_weights_that_were_trained_nearest():
+    for wanted, trained in ((None, 1), (0.5, 1), (1, 1), (2, 2), (4, 2)):
+        assert read_packaged("ours", wanted).name == f"ours-{trained}mm"
+    assert len(pretrained("ours", "cpu", resolution_mm=4).estimators) == 4
+    for wrong in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="a resolution must be the edge of a voxel in mm, above 0, got"):
+            pretrained("ours", "cpu", resolution_mm=wrong)
