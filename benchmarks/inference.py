@@ -2,10 +2,10 @@
 
     python benchmarks/inference.py                     # CPU sizes
     python benchmarks/inference.py --device cuda       # 160x224x192 voxels, N = 16, 32, 64
-    python benchmarks/inference.py --sizes 160x224x192:8 --only packaged --against 080a01f
+    python benchmarks/inference.py --sizes 160x224x192:8 --only packaged "COMP, bfloat16" --against 080a01f
 
-The last command measures what `lumirlib register` does with the packaged weights, at 1 mm where the images have such
-sides, against the library before it kept freed memory.
+The last command measures what `lumirlib register` does with the packaged weights of `ours`, at 1 mm where the images
+have such sides, and the cascade alone, against the library before it kept freed memory.
 
 LK has N = 36 at the paper's 32, LC-2 has 64; here every scheme has the N of its size.
 """
@@ -22,12 +22,13 @@ import torch
 from lumirlib.methods.variants import parse_variant
 from lumirlib.models.layers import compile_model, place
 from lumirlib.training.registrar import choose_registrar
+from lumirlib.training.weights import names
 
 SIZES = {
     "cpu": ["80x112x96:16", "80x112x96:32"],
     "cuda": ["160x224x192:16", "160x224x192:32", "160x224x192:64"],
 }
-NAMES = ("backbone", "ours", "LK", "CA", "BF", "LC-2")
+NAMES = ("backbone", "COMP", "ours", "LK", "CA", "BF", "LC-2")
 
 
 def registration(shape: str, channels: int, device: torch.device, name: str, how: str) -> Callable[[], object]:
@@ -50,8 +51,9 @@ def registration(shape: str, channels: int, device: torch.device, name: str, how
     return register
 
 
-def packaged(shape: str, channels: int, device: torch.device, name: str) -> Callable[[], object]:
-    """A function that registers a pair as `lumirlib register` does, by packaged weights, at 1 mm."""
+def packaged(shape: str, channels: int, device: torch.device) -> Callable[[], object]:
+    """A function that registers a pair as `lumirlib register` does, by packaged weights of `ours`, at 1 mm."""
+    name = next(name for name in names() if name.startswith("ours"))  # an older library has another one
     registrar = choose_registrar(pretrained=name, resolution_mm=1, device=str(device))
     width = registrar.method.estimators[0].conv1.in_channels // 2
     if width != channels:
@@ -65,8 +67,8 @@ def candidates(kind: str) -> dict[str, Callable]:
     ways = ("plain", "float32", "bfloat16") + (("contiguous", "compiled") if kind == "cuda" else ())
     found = {f"{name}, {how}": partial(registration, name=name, how=how) for name in NAMES for how in ways}
     if kind == "cpu":
-        found["ours, packaged"] = partial(packaged, name="ours-1mm")
-    del found["ours, plain"]  # benchmarks/plain.py knows the paper's schemes alone
+        found["ours, packaged"] = packaged
+    del found["ours, plain"], found["COMP, plain"]  # benchmarks/plain.py knows the paper's schemes alone
     return found
 
 

@@ -125,7 +125,7 @@ def parser(text: str, default_sizes: dict[str, list[str]]) -> argparse.ArgumentP
     options.add_argument("--sizes", nargs="+", default=[], help=f"DxHxW:N, by default {default_sizes}")
     options.add_argument("--rounds", type=int, default=2, help="how often every candidate is measured")
     options.add_argument("--repeats", type=int, default=2, help="timed calls in each round, after one that is not")
-    options.add_argument("--only", default="", help="candidates whose name holds this text, and the first one")
+    options.add_argument("--only", nargs="+", default=[""], help="candidates with one of these texts, and the first one")
     options.add_argument("--against", default="", help="commit that each of them is measured at too; then no first one")
     options.add_argument("--out", default="", help="results folder")
     options.add_argument("--resume", action="store_true", help="keep what the file has of the same code and device")
@@ -149,7 +149,7 @@ def run(
     kind = "cuda" if device.type == "cuda" else "cpu"
     sizes, every = given.sizes or default_sizes[kind], candidates(kind)
     first = "" if given.against else next(iter(every))
-    chosen = {one: make for one, make in every.items() if given.only in one or one == first}
+    chosen = {one: make for one, make in every.items() if one == first or any(text in one for text in given.only)}
     about = {
         "command": f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".strip(),
         "commit": provenance.commit(),
