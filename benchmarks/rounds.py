@@ -125,7 +125,7 @@ def parser(text: str, default_sizes: dict[str, list[str]]) -> argparse.ArgumentP
     options.add_argument("--sizes", nargs="+", default=[], help=f"DxHxW:N, by default {default_sizes}")
     options.add_argument("--rounds", type=int, default=2, help="how often every candidate is measured")
     options.add_argument("--repeats", type=int, default=2, help="timed calls in each round, after one that is not")
-    options.add_argument("--only", nargs="+", default=[""], help="candidates with one of these texts, and the first one")
+    options.add_argument("--only", nargs="+", default=[""], help="candidates with such a text, and the first one")
     options.add_argument("--against", default="", help="commit that each of them is measured at too; then no first one")
     options.add_argument("--out", default="", help="results folder")
     options.add_argument("--resume", action="store_true", help="keep what the file has of the same code and device")

@@ -23,10 +23,9 @@ from lumirlib.study.run import Run
 from lumirlib.training.checkpoints import load_checkpoint
 from lumirlib.training.config import RunConfig
 from lumirlib.training.launch import train
-from lumirlib.training.weights import read_packaged
 from lumirlib.training.registrar import choose_registrar
 from lumirlib.training.trainer import Trainer
-from lumirlib.training.weights import load_model, read_checkpoint, starting_weights, to_finer_levels
+from lumirlib.training.weights import load_model, read_checkpoint, read_packaged, starting_weights, to_finer_levels
 
 STAGES = [{"resolution_mm": 2, "epochs": 2, "window": 6}, {"resolution_mm": 1, "epochs": 2, "learning_rate": 5e-4}]
 
