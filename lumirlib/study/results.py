@@ -182,10 +182,26 @@ def scoring_facts(cohort: Cohort) -> dict[str, object]:
     return cohort_facts(cohort) | {"scored_mm": scoring.resolution_mm, "scored_labels": len(scoring.labels)}
 
 
+#: Options that rows had once, and what they were in runs that did without.
+RETIRED: dict[str, object] = {
+    "correlation_window": 0,
+    "correlation_mode": "channels",
+    "symmetric": False,
+    "inverse_consistency_weight": 0.0,
+    "group_weight": 0.0,
+    "intensity_probability": 0.0,
+}
+
+
 def _same_row(options: Mapping[str, object], wanted: Row) -> bool:
-    """Whether the options in a results file, where those that came later may be lacking, are those of a row."""
-    found = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    return {**asdict(type(wanted)()), **found} == asdict(wanted)
+    """Whether the options in a results file are those of a row; later ones may be lacking, :data:`RETIRED` ones there."""
+    every = asdict(type(wanted)())
+    found = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if name in every or value != RETIRED.get(name, ...)
+    }
+    return {**every, **found} == asdict(wanted)
 
 
 def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:

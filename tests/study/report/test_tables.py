@@ -444,3 +444,12 @@ def test_where_half_of_the_people_chose_dice_of_the_others_is_shown_too(runs):
     assert (own["pairs"], own["people"]) == (1, 2) and pd.isna(own["paper"])
     assert "dice_unused" in set(tables.table1(half)["metric"])
     assert "Dice, other people (%)" in publish.readable_table(table).columns
+
+
+def test_runs_without_options_that_left_are_still_those_of_their_row():
+    row, other = parse_row("LC-2"), parse_row("VoxelMorph")
+    assert results._same_row({**asdict(row), "symmetric": False, "correlation_window": 0}, row)
+    assert not results._same_row({**asdict(row), "symmetric": True}, row)
+    assert not results._same_row({**asdict(row), "invented": 0}, row)
+    assert results._same_row(asdict(other), other)
+    assert not results._same_row({**asdict(other), "symmetric": not other.symmetric}, other)
