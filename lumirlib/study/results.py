@@ -194,7 +194,7 @@ RETIRED: dict[str, object] = {
 
 
 def _same_row(options: Mapping[str, object], wanted: Row) -> bool:
-    """Whether the options in a results file are those of a row; later ones may be lacking, :data:`RETIRED` ones there."""
+    """Whether the options in a results file, where later ones may be lacking and :data:`RETIRED` be, are a row's."""
     every = asdict(type(wanted)())
     found = {
         name: tuple(value) if isinstance(value, list) else value
