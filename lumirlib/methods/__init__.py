@@ -49,8 +49,21 @@ def parse_row(name: str, **overrides: object) -> Row:
         raise ValueError(f"{error}, nor a method: {', '.join(BASELINES)}") from None
 
 
+#: Options that the paper's network had once, and what they were where they were not used.
+RETIRED: dict[str, object] = {
+    "correlation_window": 0,
+    "correlation_mode": "channels",
+    "symmetric": False,
+    "inverse_consistency_weight": 0.0,
+    "group_weight": 0.0,
+    "intensity_probability": 0.0,
+}
+
+
 def row_from_options(options: Mapping[str, Any]) -> Row:
     """The row that a checkpoint or a results file describes by all its options, its name among them.
+
+    :data:`RETIRED` options are left out where they were not used.
 
     Raises:
         KeyError, ValueError: no name, an option that the row has not, or a value of another type.
@@ -58,6 +71,8 @@ def row_from_options(options: Mapping[str, Any]) -> Row:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     kind = BASELINES.get(str(given["name"]), Variant)
     row = kind(name=str(given.pop("name")))
+    if kind is Variant:
+        given = {name: value for name, value in given.items() if value != RETIRED.get(name, ...)}
     return replace(row, **check_options(row, given))
 
 

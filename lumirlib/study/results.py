@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +13,7 @@ import pandas as pd
 from lumirlib import provenance
 from lumirlib.data import Cohort
 from lumirlib.files import check_writable_file, read_json, write_atomically, write_json
+from lumirlib.methods import row_from_options
 from lumirlib.methods.base import Preset, Row
 from lumirlib.methods.presets import split_options
 
@@ -182,26 +183,12 @@ def scoring_facts(cohort: Cohort) -> dict[str, object]:
     return cohort_facts(cohort) | {"scored_mm": scoring.resolution_mm, "scored_labels": len(scoring.labels)}
 
 
-#: Options that rows had once, and what they were in runs that did without.
-RETIRED: dict[str, object] = {
-    "correlation_window": 0,
-    "correlation_mode": "channels",
-    "symmetric": False,
-    "inverse_consistency_weight": 0.0,
-    "group_weight": 0.0,
-    "intensity_probability": 0.0,
-}
-
-
 def _same_row(options: Mapping[str, object], wanted: Row) -> bool:
-    """Whether the options in a results file, where later ones may be lacking and :data:`RETIRED` be, are a row's."""
-    every = asdict(type(wanted)())
-    found = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in options.items()
-        if name in every or value != RETIRED.get(name, ...)
-    }
-    return {**every, **found} == asdict(wanted)
+    """Whether the options in a results file, where options that came later may be lacking, are those of a row."""
+    try:
+        return row_from_options(options) == wanted
+    except (KeyError, TypeError, ValueError):  # options or values that no row has today
+        return False
 
 
 def _same_preset(given: Mapping[str, object], wanted: Preset) -> bool:
