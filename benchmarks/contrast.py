@@ -1,6 +1,6 @@
 """Pretrained weights on moving images of other contrasts, as they are and with matched contrast.
 
-    python benchmarks/contrast.py --weights ours-1mm --resolution 4
+    python benchmarks/contrast.py --weights ours-2mm
 
 The alterations are those of `lumirlib measure robustness`, and one that changes the order of the tissues, as FLAIR
 does. Pairs are spread evenly over those of the first half of the people. Writes
@@ -43,8 +43,8 @@ CHANGES = {**ALTERATIONS, "white below gray matter": white_below_gray}
 def main() -> int:
     """Measure, print and write."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--weights", default="ours-1mm")
-    options.add_argument("--resolution", type=float, default=4)
+    options.add_argument("--weights", default="ours-2mm")
+    options.add_argument("--resolution", type=float, default=2)
     options.add_argument("--cohort", default="brains")
     options.add_argument("--pairs", type=int, default=10)
     options.add_argument("--out", default="", help="results folder; `study` for the committed one")
