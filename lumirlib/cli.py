@@ -682,6 +682,8 @@ def _registered_by(facts: dict[str, Any]) -> str:
     if name is None:
         return f"registered by {facts['method']}, {works}"
     trained, kind = facts["trained_at_mm"], "packaged weights" if "pretrained" in facts else "run"
+    if trained == facts["resolution_mm"]:
+        return f"registered by the {kind} {name}, {works}, as in training"
     finer = "; finer voxels than in training, as they align brains better" * (facts["resolution_mm"] < trained)
     return f"registered by the {kind} {name}, trained on voxels of {trained:g} mm; here {works}{finer}"
 

@@ -48,7 +48,7 @@ def test_without_a_choice_the_best_packaged_weights_work_at_1_mm_or_2(scans, tmp
     arguments = [*scans, "--out", str(out), "--skip", *STEPS, "--fast", "--device", "cpu"]
     assert cli.main(["register", *arguments]) == 0
     told = capsys.readouterr()
-    assert f"packaged weights {DEFAULT_WEIGHTS}, trained on voxels of 4 mm; here on voxels of 2 mm; finer" in told.out
+    assert f"packaged weights {DEFAULT_WEIGHTS}-2mm, on voxels of 2 mm, as in training" in told.out
     assert "to go" in told.err and "Warning" not in told.err
     report = json.loads((out / "registration.json").read_text())
     measures = report["measures"]
@@ -107,7 +107,7 @@ def test_masked_voxels_have_no_say_in_the_optimization():
     """By a network that predicts nothing, as it sees all."""
     fixed = template_in_frame(1).clone() * 255
     moving = torch.nn.functional.interpolate(spatial.warp(template_in_frame(4), wave(0.6)), scale_factor=4.0) * 255
-    registrar = choose_registrar(pretrained=DEFAULT_WEIGHTS, device="cpu")
+    registrar = choose_registrar(pretrained=DEFAULT_WEIGHTS, resolution_mm=4, device="cpu")
     with torch.no_grad():
         for estimator in registrar.method.estimators:
             for weight in estimator.conv3.parameters():
@@ -137,7 +137,7 @@ def test_an_inverted_scan_is_registered_as_the_scan_itself():
     fixed = template_in_frame(1).clone() * 255
     moving = torch.nn.functional.interpolate(spatial.warp(template_in_frame(4), wave(0.6)), scale_factor=4.0) * 255
     inverted = torch.where(moving > 0, 256 - moving, 0.0)
-    plain = choose_registrar(pretrained=DEFAULT_WEIGHTS, device="cpu")
+    plain = choose_registrar(pretrained=DEFAULT_WEIGHTS, resolution_mm=4, device="cpu")
     matched = replace(plain, method=for_contrast(plain.method, "any"))
     of_inverted = matched.displacement(fixed, inverted, "cpu")
     torch.testing.assert_close(of_inverted, matched.displacement(fixed, moving, "cpu"), atol=1e-3, rtol=0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lumirlib import build_model, cli, parse_variant, plots
-from lumirlib.methods import parse_row, presets
+from lumirlib.methods import parse_row, presets, row_from_options
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.backbone import CASCADES, join_velocities
 from lumirlib.provenance import project_root
@@ -448,8 +448,9 @@ def test_where_half_of_the_people_chose_dice_of_the_others_is_shown_too(runs):
 
 def test_runs_without_options_that_left_are_still_those_of_their_row():
     row, other = parse_row("LC-2"), parse_row("VoxelMorph")
-    assert results._same_row({**asdict(row), "symmetric": False, "correlation_window": 0}, row)
-    assert not results._same_row({**asdict(row), "symmetric": True}, row)
-    assert not results._same_row({**asdict(row), "invented": 0}, row)
-    assert results._same_row(asdict(other), other)
-    assert not results._same_row({**asdict(other), "symmetric": not other.symmetric}, other)
+    assert row_from_options({**asdict(row), "symmetric": False, "correlation_window": 0}) == row
+    for unknown in ({"symmetric": True}, {"invented": 0}):
+        with pytest.raises(ValueError, match="unknown option"):
+            row_from_options({**asdict(row), **unknown})
+    turned = replace(other, symmetric=not other.symmetric)  # an option of its own
+    assert row_from_options(asdict(other)) == other and row_from_options(asdict(turned)) == turned
