@@ -289,6 +289,7 @@ def test_the_notebook_shows_what_is_there_and_names_what_is_missing(folder, alte
     table = pd.DataFrame({"variant": ["LC-2", "ours"], "round": 0, "seconds_per_step": 1.0, "seconds_per_pair": 1.0})
     write_results(table, folder / "costs" / "beyond_demo_cpu.csv", {"device": "x"})
     parameters = {"results": str(folder), "out": str(out), "preset": "demo", "cohort": "embedded"}
+    parameters["robust_rows"] = ["LC-2", "COMP", "ours"]
     notebook = str(project_root() / "notebooks" / "beyond.ipynb")
     papermill.execute_notebook(notebook, str(tmp_path / "o.ipynb"), parameters, progress_bar=False)
     text = "".join(str(cell.get("outputs")) for cell in nbformat.read(tmp_path / "o.ipynb", 4).cells)
