@@ -452,7 +452,8 @@ def test_the_dockerfile_calls_it_with_weights_that_the_package_has(mounted):
     entry, default = (json.loads(re.search(rf"^{word} (.*)$", text, re.M)[1]) for word in ("ENTRYPOINT", "CMD"))
     assert entry[0] == "lumirlib" and entry[entry.index("--input") + 1] == "/input"
     folders = {"/input": str(mounted / "input"), "/output": str(mounted / "output")}
-    assert cli.main([folders.get(word, word) for word in [*entry[1:], *default]]) == 0
+    called = [*entry[1:], *default, "--resolution", "4"]  # the files are of 4 mm
+    assert cli.main([folders.get(word, word) for word in called]) == 0
     assert len(list((mounted / "output").glob("disp_*.nii.gz"))) == 2
     copied = re.findall(r"^COPY (.*) \S+$", text, re.M)
     assert all((project_root() / name).exists() for line in copied for name in line.split())
