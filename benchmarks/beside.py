@@ -18,6 +18,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,7 +100,7 @@ def method(name: str, source: str, resolution_mm: float) -> Callable:
         return PROGRAMS[name][1]()
     if source.endswith(".pt"):
         found = read_checkpoint(source).at_resolution(resolution_mm)
-        row = parse_row(f"{found.row.name}+IO") if "+IO" in name else found.row
+        row = replace(found.row, instance_steps=parse_row("IO").instance_steps) if "+IO" in name else found.row
         return row.as_method(found.network("cpu"), Preset(**found.config["preset"]).at_stage(-1))
     return pretrained(source, "cpu", resolution_mm)
 
@@ -140,7 +141,7 @@ def means(rows: list[dict]) -> pd.DataFrame:
 def main() -> int:
     """Measure what is missing, print and write."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    options.add_argument("--networks", nargs="*", default=["ours=ours-1mm"], help="NAME=WEIGHTS or NAME=FILE.pt")
+    options.add_argument("--networks", nargs="*", default=["ours=ours"], help="NAME=WEIGHTS or NAME=FILE.pt")
     options.add_argument("--resolutions", nargs="*", type=float, default=[2.0, 1.0], help="of the networks, in mm")
     options.add_argument("--programs", nargs="*", default=list(PROGRAMS), help="all if not given")
     options.add_argument("--cohort", default="brains")

@@ -345,8 +345,7 @@ def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | Non
     if init not in names() and not init.endswith(".pt"):
         choices = ", ".join(("random", "pretrained", *names()))
         raise ValueError(f"init must be one of {choices}, or the path of a best.pt; got {init!r}")
-    given = read_checkpoint(init) if init.endswith(".pt") else read_packaged(init, resolution_mm)
-    found = given.at_resolution(resolution_mm)
+    found = (read_checkpoint(init) if init.endswith(".pt") else read_packaged(init)).at_resolution(resolution_mm)
     check_weights(f"{init} for {base.name} ({base.describe()})", found.tensors, shapes_of(init, base))
     return found
 
