@@ -233,7 +233,8 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
         words += ["antisymmetric velocities"] if self.antisymmetric else []
         words += [f"{self.passes} passes of each level"] if self.passes > 1 else []
         if self.refinements:
-            words.append(f"{self.refinements} further pass(es) of the finest level in registration")
+            noun = "pass" if self.refinements == 1 else "passes"
+            words.append(f"{self.refinements} further {noun} of the finest level in registration")
         words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
         if self.learning_rate_factor != 1:
             words.append(f"learning rate times {self.learning_rate_factor:g}")
@@ -264,15 +265,15 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "COMP": {"cascade": "compositional"},
     "ours": {
         "cascade": "compositional",
-        "passes": 2,
-        "refinements": 1,
+        "passes": 3,
+        "refinements": 3,
         "antisymmetric": True,
         "ndv_weight": 10.0,
         "learning_rate_factor": 4.0,
         "optimizer": "muon",
     },
-    "REC": {"passes": 2},
-    "REF": {"refinements": 1},
+    "REC": {"passes": 3},
+    "REF": {"refinements": 3},
     "ANTI": {"antisymmetric": True},
     "LR4": {"learning_rate_factor": 4.0},
     "MUON": {"optimizer": "muon"},
