@@ -59,12 +59,18 @@ def stages_of(history: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"resolution_mm": voxels, "start": epochs.min() - 0.5, "end": epochs.max() + 0.5})
 
 
-def mark_stages(ax: Axes, history: pd.DataFrame) -> None:
-    """A line where a stage of the training begins, and its voxels; losses of two stages are not comparable."""
+def mark_stages(ax: Axes, history: pd.DataFrame, height: float = 0.45) -> None:
+    """A line where a stage of the training begins, and its voxels; losses of two stages are not comparable.
+
+    Args:
+        ax: Axes, epochs along x.
+        history: History of a run.
+        height: Where the voxels are written, as a share of the axes' height.
+    """
     for stage in stages_of(history).itertuples():
         ax.axvline(stage.start, color="0.7", linestyle=":", linewidth=1)
         middle, words = (stage.start + stage.end) / 2, f"{stage.resolution_mm:g} mm"
-        ax.text(middle, 0.45, words, transform=ax.get_xaxis_transform(), color="0.3", ha="center", va="center")
+        ax.text(middle, height, words, transform=ax.get_xaxis_transform(), color="0.3", ha="center", va="center")
 
 
 def with_gaps(values: pd.DataFrame, history: pd.DataFrame) -> pd.DataFrame:

@@ -29,6 +29,10 @@ MAX_SHEAR = 5e-5
 INVERSE_MM = 1e-3
 SIMPLE_STEPS = 12
 NEWTON_STEPS = 24
+#: How far from where a search ended without success others begin, along each axis, in mm.
+RESTART_MM = 1.0
+#: Points that are searched anew at a time, each from 27 places.
+RESTARTED = 4096
 #: Half the distance over which slopes are measured, in mm.
 SLOPE_MM = 0.05
 #: The smallest part of a step that is tried where a whole one leads away.
@@ -270,7 +274,8 @@ class InverseMap(WorldMap):
     """The inverse of a map: for each place the point that the map leads there, searched for.
 
     From the place that :attr:`linear` gives, steps of the residual, and where they do not suffice Newton's, each halved
-    where it would lead away. Where the map folds there is no inverse; the nearest that was met is taken.
+    where it would lead away; then Newton's from points around. Where the map folds there may be no inverse; the nearest
+    that was met is taken.
 
     Attributes:
         forward: Map to be inverted.
@@ -299,13 +304,28 @@ class InverseMap(WorldMap):
     def solve(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Points ``(1, 3, ...)``, and how far from the places the map leads them: ``(1, 1, ...)`` in mm."""
         targets = places.double().reshape(1, 3, -1)
-        found = transform(self.linear, targets)
+        found, error = self._search(targets, transform(self.linear, targets))
+        around = RESTART_MM * torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)), dtype=torch.float64).T
+        # beside a fold a search may end in a valley: begin again all around
+        for left in torch.nonzero(error > INVERSE_MM)[:, 0].split(RESTARTED):
+            starts = found[:, :, left, None] + around[None, :, None]
+            aims = targets[:, :, left, None].expand_as(starts)
+            again, missed = self._search(aims.flatten(2), starts.flatten(2), SIMPLE_STEPS)
+            least, which = missed.view(starts.shape[2:]).min(1)
+            again = again.view(starts.shape)[:, :, torch.arange(len(left)), which]
+            closer = least < error[left]
+            found[:, :, left[closer]], error[left[closer]] = again[:, :, closer], least[closer]
+        return found.reshape(places.shape), error.reshape(places[:, :1].shape)
+
+    def _search(self, targets: torch.Tensor, start: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Points ``(1, 3, N)`` from a start on, from step `first` on, and how far from the targets they lead, in mm."""
+        found = start.clone()
         residual = targets - self.forward.extended(found)
         error = residual.norm(dim=1)[0]
         part = torch.ones_like(error)
         backward = self.linear.copy()
         backward[:3, 3] = 0
-        for step in range(SIMPLE_STEPS + NEWTON_STEPS):
+        for step in range(first, SIMPLE_STEPS + NEWTON_STEPS):
             if step == SIMPLE_STEPS:
                 part.fill_(1)
             open_ = torch.nonzero((error > INVERSE_MM) & (part >= LEAST_STEP))[:, 0]
@@ -321,7 +341,7 @@ class InverseMap(WorldMap):
             found[:, :, taken], residual[:, :, taken] = tried[:, :, better], left[:, :, better]
             error[taken] = size[better]
             part[open_] = torch.where(better, (2 * part[open_]).clamp(max=1), part[open_] / 2)
-        return found.reshape(places.shape), error.reshape(places[:, :1].shape)
+        return found, error
 
     def _newton(self, at: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Steps ``(1, 3, N)`` that the map's slopes at points want; damped a little, as slopes may be singular."""

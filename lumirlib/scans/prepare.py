@@ -20,7 +20,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from scipy.ndimage import binary_erosion, binary_fill_holes, zoom
+from scipy.ndimage import binary_erosion, binary_fill_holes, map_coordinates, spline_filter, zoom
 
 from lumirlib import spatial
 from lumirlib._checks import check_choice
@@ -318,15 +318,26 @@ class PreparedScan:
     seconds: dict[str, float] = field(default_factory=dict)
     recipe: str = "direct"
 
-    def brain_at(self, points: torch.Tensor) -> torch.Tensor:
-        """Values at world points ``(1, 3, ...)`` of the scan, trilinear; zero outside the brain.
+    @cached_property
+    def _spline(self) -> np.ndarray:
+        """Coefficients ``(D, H, W)`` float32 of the cubic B-spline through the scan's values."""
+        return spline_filter(self.corrected[0, 0].numpy(), output=np.float32)
 
-        The mask is interpolated apart and cut at one half, so that the brain's edge is as bright as it is in the scan.
+    def brain_at(self, points: torch.Tensor) -> torch.Tensor:
+        """Values at world points ``(1, 3, ...)`` of the scan, above zero in the brain; zero outside it.
+
+        By a cubic spline, which blurs half as much as a linear interpolation does; by the latter where the spline falls
+        below zero. The mask is interpolated apart and cut at one half, so that the brain's edge is as bright as it is
+        in the scan.
         """
         voxels = transform(np.linalg.inv(self.scan.affine), points)
         inside = spatial.sample(self.mask.float(), voxels) >= 0.5
-        values = spatial.sample(self.corrected, voxels)
-        return torch.where(inside, values.clamp(min=0), values.new_zeros(()))
+        values = torch.zeros_like(inside, dtype=torch.float32)
+        of_brain = voxels.movedim(1, 0)[:, inside[:, 0]]
+        smooth = map_coordinates(self._spline, of_brain.numpy(), mode="mirror", prefilter=False)
+        linear = spatial.sample(self.corrected, of_brain[None, :, :, None, None].float()).flatten()
+        values[inside] = torch.from_numpy(smooth).where(torch.from_numpy(smooth) > 0, linear).clamp(min=0)
+        return values
 
     @cached_property
     def in_frame(self) -> torch.Tensor:

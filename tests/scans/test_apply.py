@@ -12,6 +12,7 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from lumirlib import cli, metrics, spatial
+from lumirlib.data.frame import frame_affine
 from lumirlib.data.nifti import read_nifti, write_nifti
 from lumirlib.scans import maps
 from lumirlib.scans.apply import apply_to_image, apply_to_points, is_label_map
@@ -212,6 +213,15 @@ def test_the_inverse_of_a_strong_map_is_found_and_measured():
         found, error = maps.InverseMap(whole).solve(points)
         torch.testing.assert_close((whole(found) - points).norm(dim=1, keepdim=True), error, atol=1e-9, rtol=0)
         assert error.max() < 1e-3
+
+
+def test_beside_a_fold_the_inverse_is_found_too():
+    u = 1.8 * spatial.resize(torch.randn(1, 3, 5, 6, 7, generator=torch.Generator().manual_seed(1)), (40, 56, 48))
+    assert 0 < (metrics.jacobian_determinant(u) <= 0).double().mean() < 1e-3
+    whole = maps.ScanMap(np.eye(4), u, 4, np.eye(4))
+    for _, points in world_slabs(u.shape[2:], frame_affine(4)):
+        found, error = maps.InverseMap(whole).solve(points)
+        assert error.max() < 1e-3 and (whole(found) - points).norm(dim=1).max() < 1e-3
 
 
 def test_transforms_are_read_as_itk_writes_them(files, tmp_path):

@@ -166,7 +166,7 @@ def variants_figure(runs: Runs, differences: pd.DataFrame, title: str, reference
             zorder=4,
         )
         below.axvline(0, color="0.4", linewidth=1.2)
-        below.set(xlabel=f"{measure.heading}, minus the {reference}'s", ylabel="")
+        below.set(xlabel=f"{measure.heading}, minus that of {reference}", ylabel="")
         for ax in (above, below):
             ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.ticklabel_format(axis="x", scilimits=(-3, 4))
@@ -305,7 +305,7 @@ def histories_figure(runs: Runs, title: str, columns: int = 6) -> Figure:
                 values = with_gaps(values, own)
             ax.plot(values, color=colour, linewidth=0.8, alpha=0.5)
             ax.plot(values.mean(axis=1), color=colour)
-            mark_stages(ax, own)
+            mark_stages(ax, own, 0.45 if measure == "loss" else 0.12)  # below all curves of Dice
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(5))
             if column == 0:
