@@ -15,6 +15,7 @@ from lumirlib import cli, spatial
 from lumirlib.data.frame import frame_affine, template_in_frame
 from lumirlib.data.nifti import read_nifti, read_volume, write_nifti
 from lumirlib.methods.contrast import for_contrast
+from lumirlib.methods.instance_optimization import PairOptimization
 from lumirlib.scans import maps, register
 from lumirlib.scans.prepare import STEPS
 from lumirlib.scans.qc import PLANES, plane_of, registration_figure
@@ -103,6 +104,11 @@ def test_without_a_choice_the_best_packaged_weights_work_at_1_mm_or_2(scans, tmp
     assert jacobian[inner].mean() == pytest.approx(expected[inner].mean(), rel=0.05)
 
 
+def in_few_steps(optimized):
+    options = replace(optimized.method.options, steps=10)
+    return replace(optimized, method=PairOptimization(optimized.method.model, options))
+
+
 def test_masked_voxels_have_no_say_in_the_optimization():
     """By a network that predicts nothing, as it sees all."""
     fixed = template_in_frame(1).clone() * 255
@@ -118,10 +124,10 @@ def test_masked_voxels_have_no_say_in_the_optimization():
     found = []
     for value in (0.0, 250.0):
         images = [image.masked_fill(mask, value) for image, mask in zip((fixed, moving), masks, strict=True)]
-        found.append(registrar.optimized(*masks).displacement(*images, "cpu"))
+        found.append(in_few_steps(registrar.optimized(*masks)).displacement(*images, "cpu"))
     torch.testing.assert_close(*found, atol=1e-4, rtol=0)
     assert found[0].abs().max() > 0.3
-    unmasked = registrar.optimized().displacement(*images, "cpu")
+    unmasked = in_few_steps(registrar.optimized()).displacement(*images, "cpu")
     assert (unmasked - found[1]).abs().max() > 0.1
 
 
@@ -152,7 +158,7 @@ def test_brains_of_two_contrasts_are_compared_in_one(scans, tmp_path):
     given = {"method": "affine", "resolution_mm": 4, "skip": STEPS, "progress": False, "contrast": "any"}
     measures = register.register(scans[0], inverted, tmp_path / "out", **given).measures
     assert measures["ncc_affine"] == measures["ncc"] > 0.6  # of what is inverted it is negative
-    assert measures["local_ncc"] > 0.2
+    assert measures["local_ncc"] > 0.15
 
 
 def test_page_shows_what_a_mask_leaves_out_and_compares_in_one_contrast():
