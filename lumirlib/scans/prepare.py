@@ -326,17 +326,17 @@ class PreparedScan:
     def brain_at(self, points: torch.Tensor) -> torch.Tensor:
         """Values at world points ``(1, 3, ...)`` of the scan, above zero in the brain; zero outside it.
 
-        By a cubic spline, which blurs half as much as a linear interpolation does; by the latter where the spline falls
-        below zero. The mask is interpolated apart and cut at one half, so that the brain's edge is as bright as it is
+        By a cubic spline, which blurs less than linear interpolation; by the latter where the spline is not above zero,
+        so that no voxel of the brain becomes background. The mask is interpolated apart and cut at one half, so that the brain's edge is as bright as it is
         in the scan.
         """
         voxels = transform(np.linalg.inv(self.scan.affine), points)
         inside = spatial.sample(self.mask.float(), voxels) >= 0.5
         values = torch.zeros_like(inside, dtype=torch.float32)
         of_brain = voxels.movedim(1, 0)[:, inside[:, 0]]
-        smooth = map_coordinates(self._spline, of_brain.numpy(), mode="mirror", prefilter=False)
+        smooth = torch.from_numpy(map_coordinates(self._spline, of_brain.numpy(), mode="mirror", prefilter=False))
         linear = spatial.sample(self.corrected, of_brain[None, :, :, None, None].float()).flatten()
-        values[inside] = torch.from_numpy(smooth).where(torch.from_numpy(smooth) > 0, linear).clamp(min=0)
+        values[inside] = smooth.where(smooth > 0, linear).clamp(min=0)
         return values
 
     @cached_property

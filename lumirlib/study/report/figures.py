@@ -305,7 +305,7 @@ def histories_figure(runs: Runs, title: str, columns: int = 6) -> Figure:
                 values = with_gaps(values, own)
             ax.plot(values, color=colour, linewidth=0.8, alpha=0.5)
             ax.plot(values.mean(axis=1), color=colour)
-            mark_stages(ax, own, 0.45 if measure == "loss" else 0.12)  # below all curves of Dice
+            mark_stages(ax, own, 0.45 if measure == "loss" else 0.12)  # below the curves of Dice
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(5))
             if column == 0:
