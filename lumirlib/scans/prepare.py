@@ -327,8 +327,8 @@ class PreparedScan:
         """Values at world points ``(1, 3, ...)`` of the scan, above zero in the brain; zero outside it.
 
         By a cubic spline, which blurs less than linear interpolation; by the latter where the spline is not above zero,
-        so that no voxel of the brain becomes background. The mask is interpolated apart and cut at one half, so that the brain's edge is as bright as it is
-        in the scan.
+        so that no voxel of the brain becomes background. The mask is interpolated apart and cut at one half, so that
+        the brain's edge is as bright as it is in the scan.
         """
         voxels = transform(np.linalg.inv(self.scan.affine), points)
         inside = spatial.sample(self.mask.float(), voxels) >= 0.5
