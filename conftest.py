@@ -16,11 +16,11 @@ from lumirlib._process import cores, environment_of, threads_each
 MAX_WORKERS = 4
 #: Folder of the results of the notebooks that show the network which `lumirlib run backbone` trains: one trains it.
 TRAINED = dict.fromkeys(("figures", "run_ablation"), "trained")
-#: Parameter of each of these, as it stands and as it is tested without --long: half of the training, after which all
+#: Parameter of each of these, as it stands and as it is tested without --long: three of eight epochs, after which all
 #: distances have fallen as they do after the whole of it.
 SHORTER = {
-    "figures": ("options: dict = {}", 'options: dict = {"epochs": 4}'),
-    "run_ablation": ("epochs: int = None", "epochs: int = 4"),
+    "figures": ("options: dict = {}", 'options: dict = {"epochs": 3}'),
+    "run_ablation": ("epochs: int = None", "epochs: int = 3"),
 }
 #: Files that take longest, half a minute and more, go first: begun last, one would leave the other workers idle.
 LONGEST = (

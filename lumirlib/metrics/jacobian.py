@@ -138,6 +138,8 @@ def jacobian_determinant(displacement: torch.Tensor) -> torch.Tensor:
         ``(B, 1, D, H, W)``: 1 where volume is kept, above where it grows, 0 and below where the map folds.
     """
     check_displacement(displacement)
-    columns = torch.gradient(displacement, dim=(2, 3, 4))  # each (B, 3, D, H, W): du/di, du/dj, du/dk
-    jacobian = torch.stack(columns, dim=-1).movedim(1, -2)  # (B, D, H, W, 3, 3)
-    return torch.linalg.det(jacobian + torch.eye(3, dtype=jacobian.dtype, device=jacobian.device))[:, None]
+    columns = torch.gradient(displacement.movedim(1, 0), dim=(2, 3, 4))  # d/di, d/dj, d/dk, each (3, B, D, H, W)
+    for axis, column in enumerate(columns):
+        column[axis] += 1
+    first, second, third = columns
+    return _dot(first, _cross(second, third))[:, None]
