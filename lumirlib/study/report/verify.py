@@ -123,13 +123,13 @@ def renew(root: str | Path) -> list[str]:
     Raises:
         FileNotFoundError: as for :func:`verify`.
         ModuleNotFoundError: rocrate is not installed.
-        ValueError: a notebook that ends with an error.
+        ValueError: a notebook that ends with an error, where it leaves a committed table or figure unmade.
     """
     root = Path(root)
     written = []
     with tempfile.TemporaryDirectory() as folder:
         made = make(root, Path(folder), pictures=True)
-        if made.errors:
+        if made.errors and _not_made(root, made):
             raise ValueError("; ".join(f"{what}: {error}" for what, error in made.errors.items()))
         stale = {_stem(name) for name in _committed(root) if _is_stale(root, name, made)}
         stale |= {_stem(name) for name in _missing(root, made)}
@@ -283,13 +283,12 @@ def make(root: Path, folder: Path, pictures: bool = False) -> Made:
 
 def _compare_products(root: Path, made: Made, found: Verification) -> None:
     """Tables and figures."""
-    results, committed = root / "results", _committed(root)
-    runs = {path.stem for path in (results / "metrics").glob("*.json")}
     why = "; ".join(f"{what}: {error}" for what, error in made.errors.items())
-    for name, path in committed.items():
+    runs = _runs(root)
+    for name, path in _committed(root).items():
         file, anew = _below(path, root), made.files.get(name)
-        of_a_run = any(path.name.startswith(f"{run}_") for run in runs)
         if path.suffix in PICTURES:
+            of_a_run = _is_of(path, runs)
             if of_a_run:
                 found.pictures.append(file)
             if not of_a_run or path.with_name(f"{path.stem}{FIGURE}").is_file():
@@ -297,11 +296,30 @@ def _compare_products(root: Path, made: Made, found: Verification) -> None:
         elif anew is not None:
             kind = "figures" if name.endswith(FIGURE) else "tables"
             found.add(kind, file, compare(path, anew.read_text(encoding="utf-8"), root))
-        elif not of_a_run:
-            reason = f" ({why})" if why else ": are its runs in results/metrics/?"
-            found.drifts.append(Drift(file, 0, f"no notebook makes it anew from the results{reason}"))
+    for name in _not_made(root, made):
+        reason = f" ({why})" if why else ": are its runs in results/metrics/?"
+        found.drifts.append(Drift(f"results/{name}", 0, f"no notebook makes it anew from the results{reason}"))
     for name in _missing(root, made):
         found.drifts.append(Drift(f"results/{name}", 0, "missing, though the results make it"))
+
+
+def _runs(root: Path) -> set[str]:
+    return {path.stem for path in (root / "results" / "metrics").glob("*.json")}
+
+
+def _is_of(path: Path, runs: set[str]) -> bool:
+    """Whether a file is of one of the runs, which its notebook trains or reads from a checkpoint."""
+    return any(path.name.startswith(f"{run}_") for run in runs)
+
+
+def _not_made(root: Path, made: Made) -> list[str]:
+    """The committed tables and figures that no notebook made of the results."""
+    runs = _runs(root)
+    return [
+        name
+        for name, path in _committed(root).items()
+        if path.suffix not in PICTURES and name not in made.files and not _is_of(path, runs)
+    ]
 
 
 def _missing(root: Path, made: Made) -> list[str]:

@@ -39,7 +39,8 @@ def small_study(tmp_path_factory):
         *ROOT.glob("results/reliability/*"),
         *ROOT.glob("results/pretrained/ours*"),
         *ROOT.glob("lumirlib/pretrained_weights/ours*"),
-        *(ROOT / name for name in ("notebooks/table2.ipynb", "notebooks/claims.ipynb", "benchmarks/reliability.py")),
+        *(ROOT / f"notebooks/{name}.ipynb" for name in ("table1", "table2", "claims")),  # Table 1 has LC-2 alone
+        ROOT / "benchmarks/reliability.py",
         *(ROOT / name for name in ("docs/speed.md", "docs/reliability.md", "README.md")),
     ]
     for path in chosen:
