@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lumirlib._process import cores, environment_of, threads_each
+from lumirlib.training.threads import cores, environment_of, threads_each
 
 #: Workers at most: each takes up to 2 GiB.
 MAX_WORKERS = 4

@@ -19,10 +19,10 @@ from multiprocessing import get_context
 import torch
 
 from lumirlib import provenance
-from lumirlib._process import freed_memory_kept
 from lumirlib.files import write_json
 from lumirlib.methods import parse_row
 from lumirlib.methods.presets import get_preset
+from lumirlib.models.memory import freed_memory_kept
 from lumirlib.study.costs import image_shape
 from lumirlib.training.trainer import make_optimizer
 

@@ -42,7 +42,7 @@ _PROCESS = ExitStack()
 def keep_freed_memory() -> None:
     """In this process from now on, as training and registration do; commits before that have no way to."""
     with suppress(ImportError):
-        from lumirlib._process import freed_memory_kept
+        from lumirlib.models.memory import freed_memory_kept
 
         _PROCESS.enter_context(freed_memory_kept())
 

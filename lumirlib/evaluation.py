@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 
 from lumirlib import metrics, spatial
 from lumirlib._checks import check_choice
-from lumirlib._process import freed_memory_kept
 from lumirlib.data import Cohort, Pair
 from lumirlib.files import Journal
 from lumirlib.metrics.pair import NDV_MASKS, evaluate_pair
+from lumirlib.models.memory import freed_memory_kept
 
 #: A registration method: images (1, 1, D, H, W) in [0, 1] -> displacement (1, 3, D, H, W) in voxels.
 Method = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from lumirlib import provenance
 from lumirlib._checks import check_choice
-from lumirlib._process import threads_each
 from lumirlib.data.frame import FRAME_SHAPE, frame_affine
 from lumirlib.data.nifti import write_nifti
 from lumirlib.files import check_writable, no_empty_folders, read_json, write_atomically, write_json
@@ -31,6 +30,7 @@ from lumirlib.scans.plausibility import Likeness, likeness
 from lumirlib.scans.prepare import RECIPES, check_skip, check_tools, prepare_scan
 from lumirlib.scans.scan import collected_warnings
 from lumirlib.training.engine import pick_device
+from lumirlib.training.threads import threads_each
 
 LIKENESS = tuple(measure.name for measure in fields(Likeness))
 #: At most so many people, the last by name, are held out of a folder for validation.

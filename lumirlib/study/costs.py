@@ -36,7 +36,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib._process import freed_memory_kept, return_freed_memory
 from lumirlib.data.dataset_json import LUMIR_SCANS
 from lumirlib.data.frame import FRAME_SHAPE
 from lumirlib.methods import parse_row
@@ -44,6 +43,7 @@ from lumirlib.methods.base import PAPER, Preset, Row
 from lumirlib.methods.presets import get_preset
 from lumirlib.methods.variants import Variant
 from lumirlib.metrics.labels import LUMIR_LABELS
+from lumirlib.models.memory import freed_memory_kept, return_freed_memory
 from lumirlib.study.paper import rows_of_table, table_rows
 from lumirlib.study.results import read_measured, to_markdown, write_results
 from lumirlib.training.engine import pick_device

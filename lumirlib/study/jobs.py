@@ -18,7 +18,6 @@ import psutil
 
 from lumirlib import provenance
 from lumirlib._checks import check_choice
-from lumirlib._process import environment_of
 from lumirlib.data import load_cohort
 from lumirlib.data.dataset_json import joined_names
 from lumirlib.methods import parse_row
@@ -27,6 +26,7 @@ from lumirlib.methods.presets import split_options
 from lumirlib.study.paper import table_rows, uses_other_weights
 from lumirlib.study.results import find_runs, table_of
 from lumirlib.training.engine import Engine, as_arguments
+from lumirlib.training.threads import environment_of
 
 #: The notebook that makes one run of any row, below the checkout (or the current folder, where there is none).
 NOTEBOOK = "notebooks/run_ablation.ipynb"

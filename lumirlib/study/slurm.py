@@ -30,9 +30,9 @@ import psutil
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
-from lumirlib._process import threads_each
 from lumirlib.files import read_json, write_json
 from lumirlib.methods import parse_row
+from lumirlib.training.threads import threads_each
 
 if TYPE_CHECKING:
     import submitit

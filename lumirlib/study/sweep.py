@@ -21,11 +21,11 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from lumirlib._process import threads_each
 from lumirlib.study.jobs import SweepRun
 from lumirlib.study.paper import uses_other_weights
 from lumirlib.study.run import Run
 from lumirlib.training.interrupts import ending_on_sigterm
+from lumirlib.training.threads import threads_each
 
 
 def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:

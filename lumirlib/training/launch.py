@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lumirlib._process import environment_of, threads_each
 from lumirlib.data import Cohort
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.training.config import RunConfig
 from lumirlib.training.engine import Engine
 from lumirlib.training.interrupts import StopRequest
+from lumirlib.training.threads import environment_of, threads_each
 from lumirlib.training.trainer import Trainer
 from lumirlib.training.validation import validate, validation_pairs
 from lumirlib.training.weights import load_model, method_of_weights

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from lumirlib import provenance
-from lumirlib._process import freed_memory_kept
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.methods import BASELINES, parse_row
 from lumirlib.methods.instance_optimization import PairOptimization, PairOptions
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.backbone import RegistrationNetwork
+from lumirlib.models.memory import freed_memory_kept
 from lumirlib.training.weights import read_checkpoint, read_packaged
 
 #: A method's name for the affine alone.

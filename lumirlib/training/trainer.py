@@ -27,12 +27,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lumirlib._process import freed_memory_kept
 from lumirlib.data import Cohort, Pair
 from lumirlib.data.loader import Batch, PairLoader
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.methods.base import Preset, halvings
+from lumirlib.models.memory import freed_memory_kept
 from lumirlib.provenance import commit
 from lumirlib.training.checkpoints import (
     TrainingState,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lumirlib import build_model, parse_variant, spatial
-from lumirlib._process import freed_memory_kept
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.layers import Conv3d, compile_model, instance_norm_prelu, place
+from lumirlib.models.memory import freed_memory_kept
 
 NAMES = ["backbone", "LC-2", "LK", "CA", "BF"]
 SHAPE = (21, 26, 19)

@@ -284,14 +284,13 @@ def make(root: Path, folder: Path, pictures: bool = False) -> Made:
 def _compare_products(root: Path, made: Made, found: Verification) -> None:
     """Tables and figures."""
     why = "; ".join(f"{what}: {error}" for what, error in made.errors.items())
-    runs = _runs(root)
+    of_runs = _of_runs(root)
     for name, path in _committed(root).items():
         file, anew = _below(path, root), made.files.get(name)
         if path.suffix in PICTURES:
-            of_a_run = _is_of(path, runs)
-            if of_a_run:
+            if name in of_runs:
                 found.pictures.append(file)
-            if not of_a_run or path.with_name(f"{path.stem}{FIGURE}").is_file():
+            if name not in of_runs or path.with_name(f"{path.stem}{FIGURE}").is_file():
                 found.drifts += _check_picture(path, root)
         elif anew is not None:
             kind = "figures" if name.endswith(FIGURE) else "tables"
@@ -303,23 +302,16 @@ def _compare_products(root: Path, made: Made, found: Verification) -> None:
         found.drifts.append(Drift(f"results/{name}", 0, "missing, though the results make it"))
 
 
-def _runs(root: Path) -> set[str]:
-    return {path.stem for path in (root / "results" / "metrics").glob("*.json")}
-
-
-def _is_of(path: Path, runs: set[str]) -> bool:
-    """Whether a file is of one of the runs, which its notebook trains or reads from a checkpoint."""
-    return any(path.name.startswith(f"{run}_") for run in runs)
+def _of_runs(root: Path) -> set[str]:
+    """The committed files that are of a single run, which its notebook trains or reads from a checkpoint."""
+    runs = tuple(f"{path.stem}_" for path in (root / "results" / "metrics").glob("*.json"))
+    return {name for name, path in _committed(root).items() if path.name.startswith(runs)}
 
 
 def _not_made(root: Path, made: Made) -> list[str]:
     """The committed tables and figures that no notebook made of the results."""
-    runs = _runs(root)
-    return [
-        name
-        for name, path in _committed(root).items()
-        if path.suffix not in PICTURES and name not in made.files and not _is_of(path, runs)
-    ]
+    others = _committed(root).keys() - made.files.keys() - _of_runs(root)
+    return sorted(name for name in others if Path(name).suffix not in PICTURES)
 
 
 def _missing(root: Path, made: Made) -> list[str]:

@@ -4,7 +4,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lumirlib._process import freed_memory_kept, return_freed_memory
+from lumirlib.models.memory import freed_memory_kept, return_freed_memory
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")

@@ -1,18 +1,13 @@
-"""Threads and memory of processes on a CPU. Nothing here waits for PyTorch.
+"""Memory that networks free and take on a CPU.
 
-Threads: idle ones of OpenMP spin for a while before they sleep. Where there are more threads than cores they spin on
-cores that others need, which slows jobs beside each other up to tenfold. So it is decided here how many sweeps, tests
-and notebooks take.
-
-Memory: glibc gives each freed block above 32 MB back to the system at once. A training step frees and takes hundreds of
-such blocks, and the system fills each page with zeros again (docs/speed.md).
+glibc gives each freed block above 32 MB back to the system at once. A training step frees and takes hundreds of such
+blocks, and the system fills each page with zeros again (docs/speed.md).
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,23 +19,6 @@ _MMAP_MAX, _MMAP_MAX_DEFAULT = -4, 65536
 _inside = False
 
 
-# threads --------------------------------------------------------------------------------------------------------------
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def threads_each(jobs: int, processors: int | None = None) -> int:
-    """Threads for each of `jobs` that share so many processors, by default this process's cores; at least 1."""
-    return max(1, (processors or cores()) // jobs)
-
-
-def environment_of(threads: int) -> dict[str, str]:
-    """Variables that give a process, and those that it starts, so many threads; set before PyTorch is imported."""
-    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-
-
-# memory ---------------------------------------------------------------------------------------------------------------
 def _glibc() -> ctypes.CDLL | None:
     """The C library, if it is one that can be told."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
