@@ -15,12 +15,10 @@ import torch
 from numba import njit
 
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
 
 
-def compiled(**options: bool | str) -> Callable[[Callable], Callable]:
+def compiled(**options: object) -> Callable[[Callable], Callable]:
     """Numba's njit, cached on disk; where no folder for that can be written, compiled anew in every process."""
 
     def decorate(function: Callable) -> Callable:
@@ -32,6 +30,13 @@ def compiled(**options: bool | str) -> Callable[[Callable], Callable]:
             return njit(**options)(function)
 
     return decorate
+
+
+@compiled(nogil=True)
+def copy(row, into):  # pragma: no cover (compiled)
+    """Copy a row in a compiled loop; ``into[:] = row`` takes numba seconds to compile, with a message if it fails."""
+    for k in range(into.size):
+        into[k] = row[k]
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

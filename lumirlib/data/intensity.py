@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
 
 from lumirlib._checks import check_image, check_same_grid
 
@@ -74,6 +73,8 @@ def _matched(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 def _monotone(means: np.ndarray, counts: np.ndarray) -> int:
     """1 if the means rise from bin to bin but for noise, -1 if they fall, 0 if they do neither."""
+    from scipy.optimize import isotonic_regression  # imported where contrasts are matched: it takes a while
+
     weights = np.maximum(counts, 1e-9)
     spread = np.average((means - np.average(means, weights=weights)) ** 2, weights=weights)
     best, left = 0, (1 - MONOTONE) * spread

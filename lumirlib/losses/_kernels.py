@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lumirlib._numba import compiled
+from lumirlib._numba import compiled, copy
 
 #: Added to the product of the variances, so that constant regions give zero and not NaN.
 NCC_EPSILON = 1e-5
@@ -74,7 +74,7 @@ def _window_sums(ring, y, window, doubled, total):  # pragma: no cover (compiled
     """
     levels = ring.shape[0]
     row = doubled[0]
-    row[:] = ring[0, y % 2]
+    copy(ring[0, y % 2], row)
     reach = 1
     for level in range(1, levels):
         half, size = 1 << (level - 1), (1 << level) + 1
@@ -83,7 +83,7 @@ def _window_sums(ring, y, window, doubled, total):  # pragma: no cover (compiled
         if window >> level & 1:
             _extend(row, ring[level, (y - reach) % size])
             reach += 2 * half
-    total[:] = row[: total.size]
+    copy(row, total)
     count, reach = row.size, 1
     for level in range(1, levels):
         half = 1 << (level - 1)
@@ -226,7 +226,7 @@ def ncc_planes(warped, fixed, window, scale, correlations, gradient, first, last
             _add_squared(squared, slope, covariance)
             if wanted:
                 p, q = planes[0, slot, j], planes[1, slot, j]
-                p[:] = slope
+                copy(slope, p)
                 _by_covariance(p, covariance)
                 _by_variance(q, p, variance_f)
                 _by_means(planes[2, slot, j], p, q, w, f, count)
@@ -352,4 +352,4 @@ def curvatures(field, scales, weighted, first, last):  # pragma: no cover (compi
             _add_curvature(total[1:-1], here[:-2], here[1:-1], here[2:], scales[2])
             _add_curvature(total[:1], here[:1], here[:1], here[1:2], scales[2])
             _add_curvature(total[-1:], here[-2:-1], here[-1:], here[-1:], scales[2])
-            weighted[i, j] = total
+            copy(total, weighted[i, j])

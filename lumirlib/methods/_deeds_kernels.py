@@ -91,7 +91,8 @@ def _pack_entries(distances, sources, places, thresholds, floor, words):
             for entry in range(entries):
                 at_i, at_j, shift = i + places[entry, 0], j + places[entry, 1], places[entry, 2]
                 taken, own = found[entry], distances[sources[entry], i, j]
-                taken[:] = own
+                for k in range(width):
+                    taken[k] = own[k]
                 if 0 <= at_i < depth and 0 <= at_j < height:
                     moved = distances[sources[entry], at_i, at_j]
                     for k in range(max(0, -shift), min(width, width - shift)):

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import surface_distance
 import torch
-from scipy.spatial import cKDTree
-from surface_distance import lookup_tables
 
 from lumirlib import _numba
 from lumirlib.metrics import _kernels
@@ -23,6 +20,8 @@ REACH = 12
 @lru_cache(maxsize=1)
 def _surface_areas() -> np.ndarray:
     """Area of a surface element by its 2 x 2 x 2 neighbourhood code, voxels of side 1; building it takes a while."""
+    from surface_distance import lookup_tables  # imported where surfaces are measured: it takes a third of a second
+
     return lookup_tables.create_table_neighbour_code_to_surface_area([1, 1, 1])
 
 
@@ -65,6 +64,8 @@ def _squared_distances(points: np.ndarray, surface: np.ndarray) -> np.ndarray:
     found = _kernels.nearest_squared(points, surface, *_steps())
     far = found < 0
     if far.any():
+        from scipy.spatial import cKDTree
+
         found[far] = np.rint(cKDTree(surface).query(points[far])[0] ** 2)
     return found
 
@@ -93,6 +94,8 @@ def hd95_per_label_mm(
     Returns:
         One value per label, 0 or more, infinite or NaN; lower is better.
     """
+    from surface_distance import compute_robust_hausdorff
+
     moving_labels = check_label_volumes(warped_labels, fixed_labels, moving_labels)
     if not spacing_mm > 0:
         raise ValueError(f"spacing_mm must be positive, got {spacing_mm}")
@@ -117,7 +120,7 @@ def hd95_per_label_mm(
             # whole numbers of two bytes are sorted in linear time
             order = np.argsort(squared.astype(np.uint16) if squared.max() < 2**16 else squared, kind="stable")
             found |= {names[0]: np.sqrt(squared[order]), names[1]: areas[order]}
-        return spacing_mm * surface_distance.compute_robust_hausdorff(found, 95)
+        return spacing_mm * compute_robust_hausdorff(found, 95)
 
     return np.array(list(_numba.in_threads(of_label, range(len(labels)))))
 

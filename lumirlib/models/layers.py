@@ -11,21 +11,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lumirlib import _numba, spatial
+from lumirlib._numba import compiled, copy
 
 #: Added to the variance, as torch.nn.InstanceNorm3d does.
 EPSILON = 1e-5
 #: Voxels that are summed at once. Their sums are added in one order, whatever the number of threads.
 _BLOCK = 4096
 
-_OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}}
+_OPTIONS = {"nogil": True, "fastmath": {"contract"}}
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _moments(features, sums, first, last):  # pragma: no cover (compiled)
     """Write the sums of values and of squares of the blocks from `first` to `last` to `sums`, ``(blocks, 2, C)``."""
     voxels, channels = features.shape
@@ -37,10 +37,11 @@ def _moments(features, sums, first, last):  # pragma: no cover (compiled)
                 value = np.float64(row[channel])
                 total[channel] += value
                 squares[channel] += value * value
-        sums[block, 0], sums[block, 1] = total, squares
+        copy(total, sums[block, 0])
+        copy(squares, sums[block, 1])
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _normalize(features, mean, scale, slope, result, first, last):  # pragma: no cover (compiled)
     """Fill the blocks from `first` to `last` of `result` with the PReLU of the normalized features."""
     voxels, channels = features.shape
@@ -51,7 +52,7 @@ def _normalize(features, mean, scale, slope, result, first, last):  # pragma: no
             into[channel] = value if value > 0 else slope * value
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _gradient_sums(features, gradient, mean, scale, slope, sums, first, last):  # pragma: no cover (compiled)
     """Write sums of the blocks from `first` to `last` to ``sums``, ``(blocks, 3, C)``.
 
@@ -69,10 +70,12 @@ def _gradient_sums(features, gradient, mean, scale, slope, sums, first, last):  
                 total[channel] += inner
                 product[channel] += inner * value
                 by_slope[channel] += np.float64(0) if value > 0 else np.float64(given[channel] * value)
-        sums[block, 0], sums[block, 1], sums[block, 2] = total, product, by_slope
+        copy(total, sums[block, 0])
+        copy(product, sums[block, 1])
+        copy(by_slope, sums[block, 2])
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _input_gradient(features, gradient, mean, scale, slope, total, product, result, first, last):  # pragma: no cover
     """Fill blocks of `result` with the gradient in the features; `total` and `product` are means over the voxels."""
     voxels, channels = features.shape

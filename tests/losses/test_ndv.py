@@ -36,8 +36,8 @@ def test_of_a_batch_it_is_the_mean():
 
 
 def test_its_gradient_equals_finite_differences():
-    assert torch.autograd.gradcheck(ndv_loss, rough((4, 5, 4)).requires_grad_())
-    assert torch.autograd.gradcheck(ndv_loss, rough((19, 3, 3)).requires_grad_())
+    assert torch.autograd.gradcheck(ndv_loss, rough((4, 5, 4)).requires_grad_(), fast_mode=True)
+    assert torch.autograd.gradcheck(ndv_loss, rough((19, 3, 3)).requires_grad_(), fast_mode=True)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.15, 0.25, 1.5])  # nothing folds, few voxels, some, most

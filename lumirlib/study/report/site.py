@@ -75,10 +75,14 @@ article h1 code, article h2 code { overflow-wrap: anywhere; }
 """
 
 
-def public_modules() -> list[str]:
-    """The package and all its modules but the private ones."""
-    found = pkgutil.walk_packages(lumirlib.__path__, "lumirlib.")
-    return ["lumirlib", *(module.name for module in found if "._" not in module.name)]
+def public_modules() -> dict[str, list[str]]:
+    """Each package with all its modules but the private ones, itself first."""
+    packages: dict[str, list[str]] = {"lumirlib": ["lumirlib"]}
+    for module in pkgutil.walk_packages(lumirlib.__path__, "lumirlib."):
+        if "._" not in module.name:
+            package = module.name if module.ispkg else module.name.rpartition(".")[0]
+            packages.setdefault(package, []).append(module.name)
+    return packages
 
 
 def build_site(root: str | Path, out: str | Path) -> list[str]:
@@ -231,9 +235,13 @@ def _tables(root: Path, source: Path) -> Iterator[str]:
 
 
 def _reference(source: Path) -> Iterator[str]:
-    """A page for each public module."""
+    """A page for each package: furo draws the list of all pages anew on every page, and a module's own is short."""
     (source / API).mkdir()
-    for module in public_modules():
-        text = f"# `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n"
-        (source / API / f"{module}.md").write_text(text, encoding="utf-8")
-        yield f"{API}/{module}.md"
+    for package, modules in public_modules().items():
+        parts = [
+            f"{'#' if module == package else '##'} `{module}`\n\n"
+            f"```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n"
+            for module in modules
+        ]
+        (source / API / f"{package}.md").write_text("\n".join(parts), encoding="utf-8")
+        yield f"{API}/{package}.md"
