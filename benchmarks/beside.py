@@ -9,7 +9,8 @@ documentation or scripts give for brains. What is not installed is left out and 
 
 Pairs are spread evenly over those of the people who chose no setting and no epoch. Every method runs in a process of
 its own, and each pair is written as it ends, so an interrupted call goes on. Seconds are of the registration alone, and
-of the second pair on where a method compiles at the first. Writes results/benchmarks/beside_<cohort>.json.
+of the second pair on where a method compiles at the first. Writes results/benchmarks/beside_<cohort>.json, and a figure
+of Dice against seconds beside it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -34,10 +36,12 @@ from lumirlib.files import read_json, write_json
 from lumirlib.methods import parse_row
 from lumirlib.methods.base import Preset
 from lumirlib.methods.deeds import Deeds
+from lumirlib.plots import save_figure, use_style
 from lumirlib.study.costs import MEBIBYTE, PeakMemory, in_own_process
 from lumirlib.training.pairs import evenly_spaced, halves
 from lumirlib.training.weights import read_checkpoint
 
+BEFORE = "before registration"
 METRICS = ["dice", "hd95_mm", "tre_points_mm", "ndv_percent", "seconds"]
 
 
@@ -83,8 +87,8 @@ def _convex_adam(fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
 
 #: Name -> voxels in mm that it works on, and how it is made.
 PROGRAMS: dict[str, tuple[float, Callable[[], Callable]]] = {
-    "before registration": (1, lambda: zero_displacement),
-    "deedsBCV (ours)": (1, lambda: Deeds(resolution_mm=1).build()),
+    BEFORE: (1, lambda: zero_displacement),
+    "deedsBCV (ours)": (1, lambda: Deeds.for_resolution(1)),
     "SyN (antsRegistrationSyN)": (1, lambda: _ants("antsRegistrationSyN[so]")),
     "SyN (antsRegistrationSyNQuick)": (1, lambda: _ants("antsRegistrationSyNQuick[so]")),
     "Greedy": (1, lambda: _greedy),
@@ -138,7 +142,28 @@ def means(rows: list[dict]) -> pd.DataFrame:
     return found.assign(seconds=later["seconds"].mean(), cpu_seconds=later["cpu_seconds"].mean()).reset_index()
 
 
-def main() -> int:
+def figure(table: pd.DataFrame, title: str) -> plt.Figure:
+    """Dice against seconds of what :func:`means` gives; Dice before registration is a line."""
+    use_style()
+    shown, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for line in table.itertuples():
+        own = line.method.startswith("ours")
+        if line.method == BEFORE:
+            ax.axhline(100 * line.dice, color="0.6", linestyle="--", linewidth=1)
+            ax.annotate(
+                line.method, (1, 100 * line.dice), (0, 3), ("axes fraction", "data"), "offset points", ha="right"
+            )
+            continue
+        ax.plot(line.seconds, 100 * line.dice, "o" if own else "s", color="C1" if own else "C0")
+        ax.annotate(line.method, (line.seconds, 100 * line.dice), (5, 4), textcoords="offset points", fontsize=9)
+    ax.set(xscale="log", xlabel="seconds a pair", ylabel="Dice (%)", title=title)
+    for formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        formatter("{x:g}")
+    ax.margins(0.2, 0.1)
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing, print and write."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--networks", nargs="*", default=["ours=ours"], help="NAME=WEIGHTS or NAME=FILE.pt")
@@ -147,7 +172,8 @@ def main() -> int:
     options.add_argument("--cohort", default="brains")
     options.add_argument("--pairs", type=int, default=10)
     options.add_argument("--out", default="", help="results folder; `study` for the committed one")
-    given = options.parse_args()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = options.parse_args(arguments)
     for name in given.programs:
         if name not in PROGRAMS:
             options.error(f"--programs must be among {', '.join(PROGRAMS)}, got {name}")
@@ -158,7 +184,7 @@ def main() -> int:
     path = provenance.results_folder(given.out) / "benchmarks" / f"beside_{cohort.short_name}.json"
     versions = provenance.versions() | {one: metadata.version(one) for one in MODULES if find_spec(MODULES[one])}
     about = {
-        "command": f"python benchmarks/beside.py {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python benchmarks/beside.py {' '.join(arguments)}".strip(),
         "device": provenance.describe_device(torch.device("cpu")),
         "cohort": cohort.short_name,
         "cohort_digest": cohort.digest,
@@ -179,7 +205,12 @@ def main() -> int:
                 print(f"{name}: left out, {error}", file=sys.stderr)
     rows = read_json(path)["pairs"]
     if rows:
-        print(means(rows).to_string(index=False, float_format="%.4f"))
+        table = means(rows)
+        counted = table["pairs"], [row["threads"] for row in rows]
+        counts, threads = (" or ".join(map(str, sorted(set(one)))) for one in counted)
+        drawn = figure(table, f"{cohort.name}, pairs: {counts}, scored at 1 mm; threads: {threads}")
+        save_figure(drawn, path.with_suffix(""), data=False)
+        print(table.to_string(index=False, float_format="%.4f"))
     return 0
 
 
