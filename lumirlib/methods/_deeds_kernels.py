@@ -16,7 +16,7 @@ import numpy as np
 from numba import get_num_threads, prange, types
 from numba.extending import intrinsic
 
-from lumirlib._numba import compiled
+from lumirlib._numba import compiled, copy
 
 #: Levels of a MIND-SSC entry: 0 to 5 bits set.
 ENTRY_BITS = 5
@@ -91,8 +91,7 @@ def _pack_entries(distances, sources, places, thresholds, floor, words):
             for entry in range(entries):
                 at_i, at_j, shift = i + places[entry, 0], j + places[entry, 1], places[entry, 2]
                 taken, own = found[entry], distances[sources[entry], i, j]
-                for k in range(width):
-                    taken[k] = own[k]
+                copy(own, taken)
                 if 0 <= at_i < depth and 0 <= at_j < height:
                     moved = distances[sources[entry], at_i, at_j]
                     for k in range(max(0, -shift), min(width, width - shift)):
