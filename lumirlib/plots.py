@@ -26,8 +26,8 @@ from lumirlib import metrics, spatial
 from lumirlib.files import write_atomically
 from lumirlib.metrics.pair import MEASURES
 
-#: Of large figures where they are shown: notebooks are committed with what they show. Files have 120.
-SHOWN_DPI = 64
+#: Of figures in files, and of large figures where they are shown: notebooks are committed with what they show.
+FILE_DPI, SHOWN_DPI = 120, 64
 #: Numbers of one thing drawn that :func:`figure_data` lists.
 MAX_NUMBERS = 2000
 #: Whether :func:`save_figure` draws; :func:`without_pictures` says no.
@@ -282,10 +282,19 @@ def save_figure(figure: Figure, path: str | Path, data: bool = True) -> Figure:
         The figure.
     """
     written: dict[str, str] = {}
-    for ending in ("png", "pdf") if _DRAWS.get() else ():
-        target = Path(f"{path}.{ending}")
-        write_atomically(target, lambda to, form=ending: figure.savefig(to, format=form, dpi=120))
-        written[ending] = hashlib.sha256(target.read_bytes()).hexdigest()
+    if _DRAWS.get():
+        engine, dpi = figure.get_layout_engine(), figure.dpi
+        figure.set_dpi(FILE_DPI)
+        figure.draw_without_rendering()
+        box = figure.get_tightbbox().padded(plt.rcParams["savefig.pad_inches"])
+        figure.set_layout_engine(None)  # it is laid out, once for both files
+        for ending in ("png", "pdf"):
+            target = Path(f"{path}.{ending}")
+            how = {"format": ending, "dpi": FILE_DPI, "bbox_inches": box}
+            write_atomically(target, lambda to, how=how: figure.savefig(to, **how))
+            written[ending] = hashlib.sha256(target.read_bytes()).hexdigest()
+        figure.set_layout_engine(engine)
+        figure.set_dpi(dpi)
     if data:
         lines = [json.dumps(line, ensure_ascii=False) for line in ({"sha256": written}, *figure_data(figure))]
         text = "\n".join(lines) + "\n"

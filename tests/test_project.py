@@ -30,14 +30,14 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 
 def test_notebook_runs_from_another_folder_with_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    papermill.execute_notebook(
-        str(RUN), "LC-2.ipynb", {"variant": "LC-2+CA", "preset": "smoke", "out": "my results"}, progress_bar=False
-    )
+    parameters = {"variant": "LC-2+CA", "preset": "smoke", "out": "my results", "head_channels": 9}
+    papermill.execute_notebook(str(RUN), "LC-2.ipynb", parameters, progress_bar=False)
     csv, provenance = (
         list((tmp_path / "my results" / "metrics").glob(f"LC-2-CA_embedded_smoke_*.{end}")) for end in ("csv", "json")
     )
     assert len(csv) == len(provenance) == 1
-    assert json.loads(provenance[0].read_text())["options"]["cascade"] == "compositional"
+    options = json.loads(provenance[0].read_text())["options"]
+    assert options["cascade"] == "compositional" and options["head_channels"] == 9
     assert len(list((tmp_path / "my results" / "figures").glob("*.png"))) == 3
     text = "".join(str(cell.get("outputs")) for cell in nbformat.read("LC-2.ipynb", 4).cells)
     assert "simulated people, 4 mm: not a LUMIR result" in text

@@ -54,8 +54,7 @@ def collected_warnings() -> Iterator[list[str]]:
 def transform(matrix: np.ndarray, points: torch.Tensor) -> torch.Tensor:
     """Points ``(1, 3, ...)`` moved by a 4 x 4 matrix, float64."""
     full = torch.from_numpy(np.asarray(matrix, dtype=np.float64))
-    flat = full[:3, :3] @ points.double().reshape(3, -1) + full[:3, 3:]
-    return flat.reshape(points.shape)
+    return torch.addmm(full[:3, 3:], full[:3, :3], points.double().reshape(3, -1)).reshape(points.shape)
 
 
 def world_slabs(shape: Sequence[int], affine: np.ndarray) -> Iterator[tuple[slice, torch.Tensor]]:

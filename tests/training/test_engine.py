@@ -236,7 +236,7 @@ for number in range(kills):  # children of one process that has everything impor
 
 def test_killed_again_and_again_at_random_moments_a_run_ends_in_the_same_weights(tmp_path, one_thread, kills):
     cohort = write_small_cohort(tmp_path / "small")
-    options = {**TINY, "epochs": 8 * kills, "batch_size": 1}
+    options = {**TINY, "epochs": 6 * kills, "batch_size": 1}
     whole, cut = (prepare(cohort, tmp_path / name, **options) for name in ("whole", "cut"))
     result = whole.train(progress=False)
     epoch_seconds = 4 * result.history["seconds"].median()
