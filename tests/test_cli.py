@@ -265,6 +265,7 @@ def test_commands_of_the_page_on_own_scans_work_as_they_stand(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "brain_mask", lambda scan, device: scan.values > 0)
     monkeypatch.setattr(prepare, "TEMPLATE_MM", 4)
+    monkeypatch.setattr(prepare, "BIAS_MM", 8)
     monkeypatch.setattr(registrar, "BEST_MM", 4)  # other tests register at 1 mm
     for number in range(2):
         array, affine, _ = as_scanned(
