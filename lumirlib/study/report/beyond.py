@@ -37,7 +37,9 @@ MET, NOT_MET, OPEN = "met", "not met", "cannot be told"
 def with_measured_step_times(runs: Runs, costs: Measured) -> Runs:
     """The runs with the seconds of a step measured in turn (:mod:`lumirlib.study.costs`) in place of their own.
 
-    Runs that were made beside other work took longer than they cost. Rows that were not measured have no time then.
+    Runs that were made beside other work took longer than they cost. Rows that were not measured have no time then. A
+    step is measured at the preset's voxels; one of a coarser stage counts as its share of the voxels, an eighth at
+    twice the edge.
 
     Args:
         runs: Runs of any rows.
@@ -47,7 +49,10 @@ def with_measured_step_times(runs: Runs, costs: Measured) -> Runs:
     if costs.table is not None:
         seconds = costs.table.groupby("variant")["seconds_per_step"].median()
     trained = {name: parse_row(name).base_row().name for name in runs.variants}
-    history = runs.history.assign(seconds=runs.history["variant"].map(trained).map(seconds))
+    finest = runs.preset.resolution_mm
+    edges = runs.history.reindex(columns=["resolution_mm"])["resolution_mm"].fillna(finest)
+    seconds = runs.history["variant"].map(trained).map(seconds) * (finest / edges) ** 3
+    history = runs.history.assign(seconds=seconds)
     return replace(runs, history=history.assign(seconds=history["seconds"].where(history["steps"] > 0)))
 
 
@@ -221,7 +226,8 @@ def publish_ablation(runs: Runs, costs: Measured, stem: str | Path) -> str:
         "verdict by docs/protocol.md (test over people, adjusted after Holm over the rows of the column). TRE of "
         "points is the textbook's form, beside the challenge's, which moves landmarks by whole voxels; both rest on "
         "the few people with landmarks. s / pair: median over pairs, as the runs took it, whatever "
-        f"else the machine did. Training: time of all steps, at what one costs ({how}). At equal time: the best "
+        f"else the machine did. Training: time of all steps, at what one costs ({how}), in coarser "
+        "stages by their voxels. At equal time: the best "
         f"validation Dice by the time that {reference} with the same seed took in all, in parentheses minus "
         f"{reference}'s own; a slower row is cut off before its learning rate has fallen, and could reach more in that "
         "time with fewer epochs."
@@ -327,7 +333,7 @@ def targets(runs: Runs, costs: Measured) -> pd.DataFrame:
         return pd.DataFrame(lines)
     seconds = costs.table.loc[costs.table["variant"] == RECIPE, "seconds_per_pair"].dropna()
     outcome = _judge_interval(seconds.min(), seconds.max(), MAX_SECONDS, False)
-    why = f"{len(seconds)} rounds, {costs.about['device']}"
+    why = f"{len(seconds)} round{'s' * (len(seconds) > 1)}, {costs.about['device']}"
     add(words, "s", outcome, why, seconds.median(), seconds.min(), seconds.max())
     return pd.DataFrame(lines)
 

@@ -138,6 +138,9 @@ def test_times_are_those_measured_in_turn_where_there_are_any(runs, tmp_path):
     timed = beyond.with_measured_step_times(runs, costs)
     minutes = beyond.training_minutes(timed).groupby("variant")["minutes"].max()
     assert minutes.to_dict() == pytest.approx({"LC-2": 2, "ours": 8})  # medians: 3 and 12 s, 40 steps
+    coarse = replace(runs, history=runs.history.assign(resolution_mm=2 * runs.preset.resolution_mm))
+    minutes = beyond.training_minutes(beyond.with_measured_step_times(coarse, costs))
+    assert minutes.groupby("variant")["minutes"].max().to_dict() == pytest.approx({"LC-2": 2 / 8, "ours": 1})
     table = beyond.ablation(timed).set_index("variant")
     assert pd.isna(table.loc["COMP", "training_minutes"]) and table.loc["COMP", "seeds"] == 2
     assert table.loc["ours", "equal_time_dice"] == pytest.approx(55)  # one epoch of four
