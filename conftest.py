@@ -81,9 +81,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --long"))
-        if item.path.suffix == ".ipynb" and "parameters" in item.cell.metadata.get("tags", []):
-            if item.path.stem not in TRAINED:
-                continue
+        trains = item.path.suffix == ".ipynb" and item.path.stem in TRAINED
+        if trains and "parameters" in item.cell.metadata.get("tags", []):
             if WHOLE not in item.cell.source:
                 raise pytest.UsageError(f"{item.path.name} must have the parameter {WHOLE!r}: conftest.py shortens it")
             item.cell.source = item.cell.source.replace(WHOLE, SHORTER, 1)

@@ -51,9 +51,8 @@ def with_measured_step_times(runs: Runs, costs: Measured) -> Runs:
     trained = {name: parse_row(name).base_row().name for name in runs.variants}
     finest = runs.preset.resolution_mm
     edges = runs.history.reindex(columns=["resolution_mm"])["resolution_mm"].fillna(finest)
-    seconds = runs.history["variant"].map(trained).map(seconds) * (finest / edges) ** 3
-    history = runs.history.assign(seconds=seconds)
-    return replace(runs, history=history.assign(seconds=history["seconds"].where(history["steps"] > 0)))
+    of_steps = runs.history["variant"].map(trained).map(seconds) * (finest / edges) ** 3
+    return replace(runs, history=runs.history.assign(seconds=of_steps.where(runs.history["steps"] > 0)))
 
 
 def training_minutes(runs: Runs) -> pd.DataFrame:
