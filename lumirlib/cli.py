@@ -981,7 +981,7 @@ def measure_folding(**given: Any) -> None:
 @measure.command(
     "robustness",
     resumes=True,
-    examples="lumirlib measure robustness --rows LC-2 ours --preset real-2mm --cohort brains --seeds 0 1",
+    examples="lumirlib measure robustness --rows LC-2+LR4+MUON ours --preset real-2mm --cohort brains --seeds 0 1",
 )
 @_rows(["LC-2", "ours"])
 @_seeds([0, 1, 2])

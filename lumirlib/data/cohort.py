@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -111,7 +112,7 @@ class Cohort:
     given_labels: tuple[int, ...] | None = None
     listed_pairs: tuple[Pair, ...] = ()
     joined: tuple[Cohort, ...] = ()
-    memory: OrderedDict[Path, torch.Tensor] = field(default_factory=OrderedDict, repr=False)
+    memory: OrderedDict[Path | tuple[Path, Path], torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def short_name(self) -> str:
@@ -315,10 +316,13 @@ class Cohort:
         """The exact displacement ``(1, 3, D, H, W)`` of a simulated pair in voxels; None for real scans."""
         if pair.fixed.velocity is None or pair.moving.velocity is None:
             return None
-        fixed_to_template, _ = self._person_transforms(pair.fixed)
-        return embedded.true_displacement(
-            fixed_to_template, *self._person_transforms(pair.moving), resolution_mm=int(self.resolution_mm)
-        )
+
+        def compute() -> torch.Tensor:
+            to_template, _ = self._person_transforms(pair.fixed)
+            of_moving = self._person_transforms(pair.moving)
+            return embedded.true_displacement(to_template, *of_moving, resolution_mm=int(self.resolution_mm))
+
+        return self._remember((pair.fixed.velocity, pair.moving.velocity), compute)
 
     def _person_transforms(self, subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
         def compute() -> torch.Tensor:
@@ -329,7 +333,7 @@ class Cohort:
         to_template, from_template = self._remember(subject.velocity, compute)
         return to_template, from_template
 
-    def _remember(self, path: Path, read) -> torch.Tensor:
+    def _remember(self, path: Path | tuple[Path, Path], read: Callable[[], torch.Tensor]) -> torch.Tensor:
         with _MEMORY_LOCK:
             if path in self.memory:
                 self.memory.move_to_end(path)

@@ -6,18 +6,21 @@ import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from lumirlib import spatial
-from lumirlib.data.nifti import read_nifti
 
 RESOLUTIONS_MM = (1, 2, 4)
 
 FRAME_SHAPE = (160, 224, 192)
 
 FRAME_ORIGIN_MM = (-79.5, -129.0, -80.0)
+
+#: Planes of the template that are averaged at a time, even.
+PLANES = 32
 
 
 def template_folder() -> Path:
@@ -37,19 +40,27 @@ def frame_affine(resolution_mm: int) -> np.ndarray:
     return affine
 
 
+def _stored_template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The template at half a millimetre ``(D, H, W)`` in bytes, what each byte stands for, and the affine."""
+    image = nib.load(template_folder() / "Template_05mm_bet.nii.gz")
+    values = np.arange(256) * image.dataobj.slope + image.dataobj.inter
+    return image.dataobj.get_unscaled(), values.clip(0, 1).astype(np.float32), image.affine
+
+
 @lru_cache(maxsize=1)
 def template_image() -> tuple[torch.Tensor, np.ndarray]:
     """The template at half a millimetre, ``(1, 1, D, H, W)`` in [0, 1], and its affine."""
-    array, affine = read_nifti(template_folder() / "Template_05mm_bet.nii.gz")
-    return torch.from_numpy(array.astype(np.float32))[None, None].clamp_(0, 1), affine
+    stored, values, affine = _stored_template()
+    return torch.from_numpy(values[stored])[None, None], affine
 
 
 @lru_cache(maxsize=1)
 def template_1mm() -> tuple[torch.Tensor, np.ndarray]:
     """The template averaged over blocks of 2 x 2 x 2 voxels, and its affine."""
-    fine, affine = template_image()
+    stored, values, affine = _stored_template()
     coarse_affine = affine @ np.array([[2, 0, 0, 0.5], [0, 2, 0, 0.5], [0, 0, 2, 0.5], [0, 0, 0, 1.0]])
-    return F.avg_pool3d(fine, 2), coarse_affine
+    parts = (stored[first : first + PLANES] for first in range(0, len(stored) - 1, PLANES))  # all at once take 1 GB
+    return torch.cat([F.avg_pool3d(torch.from_numpy(values[part])[None, None], 2) for part in parts], 2), coarse_affine
 
 
 def sample_in_frame(image: torch.Tensor, affine: np.ndarray, field: torch.Tensor, spacing_mm: int, mode: str):

@@ -51,24 +51,31 @@ def _matched(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     both = brain & other
     if not both.any():
         raise ValueError("image and reference must overlap where they are above 0, got no such voxel")
-    values, of_reference = image[brain].double(), reference[other].double().sort().values
-    ordered = values.sort().values
-    at = torch.linspace(0, len(ordered) - 1, 2 * BINS + 1, device=image.device).round().long()
-    edges, middles = ordered[at[2:-1:2]], ordered[at[1::2]]
-    places = torch.bucketize(image[both].double(), edges, right=True)
-    counts = torch.bincount(places, minlength=BINS).double()
-    sums = torch.bincount(places, reference[both].double(), minlength=BINS)
+    of_reference = reference[other].double().sort().values
+    values, place, count = image[brain].double().unique(return_inverse=True, return_counts=True)
+    ends = count.cumsum(0)
+    at = torch.linspace(0, int(ends[-1]) - 1, 2 * BINS + 1, device=image.device).round().long()
+    quantiles = values[torch.searchsorted(ends, at, right=True)]
+    edges, middles = quantiles[2:-1:2].contiguous(), quantiles[1::2].contiguous()
+    bins = torch.bucketize(image[both].double(), edges, right=True)
+    counts = torch.bincount(bins, minlength=BINS).double()
+    sums = torch.bincount(bins, reference[both].double(), minlength=BINS)
     means = _smoothed(sums) / _smoothed(counts).clamp_min(torch.finfo(torch.float64).tiny)
     rises = _monotone(means.cpu().numpy(), counts.cpu().numpy())
     order = rises * values if rises else _interpolated(values, middles, means)
-    ranks = order.sort().values
-    # of equal ones the middle rank, so that they stay equal
-    rank = (torch.searchsorted(ranks, order) + torch.searchsorted(ranks, order, right=True) - 1) / 2
     knots = torch.linspace(0, 1, QUANTILES, dtype=torch.float64, device=image.device)
     histogram = of_reference[(knots * (len(of_reference) - 1)).round().long()]
+    rank = _middle_rank(order, count) / max(1, int(ends[-1]) - 1)
     found = torch.zeros_like(image)
-    found[brain] = _interpolated(rank / max(1, len(ranks) - 1), knots, histogram).to(image.dtype)
+    found[brain] = _interpolated(rank, knots, histogram).to(image.dtype)[place]
     return found
+
+
+def _middle_rank(order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Rank of each value among all voxels; those of equal order have the middle one, so that they stay equal."""
+    _, place = order.unique(return_inverse=True)
+    together = torch.bincount(place, count.double())
+    return (together.cumsum(0) - (together + 1) / 2)[place]
 
 
 def _monotone(means: np.ndarray, counts: np.ndarray) -> int:

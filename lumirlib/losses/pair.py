@@ -14,20 +14,26 @@ from lumirlib import spatial
 from lumirlib._checks import check_image, check_same_grid
 from lumirlib.losses._kernels import NCC_EPSILON
 from lumirlib.losses.multilevel import gaussian_smooth
+from lumirlib.losses.similarity import PLANES, window_sum
 from lumirlib.losses.smoothness import diffusion_loss
 
 #: A warped voxel counts if at most so much of it is of voxels that do not.
 TRACE = 1e-3
 
 
-def _mean_of_windows(image: torch.Tensor, side: int) -> torch.Tensor:
-    """Mean over a cube of `side` voxels, axis by axis; voxels outside are zero and are counted."""
-    image = F.pad(image, [side // 2] * 6)
-    for axis in range(3):
-        kernel = [1, 1, 1]
-        kernel[axis] = side
-        image = F.avg_pool3d(image, kernel, 1)
-    return image
+class _MeanOfWindows(torch.autograd.Function):
+    """Mean over the cube around each voxel; voxels outside are zero and are counted, so it is its own adjoint."""
+
+    @staticmethod
+    def forward(ctx, image: torch.Tensor, side: int) -> torch.Tensor:
+        ctx.side = side
+        padded = F.pad(image, [side // 2] * 6)
+        parts = (padded[:, :, first : first + PLANES + side - 1] for first in range(0, image.shape[2], PLANES))
+        return torch.cat([window_sum(part, side) for part in parts], 2).div_(side**3)
+
+    @staticmethod
+    def backward(ctx, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _MeanOfWindows.apply(slope, ctx.side), None
 
 
 def masked_ncc_loss(warped: torch.Tensor, fixed: torch.Tensor, counts: torch.Tensor, window: int = 9) -> torch.Tensor:
@@ -56,12 +62,16 @@ def masked_ncc_loss(warped: torch.Tensor, fixed: torch.Tensor, counts: torch.Ten
     if not counts.any():
         raise ValueError("counts must have a voxel that counts, got none")
     w, f = warped.double() * counts, fixed.double() * counts
-    share = _mean_of_windows(counts, window).clamp_min(1 / window**3)  # of a window's voxels that count
-    mean_w, mean_f = _mean_of_windows(w, window) / share, _mean_of_windows(f, window) / share
+
+    def mean(image: torch.Tensor) -> torch.Tensor:
+        return _MeanOfWindows.apply(image, window)
+
+    share = mean(counts).clamp_min(1 / window**3)  # of a window's voxels that count
+    mean_w, mean_f = mean(w) / share, mean(f) / share
     volume = share * window**3
-    covariance = volume * (_mean_of_windows(w * f, window) / share - mean_w * mean_f)
-    variance_w = volume * (_mean_of_windows(w * w, window) / share - mean_w * mean_w).clamp_min(0)
-    variance_f = volume * (_mean_of_windows(f * f, window) / share - mean_f * mean_f).clamp_min(0)
+    covariance = volume * (mean(w * f) / share - mean_w * mean_f)
+    variance_w = volume * (mean(w * w) / share - mean_w * mean_w).clamp_min(0)
+    variance_f = volume * (mean(f * f) / share - mean_f * mean_f).clamp_min(0)
     squared = (covariance.square() / (variance_w * variance_f + NCC_EPSILON)).clamp_max(1)
     return (1 - (squared * counts).sum() / counts.sum()).to(torch.promote_types(warped.dtype, torch.float32))
 

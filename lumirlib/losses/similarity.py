@@ -55,7 +55,7 @@ def _ncc_compiled(
     return loss, gradient.view(warped.shape) if wanted else None
 
 
-def _window_sum(padded: torch.Tensor, window: int) -> torch.Tensor:
+def window_sum(padded: torch.Tensor, window: int) -> torch.Tensor:
     """Sum over a cube of `window` voxels, one axis after the other; each side shrinks by ``window - 1``.
 
     By doubling, as in :mod:`lumirlib.losses._kernels`.
@@ -94,11 +94,11 @@ def ncc_in_parts(
             return F.pad(near, [radius] * 4 + [max(radius - low, 0), max(high + radius - depth, 0)])
 
         w, f = cut(warped), cut(fixed)
-        sum_w, sum_f = _window_sum(w, window), _window_sum(f, window)
-        covariance = _window_sum(w * f, window) - sum_w * sum_f / volume
+        sum_w, sum_f = window_sum(w, window), window_sum(f, window)
+        covariance = window_sum(w * f, window) - sum_w * sum_f / volume
         # rounding may leave a constant window with a variance just below zero
-        variance_w = (_window_sum(w * w, window) - sum_w * sum_w / volume).clamp_min_(0)
-        variance_f = (_window_sum(f * f, window) - sum_f * sum_f / volume).clamp_min_(0)
+        variance_w = (window_sum(w * w, window) - sum_w * sum_w / volume).clamp_min_(0)
+        variance_f = (window_sum(f * f, window) - sum_f * sum_f / volume).clamp_min_(0)
         del w, f
         p = covariance / variance_w.mul_(variance_f).add_(_kernels.NCC_EPSILON)
         squared = covariance.mul_(p)
@@ -112,9 +112,9 @@ def ncc_in_parts(
         del covariance, squared, variance_w, sum_w
         margin = [radius] * 4 + [radius - (first - low), radius - (high - last)]
         own = slice(first, last)
-        found = _window_sum(F.pad(p, margin), window).mul_(fixed[:, :, own])
-        found += _window_sum(F.pad(q, margin), window).mul_(warped[:, :, own])
-        found -= _window_sum(F.pad(m, margin), window)
+        found = window_sum(F.pad(p, margin), window).mul_(fixed[:, :, own])
+        found += window_sum(F.pad(q, margin), window).mul_(warped[:, :, own])
+        found -= window_sum(F.pad(m, margin), window)
         gradient[:, :, own] = found.mul_(-1 / warped.numel())
     return (1 - total / warped.numel()).to(warped.dtype), gradient
 

@@ -62,7 +62,7 @@ def likeness(prepared: PreparedScan) -> Likeness:
     image = prepared.in_frame
     template = template_in_frame(TEMPLATE_MM)
     coarse = torch.nn.functional.avg_pool3d(image, TEMPLATE_MM)[template > 0.02]
-    counts = np.bincount(image[image > 0].to(torch.uint8).numpy())
+    counts = np.bincount(image.to(torch.uint8).flatten().numpy(), minlength=2)[1:]  # of the background none
     return Likeness(
         template_correlation(image),
         prepared.brain_ml,

@@ -335,8 +335,10 @@ class PreparedScan:
         values = torch.zeros_like(inside, dtype=torch.float32)
         of_brain = voxels.movedim(1, 0)[:, inside[:, 0]]
         smooth = torch.from_numpy(map_coordinates(self._spline, of_brain.numpy(), mode="mirror", prefilter=False))
-        linear = spatial.sample(self.corrected, of_brain[None, :, :, None, None].float()).flatten()
-        values[inside] = smooth.where(smooth > 0, linear).clamp(min=0)
+        below = ~(smooth > 0)
+        linear = spatial.sample(self.corrected, of_brain[None, :, below, None, None].float())
+        smooth[below] = linear.flatten().clamp(min=0)
+        values[inside] = smooth
         return values
 
     @cached_property
@@ -367,14 +369,16 @@ class PreparedScan:
         steps = [(old - 1) / max(new - 1, 1) for old, new in zip(brain.shape, found.shape, strict=True)]
         return torch.from_numpy(found)[None, None], self.scan.affine @ np.diag([*steps, 1.0])
 
-    def resampled(self, places: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def resampled(self, places: Callable[[torch.Tensor], torch.Tensor], every: int = 1) -> torch.Tensor:
         """The brain, ``(1, 1, 160, 224, 192)`` float32 in the scan's units, where a function puts the frame's points.
 
         Args:
             places: Function from world points of the frame ``(1, 3, ...)`` to world points of the scan.
+            every: Take every voxel of the frame, or every second along each axis, and so on; sides are divided by it.
         """
-        values = torch.empty(1, 1, *FRAME_SHAPE)
-        for planes, points in world_slabs(FRAME_SHAPE, frame_affine(1)):
+        shape, affine = [side // every for side in FRAME_SHAPE], frame_affine(1) @ np.diag([*[every] * 3, 1.0])
+        values = torch.empty(1, 1, *shape)
+        for planes, points in world_slabs(shape, affine):
             values[:, :, planes] = self.brain_at(places(points))
         return values
 

@@ -75,6 +75,8 @@ DISPLACEMENTS = {"displacement": "displacement.nii.gz", "inverse_displacement": 
 FINEST = 1024
 #: Correlation of two registered brains, at least. Of real ones it is 0.43 and more after an affine alone.
 MIN_NCC = 0.4
+#: Brains as their headers place them are compared at every second voxel along each axis.
+HEADERS_EVERY = 2
 #: The map and its inverse, one behind the other, lead back within this at 99 % of either brain, or it is said.
 MAX_INVERSE_MM = 0.5
 #: Voxels of the inverse's grid are made smaller, down to this edge, until a guess is below this part of that.
@@ -585,7 +587,8 @@ def _check(
     from lumirlib.scans.qc import registration_figure
 
     image, brain = fixed.in_frame, fixed.in_frame > 0
-    by_headers = moving.resampled(lambda points: transform(fixed.to_scan, points))
+    some = (..., *[slice(None, None, HEADERS_EVERY)] * 3)
+    by_headers = moving.resampled(lambda points: transform(fixed.to_scan, points), HEADERS_EVERY)
     warped = as_cohort(moving.resampled(whole.from_frame), str(moving.scan.path))
     displacement = whole.displacement_1mm()
     of_fixed, of_moving = left_out
@@ -602,14 +605,14 @@ def _check(
             return 1 - float(losses.ncc_loss(image_ / 255, image / 255))
         return 1 - float(losses.masked_ncc_loss(image_ / 255, image / 255, counting(*masks).float()))
 
-    def alike(image_: torch.Tensor) -> torch.Tensor:
+    def alike(image_: torch.Tensor, to: torch.Tensor = image) -> torch.Tensor:
         """In the fixed image's contrast, if it may be another."""
-        return match_contrast(image_, image) if contrast == "any" and (brain & (image_ > 0)).any() else image_
+        return match_contrast(image_, to) if contrast == "any" and ((to > 0) & (image_ > 0)).any() else image_
 
     moved, by_affine = alike(warped), alike(moving.in_frame)
     affine, both = brain & counting(of_fixed, of_moving), brain & counting(of_fixed, carried)
     measures = {
-        "ncc_headers": correlation(alike(by_headers), image, brain & counting(of_fixed)),
+        "ncc_headers": correlation(alike(by_headers, image[some]), image[some], (brain & counting(of_fixed))[some]),
         "ncc_affine": correlation(by_affine, image, affine),
         "ncc": correlation(moved, image, both),
         "local_ncc_affine": local(by_affine, of_fixed, of_moving),

@@ -1,6 +1,6 @@
 """Trained networks on altered moving images: contrast, thick slices, missing tissue.
 
-    lumirlib measure robustness --rows LC-2 ours --preset real-2mm --cohort brains --seeds 0 1
+    lumirlib measure robustness --rows LC-2+LR4+MUON ours --preset real-2mm --cohort brains --seeds 0 1
 
 The fixed images stay as they are. Every alteration leaves the anatomy where it is (missing tissue takes a part of it
 away), so labels, landmarks and the brain that NDV counts in are those of the unaltered moving image: the displacement

@@ -419,20 +419,20 @@ def load_robustness(
     return Measured(pd.concat(parts, ignore_index=True), about, how if missing else "")
 
 
-def robustness_table(measured: pd.DataFrame, reference: str = REFERENCES[0]) -> pd.DataFrame:
-    """Dice of every row under every alteration, as numbers.
+def robustness_table(measured: pd.DataFrame) -> pd.DataFrame:
+    """Dice of every row under every alteration, as numbers; the first row is the reference.
 
     Returns:
         One line per alteration and row: alteration, variant, seeds, pairs, dice (percent) and dice_sd (over seeds),
         change (points, from the unaltered image), ndv_percent, hd95_mm, and difference, low, high, p_holm and verdict
-        of its Dice minus the reference's under the same alteration, adjusted over the rows; NaN without the reference.
+        of its Dice minus the reference's under the same alteration, adjusted over the rows; NaN for the reference.
     """
-    names = list(dict.fromkeys(measured["variant"]))
+    reference, *others = dict.fromkeys(measured["variant"])
+    names = [reference, *others]
     lines = []
     for alteration, table in measured.groupby("alteration", sort=False):
-        others = [name for name in names if name != reference]
         found = pd.DataFrame()
-        if others and reference in names:
+        if others:
             long = table.assign(metric="dice", value=table["dice"])
             found = compare_rows(long, others, reference, "dice", deterministic=deterministic_rows(names)).set_index(
                 "row"
@@ -481,11 +481,11 @@ def robustness_table(measured: pd.DataFrame, reference: str = REFERENCES[0]) -> 
     return frame.assign(change=frame["dice"] - frame["variant"].map(whole))
 
 
-def publish_robustness(measured: Measured, runs: Runs, stem: str | Path, reference: str = REFERENCES[0]) -> str:
+def publish_robustness(measured: Measured, runs: Runs, stem: str | Path) -> str:
     """Publish :func:`robustness_table`; the Markdown, or that nothing has been measured."""
     if measured.table is None:
         return measured.how
-    table = robustness_table(measured.table, reference)
+    table, reference = robustness_table(measured.table), measured.table["variant"].iloc[0]
     rows = []
     for _, line in table.iterrows():
         known = not pd.isna(line["difference"])
