@@ -983,7 +983,7 @@ def measure_folding(**given: Any) -> None:
     resumes=True,
     examples="lumirlib measure robustness --rows LC-2+LR4+MUON ours --preset real-2mm --cohort brains --seeds 0 1",
 )
-@_rows(["LC-2", "ours"])
+@_rows(["LC-2+LR4+MUON", "ours"])
 @_seeds([0, 1, 2])
 @_PRESET
 @_cohort()

@@ -30,7 +30,8 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 
 def test_notebook_runs_from_another_folder_with_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    parameters = {"variant": "LC-2+CA", "preset": "smoke", "out": "my results", "head_channels": 9}
+    smaller = {"channel_divisor": 32, "evaluation_pairs": 2}
+    parameters = {"variant": "LC-2+CA", "preset": "smoke", "out": "my results", "head_channels": 9, "options": smaller}
     papermill.execute_notebook(str(RUN), "LC-2.ipynb", parameters, progress_bar=False)
     csv, provenance = (
         list((tmp_path / "my results" / "metrics").glob(f"LC-2-CA_embedded_smoke_*.{end}")) for end in ("csv", "json")

@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,9 @@ from lumirlib.data.frame import (
 from lumirlib.data.nifti import read_nifti, write_nifti
 from lumirlib.files import read_json, write_json
 from lumirlib.metrics.labels import LUMIR_LABELS
+
+#: Points, or displacements of a grid's, to where they are moved.
+Motion = Callable[[torch.Tensor], torch.Tensor]
 
 CONTROL_SPACING_MM = 8
 
@@ -215,24 +219,22 @@ def true_displacement(
     Returns:
         ``(1, 3, D, H, W)`` in voxels of that resolution. Solved on the 2 mm grid, there within 0.05 mm.
     """
-    grid = spatial.identity_grid(fixed_to_template.shape[2:])
-    target = grid + fixed_to_template  # in template space
-    places = _solve(moving_to_template, moving_from_template, target, iterations=2)
-    return _to_spacing(places - grid, resolution_mm)
+    forward, backward = partial(spatial.compose, moving_to_template), partial(spatial.compose, moving_from_template)
+    return _to_spacing(_solve(forward, backward, fixed_to_template, iterations=2), resolution_mm)
 
 
-def _solve(field: torch.Tensor, inverse: torch.Tensor, target: torch.Tensor, iterations: int) -> torch.Tensor:
-    """Points p with ``p + field(p) = target``, starting from an approximate inverse of the field.
+def _solve(forward: Motion, backward: Motion, target: torch.Tensor, iterations: int) -> torch.Tensor:
+    """What `forward` moves to a target, points or displacements of a grid, by an approximate inverse of it.
 
-    As the field after its approximate inverse is nearly the identity, correcting the argument of the inverse by what
-    is left contracts, where plain fixed-point iteration on p need not.
+    As one after the other is nearly the identity, correcting the argument of the inverse by what is left contracts,
+    where plain fixed-point iteration on the result need not.
     """
     start = target
-    points = start + spatial.sample(inverse, start)
+    found = backward(start)
     for _ in range(iterations):
-        start = start - (points + spatial.sample(field, points) - target)
-        points = start + spatial.sample(inverse, start)
-    return points
+        start = start - (forward(found) - target)
+        found = backward(start)
+    return found
 
 
 def _appearance(
@@ -325,9 +327,14 @@ def _person_landmarks(velocity: torch.Tensor, transform: torch.Tensor, resolutio
     template_points = landmark_points()
     target = torch.tensor(list(template_points.values()), dtype=torch.float64).T.reshape(1, 3, -1, 1, 1)
     target = (target - 0.5) / FIELD_SPACING_MM  # 1 mm voxels -> voxels of the 2 mm grid
-    field = transform.double()
-    points = _solve(field, person_transform(-velocity).double(), target, iterations=30)
-    residual = (points + spatial.sample(field, points) - target).norm(dim=1).max() * FIELD_SPACING_MM
+
+    def by(field: torch.Tensor) -> Motion:
+        field = field.double()
+        return lambda points: points + spatial.sample(field, points)
+
+    forward = by(transform)
+    points = _solve(forward, by(person_transform(-velocity)), target, iterations=30)
+    residual = (forward(points) - target).norm(dim=1).max() * FIELD_SPACING_MM
     if residual > 0.05:
         raise RuntimeError(f"a landmark could not be placed: residual {residual:.3f} mm, expected at most 0.05 mm")
     in_frame = points * FIELD_SPACING_MM + 0.5

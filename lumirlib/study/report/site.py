@@ -139,6 +139,7 @@ def build_site(root: str | Path, out: str | Path) -> list[str]:
             "myst_heading_anchors": 4,
             "default_role": "code",
             "autodoc_typehints": "none",
+            "autodoc_use_type_comments": False,  # there are none, and it takes seconds to look for them
             "autodoc_member_order": "bysource",
             "suppress_warnings": [
                 "myst.header",
