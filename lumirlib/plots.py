@@ -15,7 +15,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -127,6 +126,8 @@ def plot_metric_before_after(ax: Axes, before: pd.DataFrame, after: pd.DataFrame
         after: Long table of a method, same pairs.
         metric: Name of one of the challenge's metrics.
     """
+    import seaborn as sns  # imported where it draws: it takes a second, and registering does without
+
     label = MEASURES[metric].heading
     factor = MEASURES[metric].factor
     values = [table[table["metric"] == metric].set_index("pair")["value"] * factor for table in (before, after)]
@@ -397,6 +398,8 @@ def pairs_figure(model, cohort, names: Sequence[str], title: str) -> Figure:
 
 def plot_labels(ax: Axes, labels: torch.Tensor, slice_index: int) -> Axes:
     """Axial slice of a label map (1, 1, D, H, W): a colour for each label, the background black."""
+    import seaborn as sns
+
     present, place = labels.unique(return_inverse=True)
     colours = np.array(sns.color_palette("husl", len(present)))
     # neighbouring numbers are often neighbours in the brain: spread the hues

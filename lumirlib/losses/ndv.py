@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lumirlib import spatial
 from lumirlib._checks import check_displacement
+from lumirlib._numba import in_threads, slabs
+from lumirlib.metrics import _kernels
 from lumirlib.metrics.jacobian import BLOCK
 
 AXES = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
@@ -75,13 +77,37 @@ def _volume_of_all(displacement: torch.Tensor) -> torch.Tensor:
     return _folded_volume(_inner(displacement))
 
 
-def folded_voxels(displacement: torch.Tensor) -> torch.Tensor:
-    """Which inner voxels ``(B, d - 2, H - 2, W - 2)`` have a determinant that is negative, or not a number."""
+def folded_voxels(displacement: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
+    """Which inner voxels have a determinant that is negative, or not a number.
+
+    Args:
+        displacement: Displacement ``(B, 3, D, H, W)`` in voxels, float32 or float64.
+        among: Which voxels are asked for, ``(B, D, H, W)`` bool; None for all.
+
+    Returns:
+        ``(B, D - 2, H - 2, W - 2)`` bool.
+    """
     with torch.no_grad():
+        if displacement.device.type == "cpu":
+            found = [
+                _folded_compiled(one, None if among is None else among[entry])
+                for entry, one in enumerate(displacement.detach())
+            ]
+            return torch.stack(found)[:, 1:-1, 1:-1, 1:-1]
         unfolded = None
         for determinant in _determinants(_inner(displacement)):
             unfolded = determinant >= 0 if unfolded is None else unfolded.logical_and_(determinant >= 0)
-        return ~unfolded
+        return ~unfolded if among is None else ~unfolded & among[:, 1:-1, 1:-1, 1:-1]
+
+
+def _folded_compiled(displacement: torch.Tensor, among: torch.Tensor | None) -> torch.Tensor:
+    """:func:`folded_voxels` of one entry on the CPU, ``(D, H, W)`` with a border of zeros."""
+    mask = torch.ones(displacement.shape[1:], dtype=torch.bool) if among is None else among.contiguous()
+    folded = torch.zeros_like(mask)
+    arrays = displacement.contiguous().numpy(), mask.numpy(), folded.numpy()
+    parts = [(first + 1, last + 1) for first, last in slabs(len(mask) - 2)]
+    list(in_threads(lambda part: _kernels.folded_voxels(*arrays, *part), parts))
+    return folded
 
 
 def _volume_of_slab(slab: torch.Tensor) -> torch.Tensor:

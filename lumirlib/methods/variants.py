@@ -45,6 +45,8 @@ class NetworkOptions:
         passes: Number of times that each level's estimator is applied (REC).
         refinements: Number of further passes of the finest level in registration (REF), which training does without.
         antisymmetric: Whether a level's velocity changes its sign where the features are exchanged (ANTI).
+        unfolding: Number of rounds that smooth the result around its folds in registration (UNFOLD), which training
+            does without.
     """
 
     name: str = "backbone"
@@ -61,6 +63,7 @@ class NetworkOptions:
     passes: int = field(default=1, metadata=ADDED_LATER)
     refinements: int = field(default=0, metadata=ADDED_LATER)
     antisymmetric: bool = field(default=False, metadata=ADDED_LATER)
+    unfolding: int = field(default=0, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,7 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
         if self.refinements:
             noun = "pass" if self.refinements == 1 else "passes"
             words.append(f"{self.refinements} further {noun} of the finest level in registration")
+        words += [f"folds smoothed in {self.unfolding} rounds"] if self.unfolding else []
         words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
         if self.learning_rate_factor != 1:
             words.append(f"learning rate times {self.learning_rate_factor:g}")
@@ -278,6 +282,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "LR4": {"learning_rate_factor": 4.0},
     "MUON": {"optimizer": "muon"},
     "NDV": {"ndv_weight": 10.0},
+    "UNFOLD": {"unfolding": 4},
     "IO": {"instance_steps": 50},
 }
 

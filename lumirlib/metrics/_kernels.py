@@ -148,6 +148,32 @@ def _edge(displacement, i, j, k, by_i, by_j, by_k):  # pragma: no cover (compile
 
 
 @compiled(nogil=True)
+def _folding(displacement, i, j, k):  # pragma: no cover (compiled)
+    """Twelve times the non-diffeomorphic volume of a voxel: its negative determinants; NaN if one is not a number."""
+    total = 0.0
+    # negative edges for backward differences: each of them changes the determinant's sign
+    for along_i in (1, -1):
+        a = _edge(displacement, i, j, k, along_i, 0, 0)
+        for along_j in (1, -1):
+            b = _edge(displacement, i, j, k, 0, along_j, 0)
+            for along_k in (1, -1):
+                c = _edge(displacement, i, j, k, 0, 0, along_k)
+                determinant = along_i * along_j * along_k * _dot_cross(a, b, c)
+                total += 0.0 if determinant >= 0 else -determinant
+    a = _edge(displacement, i, j, k, -1, -1, 0)
+    b = _edge(displacement, i, j, k, -1, 0, -1)
+    c = _edge(displacement, i, j, k, 0, -1, -1)
+    determinant = _dot_cross(a, b, c)
+    total += 0.0 if determinant >= 0 else -determinant
+    a = _edge(displacement, i, j, k, 1, 1, 0)
+    b = _edge(displacement, i, j, k, 0, 1, 1)
+    c = _edge(displacement, i, j, k, 1, 0, 1)
+    determinant = _dot_cross(a, b, c)
+    total += 0.0 if determinant >= 0 else -determinant
+    return total
+
+
+@compiled(nogil=True)
 def folded_volume(displacement, mask, volumes, counts, first, last):  # pragma: no cover (compiled)
     """Non-diffeomorphic volume and voxels of the mask in each slice along the first axis; the border is left out.
 
@@ -164,24 +190,26 @@ def folded_volume(displacement, mask, volumes, counts, first, last):  # pragma: 
         total, count = 0.0, 0
         for j in range(1, height - 1):
             for k in range(1, width - 1):
-                if not mask[i, j, k]:
-                    continue
-                count += 1
-                # negative edges for backward differences: each of them changes the determinant's sign
-                for along_i in (1, -1):
-                    a = _edge(displacement, i, j, k, along_i, 0, 0)
-                    for along_j in (1, -1):
-                        b = _edge(displacement, i, j, k, 0, along_j, 0)
-                        for along_k in (1, -1):
-                            c = _edge(displacement, i, j, k, 0, 0, along_k)
-                            total += max(0.0, -along_i * along_j * along_k * _dot_cross(a, b, c))
-                a = _edge(displacement, i, j, k, -1, -1, 0)
-                b = _edge(displacement, i, j, k, -1, 0, -1)
-                c = _edge(displacement, i, j, k, 0, -1, -1)
-                total += max(0.0, -_dot_cross(a, b, c))
-                a = _edge(displacement, i, j, k, 1, 1, 0)
-                b = _edge(displacement, i, j, k, 0, 1, 1)
-                c = _edge(displacement, i, j, k, 1, 0, 1)
-                total += max(0.0, -_dot_cross(a, b, c))
+                if mask[i, j, k]:
+                    count += 1
+                    total += _folding(displacement, i, j, k)
         volumes[i] = 0.5 * total / 6
         counts[i] = count
+
+
+@compiled(nogil=True)
+def folded_voxels(displacement, mask, folded, first, last):  # pragma: no cover (compiled)
+    """Which voxels of the mask have a negative determinant, or one that is not a number; the border is left out.
+
+    Args:
+        displacement: Displacement ``(3, D, H, W)``, floats in voxels.
+        mask: Mask ``(D, H, W)`` bool.
+        folded: Array ``(D, H, W)`` bool that is filled, but for its border.
+        first: Slice to begin with, from 1.
+        last: Slice to end before, at most D - 1.
+    """
+    height, width = mask.shape[1:]
+    for i in range(first, last):
+        for j in range(1, height - 1):
+            for k in range(1, width - 1):
+                folded[i, j, k] = mask[i, j, k] and _folding(displacement, i, j, k) != 0

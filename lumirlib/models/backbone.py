@@ -21,6 +21,7 @@ from lumirlib.models.bilateral_filter import JointBilateralFilter
 from lumirlib.models.co_attention import CoAttention
 from lumirlib.models.large_kernel import LargeKernelBlock
 from lumirlib.models.layers import Conv3d, instance_norm_prelu
+from lumirlib.models.unfolding import smooth_folds
 
 CASCADES = ("additive", "compositional")
 
@@ -216,6 +217,8 @@ class RegistrationNetwork(nn.Module):
             :meth:`fields`, and so in no loss: the network is not trained for them.
         antisymmetric: Whether the velocity of a level is half the difference of the two that its estimator gives for
             the features in either order (ANTI), so that exchanged features give the velocity with another sign.
+        unfolding: Number of rounds of :func:`lumirlib.models.unfolding.smooth_folds` where the network is called
+            (UNFOLD), not in :meth:`fields`.
     """
 
     def __init__(
@@ -233,6 +236,7 @@ class RegistrationNetwork(nn.Module):
         passes: int = 1,
         refinements: int = 0,
         antisymmetric: bool = False,
+        unfolding: int = 0,
     ) -> None:
         super().__init__()
         check_choice(cascade, CASCADES, "cascade")
@@ -246,6 +250,7 @@ class RegistrationNetwork(nn.Module):
             ("bilateral_window", bilateral_window, 0),
             ("passes", passes, 1),
             ("refinements", refinements, 0),
+            ("unfolding", unfolding, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
@@ -255,6 +260,7 @@ class RegistrationNetwork(nn.Module):
         self.squarings = squarings
         self.passes = passes
         self.refinements = refinements
+        self.unfolding = unfolding
         self._checkpointing = False
         self.encoder = Encoder(start_channels, large_kernel)
         self.estimators = nn.ModuleList(
@@ -377,4 +383,5 @@ class RegistrationNetwork(nn.Module):
         check_image(moving, "moving", channels=1)
         check_finite(fixed, "fixed")
         check_finite(moving, "moving")
-        return self._fields(fixed, moving, refinements=self.refinements, last_alone=True).displacements[0]
+        found = self._fields(fixed, moving, refinements=self.refinements, last_alone=True).displacements[0]
+        return smooth_folds(found, self.unfolding) if self.unfolding else found
