@@ -763,18 +763,22 @@ def list_weights() -> None:
         )
 
 
-@weights.command("export", examples="lumirlib weights export --run <run> --name ours-1mm")
+@weights.command("export", examples="lumirlib weights export --run <run> --name ours-1mm --set unfolding=4")
 @click.option("--run", required=True, help="Name of the run in the results folder.")
 @click.option("--name", required=True, help="Name of the weights, such as ours-1mm.")
+@_several("--set", "settings", metavar="NAME=VALUE", help="How they register: refinements, unfolding.")
 @_RESULTS
 @_cohort("brains")
 @_DEVICE
 @_QUIET
-def export_weights(run: str, name: str, results: str, cohort: str, data_root: str, device: str, quiet: bool) -> None:
+def export_weights(
+    run: str, name: str, settings: tuple[str, ...], results: str, cohort: str, data_root: str, device: str, quiet: bool
+) -> None:
     """Evaluate a finished run and package its weights with a card."""
     from lumirlib.study.model_cards import export
 
-    print(export(run, name, results, cohort, data_root, device, not quiet, _called()))
+    options = dict(parse_setting(text) for text in settings)
+    print(export(run, name, results, cohort, data_root, device, not quiet, _called(), options))
 
 
 @weights.command(

@@ -52,6 +52,7 @@ def export(
     device: str = "auto",
     progress: bool = True,
     command: str = "lumirlib.study.model_cards.export",
+    options: Mapping[str, object] | None = None,
 ) -> Path:
     """Package the weights of a finished run, with a card.
 
@@ -67,6 +68,7 @@ def export(
         device: Device to evaluate on.
         progress: Whether to show progress bars.
         command: Command for the provenance.
+        options: Options of :data:`lumirlib.training.weights.REGISTRATION` to set, which the run was trained without.
 
     Returns:
         Path of the packaged file.
@@ -81,7 +83,7 @@ def export(
     _, about = read_results(folder / "metrics" / f"{run}.csv")
     if about.get("weights") != run:
         raise ValueError(f"{run} uses the weights of {about.get('weights')!r}: export that run")
-    weights = read_checkpoint(checkpoint)
+    weights = read_checkpoint(checkpoint, options)
     for key in ("cohort_digest", "seed"):
         if weights.config[key] != about[key]:
             raise ValueError(f"{checkpoint}: {key} is {weights.config[key]!r}, in metrics/{run}.json {about[key]!r}")

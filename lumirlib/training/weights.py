@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lumirlib._checks import check_choice
 from lumirlib.files import parse_json
 from lumirlib.methods.base import Row, halvings
 from lumirlib.methods.contrast import for_contrast
@@ -144,6 +145,8 @@ class Weights:
         return model.eval()
 
 
+#: Options of a row that training does without, so that they can be set afterwards.
+REGISTRATION = ("refinements", "unfolding")
 #: Parts of the paper's network that every level has one of, all of one shape, and those that coarse levels have.
 LEVEL_PARTS = ("estimators",)
 COARSE_LEVEL_PARTS = ("co_attention",)
@@ -270,10 +273,20 @@ def check_facts(path: str | Path, facts: dict[str, Any]) -> None:
         check(f"facts.figures.{name}", figure, FIGURE)
 
 
-def read_checkpoint(path: str | Path) -> Weights:
-    """Weights of a best.pt; errors as of `load_checkpoint` and :func:`read_weights`."""
-    path = Path(path)
-    return _described(path, path.resolve().parent.name, load_checkpoint(path), path.stat().st_size)
+def read_checkpoint(path: str | Path, options: Mapping[str, object] | None = None) -> Weights:
+    """Weights of a best.pt; errors as of `load_checkpoint` and :func:`read_weights`.
+
+    Args:
+        path: Path of the checkpoint.
+        options: Options of :data:`REGISTRATION` to set, whatever it was trained with.
+    """
+    path, options = Path(path), dict(options or {})
+    for name in options:
+        check_choice(name, REGISTRATION, "option")
+    content = load_checkpoint(path)
+    if options:
+        content["config"]["variant"] |= options
+    return _described(path, path.resolve().parent.name, content, path.stat().st_size)
 
 
 def _described(

@@ -186,6 +186,18 @@ def test_a_name_must_say_the_voxel_size(made, packaged, name):
         model_cards.export(made[0].config.run, name, made[1] / "out", str(made[2]), progress=False)
 
 
+def test_how_weights_register_can_be_set_when_they_are_packaged(made, packaged):
+    run, root, others = made
+    given = {"progress": False, "options": {"unfolding": 2}}
+    model_cards.export(run.config.run, "unfolded-1mm", root / "out", str(others), **given)
+    found, plain = (weights.read_packaged(name) for name in ("unfolded-1mm", NAME))
+    assert found.row.unfolding == found.network("cpu").unfolding == 2 and plain.row.unfolding == 0
+    assert found.digest == plain.digest
+    assert "folds smoothed in 2 rounds" in (packaged / "unfolded-1mm.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="option must be one of refinements, unfolding; got 'passes'"):
+        model_cards.export(run.config.run, NAME, root / "out", str(others), options={"passes": 2})
+
+
 def test_people_that_chose_the_epoch_do_not_evaluate_it(made, packaged):
     run, root, _ = made
     with pytest.raises(ValueError, match=r"'Second', which .* is to be evaluated on, has chosen its epoch"):
