@@ -54,10 +54,10 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """As many as cores; none for files, single tests, -k and -m: to start workers would take longer than they save."""
+    """One more than cores, as some wait for processes; none for files, single tests, -k and -m, which would not pay."""
     asked = config.option.file_or_dir
     is_part = asked and not any(Path(one).is_dir() for one in asked)
-    return 0 if is_part or config.option.keyword or config.option.markexpr else min(cores(), MAX_WORKERS)
+    return 0 if is_part or config.option.keyword or config.option.markexpr else min(cores() + 1, MAX_WORKERS)
 
 
 @pytest.hookimpl(optionalhook=True)

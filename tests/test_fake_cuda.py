@@ -106,7 +106,7 @@ def test_options_of_training_stay_on_the_gpu_too(layout, checkpointing, options)
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("name", [*NETWORKS, "ours", "BF-post"])
+@pytest.mark.parametrize("name", [*NETWORKS, "ours", "ours+UNFOLD", "BF-post"])
 def test_a_registration_stays_on_the_gpu_and_waits_for_the_check_of_its_images_alone(name):
     with fake_cuda() as watch, torch.no_grad():
         row, preset, model = built(name, watch)
