@@ -94,10 +94,16 @@ def folded_voxels(displacement: torch.Tensor, among: torch.Tensor | None = None)
                 for entry, one in enumerate(displacement.detach())
             ]
             return torch.stack(found)[:, 1:-1, 1:-1, 1:-1]
-        unfolded = None
-        for determinant in _determinants(_inner(displacement)):
-            unfolded = determinant >= 0 if unfolded is None else unfolded.logical_and_(determinant >= 0)
-        return ~unfolded if among is None else ~unfolded & among[:, 1:-1, 1:-1, 1:-1]
+        folded = folded_of_all(displacement)
+        return folded if among is None else folded & among[:, 1:-1, 1:-1, 1:-1]
+
+
+def folded_of_all(displacement: torch.Tensor) -> torch.Tensor:
+    """:func:`folded_voxels` by whole tensors, as a GPU does it fast."""
+    unfolded = None
+    for determinant in _determinants(_inner(displacement)):
+        unfolded = determinant >= 0 if unfolded is None else unfolded.logical_and_(determinant >= 0)
+    return ~unfolded
 
 
 def _folded_compiled(displacement: torch.Tensor, among: torch.Tensor | None) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lumirlib import build_model, metrics, parse_variant
-from lumirlib.losses.ndv import DENSE, folded_voxels, ndv_loss
+from lumirlib.losses.ndv import DENSE, folded_of_all, folded_voxels, ndv_loss
 from lumirlib.methods.presets import get_preset
 
 
@@ -33,6 +33,16 @@ def test_of_a_batch_it_is_the_mean():
     displacement = rough(batch=2)
     single = [float(ndv_loss(one)) for one in displacement.split(1)]
     assert float(ndv_loss(displacement)) == pytest.approx(sum(single) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_voxels_fold_by_the_compiled_loop_and_by_whole_tensors(dtype):
+    displacement = rough((9, 8, 7), 0.3, dtype, 2)
+    displacement[1, 2, 4, 4, 4] = torch.nan
+    found = folded_voxels(displacement)
+    assert torch.equal(found, folded_of_all(displacement)) and found[1, 3, 3, 3] and 0.1 < found.double().mean() < 0.9
+    among = torch.rand(2, 9, 8, 7) < 0.5
+    assert torch.equal(folded_voxels(displacement, among), found & among[:, 1:-1, 1:-1, 1:-1])
 
 
 def test_its_gradient_equals_finite_differences():
