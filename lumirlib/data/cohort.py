@@ -92,7 +92,7 @@ class Cohort:
         given_labels: Label numbers that the JSON gives to be scored, background first; None for LUMIR's.
         listed_pairs: Pairs that the JSON itself lists, under "validation", or else under "test".
         joined: Cohorts whose training scans it has, where they are of several; all else is that of the last.
-        memory: Volumes read so far, the last used at the end; see :data:`MEMORY_BUDGET`.
+        memory: Volumes read and displacements made so far, the last used at the end; see :data:`MEMORY_BUDGET`.
     """
 
     name: str

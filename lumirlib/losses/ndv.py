@@ -77,6 +77,14 @@ def _volume_of_all(displacement: torch.Tensor) -> torch.Tensor:
     return _folded_volume(_inner(displacement))
 
 
+def with_inner_voxels(displacement: torch.Tensor) -> torch.Tensor:
+    """A displacement in float32 or better; ValueError unless it has voxels that are not at the border."""
+    check_displacement(displacement)
+    if min(displacement.shape[2:]) < 3:
+        raise ValueError(f"displacement must have sides from 3 voxels, got {tuple(displacement.shape[2:])}")
+    return displacement.to(torch.promote_types(displacement.dtype, torch.float32))
+
+
 def folded_voxels(displacement: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
     """Which inner voxels have a determinant that is negative, or not a number.
 
@@ -147,11 +155,8 @@ def ndv_loss(displacement: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: another shape, or a side below 3 voxels.
     """
-    check_displacement(displacement)
-    if min(displacement.shape[2:]) < 3:
-        raise ValueError(f"displacement must have sides from 3 voxels, got {tuple(displacement.shape[2:])}")
+    displacement = with_inner_voxels(displacement)
     with spatial.without_autocast(displacement.device):
-        displacement = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
         depth = displacement.shape[2] - 2
         total = displacement.new_zeros(())
         for first in range(0, depth, BLOCK):

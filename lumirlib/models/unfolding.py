@@ -10,9 +10,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from lumirlib import spatial
-from lumirlib._checks import check_displacement
-from lumirlib.losses.ndv import folded_voxels
+from lumirlib.losses.ndv import folded_voxels, with_inner_voxels
 
 #: Weights along each axis of the mean that a voxel moves towards, and how far it moves in a round.
 WEIGHTS = (0.25, 0.5, 0.25)
@@ -35,12 +33,8 @@ def smooth_folds(displacement: torch.Tensor, rounds: int) -> torch.Tensor:
     Raises:
         ValueError: another shape, or a side below 3 voxels.
     """
-    check_displacement(displacement)
-    if min(displacement.shape[2:]) < 3:
-        raise ValueError(f"displacement must have sides from 3 voxels, got {tuple(displacement.shape[2:])}")
-    with spatial.without_autocast(displacement.device):
-        displacement = displacement.to(torch.promote_types(displacement.dtype, torch.float32))
-        return (_by_lists if displacement.device.type == "cpu" else smooth_by_masks)(displacement, rounds)
+    displacement = with_inner_voxels(displacement)
+    return (_by_lists if displacement.device.type == "cpu" else smooth_by_masks)(displacement, rounds)
 
 
 def _near(voxels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

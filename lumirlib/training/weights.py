@@ -325,9 +325,10 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
 
 
 def _network_options(row: Row) -> dict[str, object]:
-    """What a row's network is built from."""
+    """What the weights of a row's network depend on."""
     options = fields(NetworkOptions if isinstance(row, Variant) else row)  # type: ignore[arg-type]
-    return {"kind": type(row)} | {one.name: getattr(row, one.name) for one in options if one.name != "name"}
+    used = {one.name for one in options} - {"name", *REGISTRATION}
+    return {"kind": type(row)} | {name: getattr(row, name) for name in used}
 
 
 def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | None:

@@ -319,6 +319,7 @@ def test_of_several_weights_of_a_network_those_of_the_row_are_taken_and_a_tie_is
 
     rewritten(packaged / "another-1mm-cpu.safetensors", rename)
     assert weights.starting_weights("pretrained", row, 1).name == NAME
+    assert weights.starting_weights("pretrained", replace(row, unfolding=4, refinements=1), 1).name == NAME
     assert weights.starting_weights("pretrained", replace(row, name="NDV"), 1).name == "another-1mm-cpu"
 
 
