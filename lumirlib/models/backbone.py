@@ -21,6 +21,7 @@ from lumirlib.models.bilateral_filter import JointBilateralFilter
 from lumirlib.models.co_attention import CoAttention
 from lumirlib.models.large_kernel import LargeKernelBlock
 from lumirlib.models.layers import Conv3d, instance_norm_prelu
+from lumirlib.models.memory import freed_memory_kept
 from lumirlib.models.unfolding import smooth_folds
 
 CASCADES = ("additive", "compositional")
@@ -140,6 +141,10 @@ class Encoder(nn.Module):
         return recomputed(block, features) if self.checkpointing and torch.is_grad_enabled() else block(features)
 
 
+#: Slices of a slab, and how many slices away a flow estimator's three convolutions see.
+SLAB, REACH = 40, 3
+
+
 class FlowEstimator(nn.Module):
     """Velocity of one level from the sum and the difference of fixed and warped moving features.
 
@@ -161,8 +166,21 @@ class FlowEstimator(nn.Module):
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         """Features ``(B, N, D_l, H_l, W_l)`` of both -> velocity ``(B, 3, D_l, H_l, W_l)``.
 
-        Under autocast the last convolution stays in the weights' dtype.
+        Under autocast the last convolution stays in the weights' dtype. Where no gradient is asked for, a large volume
+        is computed in slabs on a CPU, so that features between the convolutions take a part of the memory.
         """
+        depth = fixed.shape[2]
+        in_slabs = fixed.device.type == "cpu" and depth > 2 * SLAB
+        if not in_slabs or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._velocity(fixed, moving)
+        parts = []
+        for first in range(0, depth, SLAB):
+            low, high = max(0, first - REACH), min(depth, first + SLAB + REACH)
+            part = self._velocity(fixed[:, :, low:high], moving[:, :, low:high])
+            parts.append(part[:, :, first - low : first - low + SLAB])
+        return torch.cat(parts, dim=2)
+
+    def _velocity(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
         features = self._antisymmetric_pair(fixed, moving) if self.antisymmetric else self._first(fixed, moving)
         features = F.relu(features, inplace=True)
         features = F.relu(self.conv2(features), inplace=True)
@@ -383,5 +401,6 @@ class RegistrationNetwork(nn.Module):
         check_image(moving, "moving", channels=1)
         check_finite(fixed, "fixed")
         check_finite(moving, "moving")
-        found = self._fields(fixed, moving, refinements=self.refinements, last_alone=True).displacements[0]
-        return smooth_folds(found, self.unfolding) if self.unfolding else found
+        with nullcontext() if torch.compiler.is_compiling() else freed_memory_kept():
+            found = self._fields(fixed, moving, refinements=self.refinements, last_alone=True).displacements[0]
+            return smooth_folds(found, self.unfolding) if self.unfolding else found

@@ -3,7 +3,9 @@ import sys
 import numpy as np
 import psutil
 import pytest
+import torch
 
+from lumirlib.models import RegistrationNetwork, backbone, memory
 from lumirlib.models.memory import freed_memory_kept, return_freed_memory
 
 
@@ -22,3 +24,25 @@ def test_freed_memory_stays_within_and_goes_back_at_the_end():
     assert kept > 0.9 * size
     assert faults < 1.5 * size  # the second block took the first one's place
     assert process.memory_info().rss - before < 0.1 * size
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_a_network_that_is_called_keeps_freed_memory_until_its_end():
+    network, seen = RegistrationNetwork(2, 2, levels=2), []
+    network.encoder.register_forward_hook(lambda *given: seen.append(memory._inside))
+    network(*torch.rand(2, 1, 1, 8, 8, 8))
+    assert seen == [True] and not memory._inside
+
+
+@pytest.mark.parametrize("antisymmetric", [False, True])
+@pytest.mark.parametrize("depth", [9, 11, 16])
+def test_slabs_of_an_estimator_are_the_whole_of_it(depth, antisymmetric, monkeypatch):
+    torch.manual_seed(0)
+    estimator, sides = backbone.FlowEstimator(4, 5, antisymmetric), []
+    estimator.conv3.register_forward_pre_hook(lambda _, given: sides.append(given[0].shape[2]))
+    features = torch.randn(2, 1, 4, depth, 7, 6)
+    monkeypatch.setattr(backbone, "SLAB", 4)
+    whole = estimator(*features)
+    with torch.no_grad():
+        torch.testing.assert_close(estimator(*features), whole, atol=1e-6, rtol=0)
+    assert sides == {9: [9, 7, 8, 4], 11: [11, 7, 10, 6], 16: [16, 7, 10, 10, 7]}[depth]
