@@ -1,11 +1,12 @@
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from lumirlib.models import RegistrationNetwork, backbone, memory
+from lumirlib.models import RegistrationNetwork, backbone
 from lumirlib.models.memory import freed_memory_kept, return_freed_memory
 
 
@@ -26,12 +27,19 @@ def test_freed_memory_stays_within_and_goes_back_at_the_end():
     assert process.memory_info().rss - before < 0.1 * size
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
-def test_a_network_that_is_called_keeps_freed_memory_until_its_end():
+def test_a_network_that_is_called_keeps_freed_memory_until_its_end(monkeypatch):
     network, seen = RegistrationNetwork(2, 2, levels=2), []
-    network.encoder.register_forward_hook(lambda *given: seen.append(memory._inside))
+
+    @contextmanager
+    def kept():
+        seen.append("kept")
+        yield
+        seen.append("given back")
+
+    monkeypatch.setattr(backbone, "freed_memory_kept", kept)
+    network.encoder.register_forward_hook(lambda *given: seen.append("encoded"))
     network(*torch.rand(2, 1, 1, 8, 8, 8))
-    assert seen == [True] and not memory._inside
+    assert seen == ["kept", "encoded", "given back"]
 
 
 @pytest.mark.parametrize("antisymmetric", [False, True])
