@@ -147,7 +147,7 @@ def figure(table: pd.DataFrame, title: str) -> plt.Figure:
     """Dice against seconds of what :func:`means` gives; Dice before registration is a line."""
     use_style()
     shown, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for place, line in enumerate(table.sort_values("seconds").itertuples()):
+    for line in table.itertuples():
         own = line.method.startswith("ours")
         if line.method == BEFORE:
             ax.axhline(100 * line.dice, color="0.6", linestyle="--", linewidth=1)
@@ -156,9 +156,11 @@ def figure(table: pd.DataFrame, title: str) -> plt.Figure:
             )
             continue
         ax.plot(line.seconds, 100 * line.dice, "o" if own else "s", color="C1" if own else "C0")
-        above = 7 if place % 2 else -15  # neighbours' names do not meet
-        at = (line.seconds, 100 * line.dice), (0, above), "data", "offset points"
-        ax.annotate(line.method, *at, ha="center", fontsize=9)
+        beside = table["seconds"].between(line.seconds / 1.7, 1.7 * line.seconds) & (table["method"] != BEFORE)
+        above = line.dice == table.loc[beside, "dice"].max()  # names of neighbours do not meet
+        at = (line.seconds, 100 * line.dice), (0, 6 if above else -7), "data", "offset points"
+        name = line.method.replace(" (", "\n(")
+        ax.annotate(name, *at, ha="center", va="bottom" if above else "top", fontsize=9)
     ax.set(xscale="log", xlabel="seconds a pair", ylabel="Dice (%)", title=title)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")

@@ -21,6 +21,7 @@ from lumirlib import spatial
 from lumirlib.data.field_formats import RAS_TO_LPS, channels_last_to_voxel
 from lumirlib.data.frame import frame_affine
 from lumirlib.data.nifti import read_header, read_nifti
+from lumirlib.scans._kernels import trilinear
 from lumirlib.scans.scan import require, transform, world_slabs
 
 #: Cosine of the angle between two axes, at most; ITK refuses files from between 1e-4 and 3e-4.
@@ -29,8 +30,8 @@ MAX_SHEAR = 5e-5
 INVERSE_MM = 1e-3
 SIMPLE_STEPS = 12
 NEWTON_STEPS = 24
-#: How far from where a search ended without success others begin, along each axis, in mm.
-RESTART_MM = 1.0
+#: How far from where a search ended without success others begin, along each axis, in mm, in turn.
+RESTARTS_MM = (1.0, 3.0)
 #: Points that are searched anew at a time, each from 27 places.
 RESTARTED = 4096
 #: Half the distance over which slopes are measured, in mm.
@@ -132,9 +133,13 @@ class FieldMap(WorldMap):
         found[:3] = np.linalg.lstsq(rows.T, places.reshape(3, -1).numpy().T, rcond=None)[0].T
         return found
 
+    @cached_property
+    def _interleaved(self) -> torch.Tensor:
+        return self.displacement.contiguous(memory_format=torch.channels_last_3d)
+
     def extended(self, points: torch.Tensor) -> torch.Tensor:
         """Points with the displacement there; outside, with that of the nearest border point."""
-        return points + sample_at(self.displacement, transform(np.linalg.inv(self.affine), points))
+        return points + sample_at(self._interleaved, transform(np.linalg.inv(self.affine), points))
 
     def defined(self, points: torch.Tensor) -> torch.Tensor:
         """Whether points lie in the field's voxels."""
@@ -197,6 +202,10 @@ class ScanMap(WorldMap):
         """The two affines without the displacement."""
         return self.frame_to_moving @ self.fixed_to_frame
 
+    @cached_property
+    def _interleaved(self) -> torch.Tensor:
+        return self.displacement.contiguous(memory_format=torch.channels_last_3d)
+
     def extended(self, points: torch.Tensor) -> torch.Tensor:
         """World points ``(1, 3, ...)`` of the fixed scan in the world of the moving scan; defined everywhere."""
         return self.from_frame(transform(self.fixed_to_frame, points))
@@ -205,7 +214,7 @@ class ScanMap(WorldMap):
         """World points of the frame in the world of the moving scan."""
         grid = frame_affine(self.resolution_mm)
         voxels = transform(np.linalg.inv(grid), points)
-        moved = voxels + sample_at(self.displacement, voxels)
+        moved = voxels + sample_at(self._interleaved, voxels)
         return transform(self.frame_to_moving, transform(grid, moved))
 
     def displacement_1mm(self) -> torch.Tensor:
@@ -305,23 +314,24 @@ class InverseMap(WorldMap):
         """Points ``(1, 3, ...)``, and how far from the places the map leads them: ``(1, 1, ...)`` in mm."""
         targets = places.double().reshape(1, 3, -1)
         found, error = self._search(targets, transform(self.linear, targets))
-        around = RESTART_MM * torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)), dtype=torch.float64).T
-        # beside a fold a search may end in a valley: begin again all around
-        for left in torch.nonzero(error > INVERSE_MM)[:, 0].split(RESTARTED):
-            starts = found[:, :, left, None] + around[None, :, None]
-            aims = targets[:, :, left, None].expand_as(starts)
-            again, missed = self._search(aims.flatten(2), starts.flatten(2), SIMPLE_STEPS)
-            least, which = missed.view(starts.shape[2:]).min(1)
-            again = again.view(starts.shape)[:, :, torch.arange(len(left)), which]
-            closer = least < error[left]
-            found[:, :, left[closer]], error[left[closer]] = again[:, :, closer], least[closer]
+        around = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)), dtype=torch.float64).T
+        # beside a fold a search may end in a valley: begin again all around, then farther away
+        for reach in RESTARTS_MM:
+            for left in torch.nonzero(error > INVERSE_MM)[:, 0].split(RESTARTED):
+                starts = found[:, :, left, None] + reach * around[None, :, None]
+                aims = targets[:, :, left, None].expand_as(starts)
+                again, missed = self._search(aims.flatten(2), starts.flatten(2), SIMPLE_STEPS)
+                least, which = missed.view(starts.shape[2:]).min(1)
+                again = again.view(starts.shape)[:, :, torch.arange(len(left)), which]
+                closer = least < error[left]
+                found[:, :, left[closer]], error[left[closer]] = again[:, :, closer], least[closer]
         return found.reshape(places.shape), error.reshape(places[:, :1].shape)
 
     def _search(self, targets: torch.Tensor, start: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Points ``(1, 3, N)`` from a start on, from step `first` on, and how far from the targets they lead, in mm."""
         found = start.clone()
         residual = targets - self.forward.extended(found)
-        error = residual.norm(dim=1)[0]
+        error = _length(residual)
         part = torch.ones_like(error)
         backward = self.linear.copy()
         backward[:3, 3] = 0
@@ -335,7 +345,7 @@ class InverseMap(WorldMap):
             by = transform(backward, left) if step < SIMPLE_STEPS else self._newton(at, left)
             tried = at + part[open_] * by
             left = targets[:, :, open_] - self.forward.extended(tried)
-            size = left.norm(dim=1)[0]
+            size = _length(left)
             better = size < error[open_]
             taken = open_[better]
             found[:, :, taken], residual[:, :, taken] = tried[:, :, better], left[:, :, better]
@@ -355,6 +365,11 @@ class InverseMap(WorldMap):
         return torch.linalg.solve(normal, slopes.mT @ residual[0].T[..., None])[..., 0].T[None]
 
 
+def _length(steps: torch.Tensor) -> torch.Tensor:
+    """Lengths ``(N,)`` of steps ``(1, 3, N)``; PyTorch's norm along an axis of three takes ten times as long."""
+    return steps[0].square().sum(0).sqrt_()
+
+
 def _last_voxel(image: torch.Tensor, dimensions: int) -> torch.Tensor:
     """Index of an image's last voxel along each axis, ``(1, 3, 1, ...)`` of so many dimensions."""
     return (torch.tensor(image.shape[2:], dtype=torch.float64) - 1).view(1, 3, *[1] * (dimensions - 2))
@@ -365,9 +380,9 @@ def sample_at(image: torch.Tensor, voxels: torch.Tensor) -> torch.Tensor:
 
     Outside, those of the nearest border point.
     """
-    within = torch.minimum(voxels.clamp(min=0), _last_voxel(image, voxels.ndim))
-    flat = spatial.sample(image, within.reshape(1, 3, -1, 1, 1))
-    return flat.double().reshape(1, image.shape[1], *voxels.shape[2:])
+    interleaved, points = image[0].movedim(0, -1).contiguous(), voxels.double().reshape(3, -1).contiguous()
+    values = trilinear(interleaved.numpy(), points.numpy())
+    return torch.from_numpy(values).reshape(1, image.shape[1], *voxels.shape[2:])
 
 
 # files ----------------------------------------------------------------------------------------------------------------

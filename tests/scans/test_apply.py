@@ -205,6 +205,15 @@ def test_an_inverted_transform_undoes_itself_on_an_image(files, tmp_path):
     assert np.abs(original - back)[inner].mean() < 1 < original[inner].std()
 
 
+@pytest.mark.parametrize("shape", [(7, 5, 6), (1, 5, 6)])
+def test_values_at_points_anywhere_are_scipys_and_the_border_goes_on(shape):
+    generator = np.random.default_rng(0)
+    image, points = generator.random((1, 2, *shape), np.float32), generator.uniform(-3, 9, (1, 3, 11, 13))
+    found = maps.sample_at(torch.from_numpy(image), torch.from_numpy(points))
+    expected = [map_coordinates(channel, points[0], order=1, mode="nearest") for channel in image[0].astype(float)]
+    np.testing.assert_allclose(found[0], expected, atol=1e-12)
+
+
 def test_the_inverse_of_a_strong_map_is_found_and_measured():
     u = spatial.resize(torch.randn(1, 3, 5, 6, 7, generator=torch.Generator().manual_seed(1)), (40, 56, 48))
     assert 0 < metrics.jacobian_determinant(u).min() < 0.5

@@ -22,15 +22,15 @@ from lumirlib.training.checkpoints import load_checkpoint
 pytest.importorskip("submitit", reason='sweeps on a cluster need submitit: pip install "lumirlib[slurm]"')
 
 PARAMETERS = 'variant, seed, preset, cohort, out, options = "", -1, "", "", "", {}'
-#: Breaks for LK until it is mended, and ends when it may.
+#: Ends when it may; for LK it breaks until it is mended.
 SMALL = (
     """
 import time
 from pathlib import Path
-if variant == "LK" and not Path(out, "mended").exists():
-    raise RuntimeError("this row is broken")
 while not Path(out, "go").exists():
     time.sleep(0.1)
+if variant == "LK" and not Path(out, "mended").exists():
+    raise RuntimeError("this row is broken")
 with Path(out, f"{variant}-{seed}.txt").open("a") as file:
     file.write("ran ")
 """
@@ -95,23 +95,10 @@ def task(queue, run):
     return psutil.Process(int(queue.job_id(run))).children()[0]
 
 
-def test_jobs_are_waited_for_and_broken_ones_reported_and_submitted_again(queue, tmp_path, capsys):
+def test_jobs_outlive_ctrl_c_are_waited_for_and_broken_ones_reported_and_submitted_again(
+    queue, tmp_path, capsys, monkeypatch
+):
     backbone, large_kernel = runs = planned(tmp_path)
-    (tmp_path / "out" / "go").touch()
-    queue.submit(runs, {})
-    broken = queue.wait(runs)
-    assert list(broken) == [large_kernel.output]
-    assert "RuntimeError: this row is broken" in broken[large_kernel.output]
-    assert backbone.is_finished() and large_kernel.failed.is_file()
-    (tmp_path / "out" / "mended").touch()
-    queue.submit(runs, {})
-    assert queue.wait(runs) == {}
-    assert "2 runs, 1 finished before, 0 submitted before\nsubmitted 1 jobs" in capsys.readouterr().out
-    assert [(tmp_path / "out" / f"{row}-0.txt").read_text() for row in ("backbone", "LK")] == ["ran ", "ran "]
-
-
-def test_ctrl_c_leaves_the_jobs_at_work_and_the_same_command_comes_back_to_them(queue, tmp_path, capsys, monkeypatch):
-    runs = planned(tmp_path, ["backbone", "CA"])
     queue.submit(runs, {})
     ids = [queue.job_id(run) for run in runs]
 
@@ -127,8 +114,15 @@ def test_ctrl_c_leaves_the_jobs_at_work_and_the_same_command_comes_back_to_them(
     assert "2 runs, 0 finished before, 2 submitted before\n" in capsys.readouterr().out
     assert [again.job_id(run) for run in runs] == ids and again.live(runs) == runs
     (tmp_path / "out" / "go").touch()
+    broken = again.wait(runs)
+    assert list(broken) == [large_kernel.output]
+    assert "RuntimeError: this row is broken" in broken[large_kernel.output]
+    assert backbone.is_finished() and large_kernel.failed.is_file()
+    (tmp_path / "out" / "mended").touch()
+    again.submit(runs, {})
     assert again.wait(runs) == {}
-    assert [(tmp_path / "out" / f"{row}-0.txt").read_text() for row in ("backbone", "CA")] == ["ran ", "ran "]
+    assert "2 runs, 1 finished before, 0 submitted before\nsubmitted 1 jobs" in capsys.readouterr().out
+    assert [(tmp_path / "out" / f"{row}-0.txt").read_text() for row in ("backbone", "LK")] == ["ran ", "ran "]
 
 
 def test_a_job_whose_time_is_over_saves_and_goes_on_from_there(queue, tmp_path, small_cohort_json):

@@ -16,6 +16,8 @@ from lumirlib.study.report import pdf, site
 ROOT = project_root()
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NEEDED = 'pip install "lumirlib[report]"'
+#: Sphinx tells what the extensions have to change, thousands of times.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
 
 
 @pytest.fixture(scope="module")
