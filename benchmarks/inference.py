@@ -19,6 +19,8 @@ import plain
 import rounds
 import torch
 
+from lumirlib.data.embedded import EmbeddedPopulation, make_person
+from lumirlib.data.frame import FRAME_SHAPE
 from lumirlib.methods.variants import parse_variant
 from lumirlib.models.layers import compile_model, place
 from lumirlib.training.registrar import choose_registrar
@@ -52,13 +54,19 @@ def registration(shape: str, channels: int, device: torch.device, name: str, how
 
 
 def packaged(shape: str, channels: int, device: torch.device) -> Callable[[], object]:
-    """A function that registers a pair as `lumirlib register` does, by packaged weights of `ours`, at 1 mm."""
+    """A function that registers simulated people as `lumirlib register` does, by packaged weights of `ours`, at 1 mm.
+
+    Noise, as others get it, would fold everywhere, and all of it would be smoothed.
+    """
     name = next(name for name in names() if name.startswith("ours"))  # an older library has another one
     registrar = choose_registrar(pretrained=name, resolution_mm=1, device=str(device))
     width = registrar.method.estimators[0].conv1.in_channels // 2
     if width != channels:
         raise ValueError(f"{name} has N = {width}")
-    fixed, moving = (255 * image for image in rounds.images(shape, device))
+    if shape != "x".join(map(str, FRAME_SHAPE)):
+        raise ValueError(f"ours, packaged, works in the frame of {FRAME_SHAPE} voxels, got {shape}")
+    people = (make_person(EmbeddedPopulation(), person, 1)[0] for person in range(2))
+    fixed, moving = (torch.from_numpy(image)[None, None].float().to(device) for image in people)
     return lambda: registrar.displacement(fixed, moving, device)
 
 
