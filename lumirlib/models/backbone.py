@@ -401,6 +401,6 @@ class RegistrationNetwork(nn.Module):
         check_image(moving, "moving", channels=1)
         check_finite(fixed, "fixed")
         check_finite(moving, "moving")
-        with nullcontext() if torch.compiler.is_compiling() else freed_memory_kept():
+        with freed_memory_kept():
             found = self._fields(fixed, moving, refinements=self.refinements, last_alone=True).displacements[0]
             return smooth_folds(found, self.unfolding) if self.unfolding else found

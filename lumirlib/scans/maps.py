@@ -203,8 +203,9 @@ class ScanMap(WorldMap):
         return self.frame_to_moving @ self.fixed_to_frame
 
     @cached_property
-    def _interleaved(self) -> torch.Tensor:
-        return self.displacement.contiguous(memory_format=torch.channels_last_3d)
+    def _field(self) -> FieldMap:
+        """The displacement in mm; the frame's axes are the world's."""
+        return FieldMap(self.displacement * self.resolution_mm, frame_affine(self.resolution_mm))
 
     def extended(self, points: torch.Tensor) -> torch.Tensor:
         """World points ``(1, 3, ...)`` of the fixed scan in the world of the moving scan; defined everywhere."""
@@ -212,10 +213,7 @@ class ScanMap(WorldMap):
 
     def from_frame(self, points: torch.Tensor) -> torch.Tensor:
         """World points of the frame in the world of the moving scan."""
-        grid = frame_affine(self.resolution_mm)
-        voxels = transform(np.linalg.inv(grid), points)
-        moved = voxels + sample_at(self._interleaved, voxels)
-        return transform(self.frame_to_moving, transform(grid, moved))
+        return transform(self.frame_to_moving, self._field.extended(points))
 
     def displacement_1mm(self) -> torch.Tensor:
         """The displacement on the frame's own grid, ``(1, 3, 160, 224, 192)`` in voxels of 1 mm."""
@@ -366,7 +364,7 @@ class InverseMap(WorldMap):
 
 
 def _length(steps: torch.Tensor) -> torch.Tensor:
-    """Lengths ``(N,)`` of steps ``(1, 3, N)``; PyTorch's norm along an axis of three takes ten times as long."""
+    """Lengths ``(N,)`` of steps ``(1, 3, N)``; PyTorch's norm along an axis of three takes several times as long."""
     return steps[0].square().sum(0).sqrt_()
 
 

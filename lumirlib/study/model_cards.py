@@ -223,8 +223,7 @@ standard deviation over pairs. No image or label of these people was trained on,
 
 A registration takes {figures["seconds"]["mean"]:.2f} s on {done["device"]}, without reading. Measured by
 `{done["command"]}` at commit {done["commit"]}, {done["written"]}. Every pair's figures are in
-`results/pretrained/{facts["name"]}.csv`; `lumirlib weights check {facts["name"]}` measures them again. Its memory, and
-its seconds beside those of other programs, are in `docs/beyond.md`.
+`results/pretrained/{facts["name"]}.csv`; `lumirlib weights check {facts["name"]}` measures them again.
 
 ## Training
 
