@@ -11,12 +11,14 @@ from typing import Any
 
 import pandas as pd
 import safetensors.torch
+import torch
 
 from lumirlib import provenance
 from lumirlib.data import load_cohort
 from lumirlib.evaluation import evaluate_method, summarize, zero_displacement
 from lumirlib.files import write_atomically
 from lumirlib.methods.base import PAPER, Preset
+from lumirlib.study.costs import MEBIBYTE, PeakMemory
 from lumirlib.study.paper import CHALLENGE, METRICS, Metric
 from lumirlib.study.results import read_results, scoring_facts, write_results
 from lumirlib.training import weights as packaged
@@ -104,12 +106,17 @@ def export(
             "another cohort, such as --cohort brains+embedded"
         )
     target = pick_device(device)
+    network = weights.network(device)
     tables = [
         evaluate_method(method, people, people.validation_pairs, target, progress=progress, description=words)
-        for method, words in ((weights.network(device), name), (zero_displacement, "before registration"))
+        for method, words in ((network, name), (zero_displacement, "before registration"))
     ]
     tables[1]["metric"] += "_before"
     measured = folder / "pretrained" / f"{name}.csv"
+    pair = people.validation_pairs[0]
+    images = [people.image(one).to(target) for one in (pair.fixed, pair.moving)]
+    with PeakMemory(target) as memory, torch.no_grad():
+        network(*images)
     evaluation = {
         "weights": name,
         "run": run,
@@ -118,6 +125,7 @@ def export(
         "command": command,
         "commit": provenance.commit(),
         "device": provenance.describe_device(target),
+        "memory_mib": round(memory.peak / MEBIBYTE),
     }
     write_results(pd.concat(tables, ignore_index=True), measured, evaluation | scoring_facts(people))
 
@@ -221,9 +229,10 @@ standard deviation over pairs. No image or label of these people was trained on,
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-A registration takes {figures["seconds"]["mean"]:.2f} s on {done["device"]}, without reading. Measured by
-`{done["command"]}` at commit {done["commit"]}, {done["written"]}. Every pair's figures are in
-`results/pretrained/{facts["name"]}.csv`; `lumirlib weights check {facts["name"]}` measures them again.
+A registration takes {figures["seconds"]["mean"]:.2f} s and {done["memory_mib"]:,} MiB on {done["device"]}, without
+reading images and besides the library itself. Measured by `{done["command"]}` at commit {done["commit"]},
+{done["written"]}. Every pair's figures are in `results/pretrained/{facts["name"]}.csv`;
+`lumirlib weights check {facts["name"]}` measures them again.
 
 ## Training
 

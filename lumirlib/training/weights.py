@@ -78,6 +78,7 @@ EVALUATION_FACTS: dict[str, tuple[type, ...]] = {
     "scored_labels": (int,),
     "credit": (str,),
     "device": (str,),
+    "memory_mib": (int,),
     "commit": (str,),
     "written": (str,),
     "command": (str,),
