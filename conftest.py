@@ -23,18 +23,22 @@ SHORTER = (
     'options: dict = {"epochs": 1, "optimizer": "muon", "learning_rate_factor": 4, '
     '"validation_pairs": 2, "evaluation_pairs": 10}'
 )
-#: Files that take longest, half a minute and more, go first: begun last, one would leave the other workers idle.
+#: Files that take longest, half a minute and more, go first: begun last, one would leave the other workers idle. At
+#: first one alone compiles loops, and the others find them on the disk.
 LONGEST = (
     "test_browser",
     *TRAINED,
+    "test_site",
+    "test_verify",
     "register_your_own",
     "test_engine",
     "test_faults",
     "test_slurm",
-    "test_site",
     "test_register_options",
     "test_register",
     "test_folder",
+    "test_prepare",
+    "test_step",
     "test_project",
     "test_cli",
     "test_cohort",

@@ -42,6 +42,15 @@ def kills(request) -> int:
     return LONG_KILLS if request.config.getoption("--long") else KILLS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def memory_kept():
+    """Freed memory stays with the worker until a file's tests are over, as commands have it: the system would zero it."""
+    from lumirlib.models.memory import freed_memory_kept
+
+    with freed_memory_kept():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def threads_of_pytorch():
     """Threads of PyTorch are as they were after each test.

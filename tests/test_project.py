@@ -44,13 +44,6 @@ def test_notebook_runs_from_another_folder_with_parameters(tmp_path, monkeypatch
     assert "simulated people, 4 mm: not a LUMIR result" in text
 
 
-def test_notebook_with_a_misspelt_variant_fails_with_the_choices(tmp_path):
-    with pytest.raises(
-        papermill.PapermillExecutionError, match=r"unknown variant 'LKK'.*backbone, LK, LC-1, LC-2, CA, BF"
-    ):
-        papermill.execute_notebook(str(RUN), str(tmp_path / "o.ipynb"), {"variant": "LKK"}, progress_bar=False)
-
-
 def test_notebook_with_a_misspelt_parameter_fails_in_its_first_cell_with_what_is_spelt_alike(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=r"no parameter 'varient' \(did you mean variant"):
         papermill.execute_notebook(str(RUN), str(tmp_path / "o.ipynb"), {"varient": "LK"}, progress_bar=False)

@@ -122,8 +122,9 @@ def test_pose_of_a_head_is_found(tmp_path):
     assert apart.mean() < 0.8  # voxels are of 4 mm; the search starts 15 mm and more from there
 
 
-def test_bias_field_is_taken_out(tmp_path):
+def test_bias_field_is_taken_out(tmp_path, monkeypatch):
     pytest.importorskip("SimpleITK")
+    monkeypatch.setattr(prepare, "BIAS_MM", 8)  # voxels are of 4 mm
     image, affine = small_brain()
     along = torch.linspace(-0.6, 0.6, image.shape[3]).exp().view(1, 1, 1, -1, 1)
     write_nifti(tmp_path / "a.nii.gz", (image * along)[0, 0].numpy(), affine)
@@ -272,8 +273,11 @@ def test_missing_package_is_named_with_the_command_that_installs_it(tmp_path, mo
         prepare.check_skip(["skull"])
 
 
-def test_the_recipe_of_the_organizers_interpolates_twice_cuts_at_a_percentile_and_lets_the_rim_fade(tmp_path):
+def test_the_recipe_of_the_organizers_interpolates_twice_cuts_at_a_percentile_and_lets_the_rim_fade(
+    tmp_path, monkeypatch
+):
     pytest.importorskip("SimpleITK")
+    monkeypatch.setattr(prepare, "TEMPLATE_MM", 4)
     image, affine = small_brain()
     array, seen, _ = as_scanned(image, affine, (4, -3, 5), (3, -4, 5), "LIA", (3.5, 5.0, 4.0))
     array[array > 0] += 20
