@@ -44,7 +44,7 @@ def kills(request) -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def memory_kept():
-    """Freed memory stays with the worker until a file's tests are over, as commands have it: the system would zero it."""
+    """Freed memory stays with the worker until a file's tests are over, as in commands: the system would zero it."""
     from lumirlib.models.memory import freed_memory_kept
 
     with freed_memory_kept():
