@@ -45,7 +45,7 @@ from lumirlib.methods.variants import Variant
 from lumirlib.metrics.labels import LUMIR_LABELS
 from lumirlib.models.memory import freed_memory_kept, return_freed_memory
 from lumirlib.study.paper import rows_of_table, table_rows
-from lumirlib.study.results import read_measured, to_markdown, write_results
+from lumirlib.study.results import counted, read_measured, to_markdown, write_results
 from lumirlib.training.engine import pick_device
 from lumirlib.training.trainer import make_optimizer
 from lumirlib.training.weights import to_device
@@ -391,7 +391,7 @@ def load_budget(folder: str | Path) -> Budget:
         if on_gpu:
             about = found.about
             measured.append(
-                f"Table {table}: medians of {found.table['round'].nunique()} round(s) on {about['device']}, "
+                f"Table {table}: medians of {counted(found.table['round'].nunique(), 'round')} on {about['device']}, "
                 f"{about['images']} voxels, batch 1, by {about['commit'][:10]}"
             )
         middle = found.table.groupby("variant").median(numeric_only=True)

@@ -136,7 +136,7 @@ def export(
     tensors = {key: tensor.contiguous() for key, tensor in weights.tensors.items()}
     path = packaged.FOLDER / f"{name}.safetensors"
     write_atomically(path, lambda to: safetensors.torch.save_file(tensors, to, stored))
-    write_cards()
+    _write_card(name)
     return path
 
 
@@ -264,13 +264,12 @@ def _shown(figure: Mapping[str, float], metric: Metric) -> str:
 
 def write_cards() -> list[Path]:
     """Write the card of all packaged weights anew from their facts; the paths."""
-    return [
-        write_atomically(
-            packaged.FOLDER / f"{name}.md",
-            lambda to, name=name: to.write_text(model_card(read_packaged(name).facts), encoding="utf-8"),
-        )
-        for name in names()
-    ]
+    return [_write_card(name) for name in names()]
+
+
+def _write_card(name: str) -> Path:
+    card = model_card(read_packaged(name).facts)
+    return write_atomically(packaged.FOLDER / f"{name}.md", lambda to: to.write_text(card, encoding="utf-8"))
 
 
 # checking -------------------------------------------------------------------------------------------------------------

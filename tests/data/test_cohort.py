@@ -548,14 +548,11 @@ def test_embedded_people_overlap_before_registration_as_in_the_paper(embedded_co
     assert np.mean(errors) == pytest.approx(4.4, abs=0.3)
 
 
-@pytest.fixture(scope="module")
-def validation_at_1_mm():
+@pytest.mark.long
+def test_embedded_people_at_1_mm_overlap_before_registration_as_in_the_paper():
     population = embedded.EmbeddedPopulation()
-    return [embedded.make_person(population, population.training + n, 1) for n in range(population.validation)]
-
-
-def test_embedded_people_at_1_mm_overlap_before_registration_as_in_the_paper(validation_at_1_mm):
-    people = [(torch.from_numpy(labels)[None, None], points) for _, labels, points, _ in validation_at_1_mm]
+    made = [embedded.make_person(population, population.training + n, 1) for n in range(population.validation)]
+    people = [(torch.from_numpy(labels)[None, None], points) for _, labels, points, _ in made]
     dices, errors = [], []
     for (fixed, fixed_points), (moving, moving_points) in combinations(people, 2):  # both are the same the other way
         dices.append(100 * metrics.dice(moving, fixed))
@@ -607,10 +604,9 @@ def test_people_depend_on_their_seed_alone():
     assert population.name() != replace(population, seed=1).name()
 
 
-def test_a_person_is_the_same_at_every_resolution(validation_at_1_mm):
+def test_a_person_is_the_same_at_every_resolution():
     population = embedded.EmbeddedPopulation()
-    coarser = {mm: embedded.make_person(population, population.training, mm) for mm in (2, 4)}
-    people = {1: validation_at_1_mm[0], **coarser}
+    people = {mm: embedded.make_person(population, population.training, mm) for mm in frame.RESOLUTIONS_MM}
     for fine, coarse in pairwise(frame.RESOLUTIONS_MM):
         for label, place in people[fine][2].items():
             assert np.allclose((np.array(place) - 0.5) / 2, people[coarse][2][label], atol=1e-3)
@@ -646,15 +642,15 @@ def test_jobs_that_make_the_embedded_cohort_at_once_leave_it_whole(tmp_path):
     population = embedded.EmbeddedPopulation(training=1, validation=2)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lumirlib.data.embedded"])  # imported once, and not used
-    folders = [tmp_path / "shared", tmp_path / "shared", tmp_path / "alone"]
-    jobs = [context.Process(target=embedded.embedded_json, args=(4, population, each, False)) for each in folders]
+    given = 4, population, tmp_path / "shared", False
+    jobs = [context.Process(target=embedded.embedded_json, args=given) for _ in range(2)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join()
-    assert [job.exitcode for job in jobs] == [0, 0, 0]
-    paths = [embedded.embedded_json(4, population, each) for each in folders[1:]]
-    shared, alone = (load_cohort(path) for path in paths)
+    assert [job.exitcode for job in jobs] == [0, 0]
+    paths = [embedded.embedded_json(4, population, tmp_path / name) for name in ("shared", "alone")]
+    shared, alone = map(load_cohort, paths)
     assert shared.digest == alone.digest and not list(tmp_path.rglob(".partial-*"))
     people = [[*one.train, one.validation_pairs[0].fixed, one.validation_pairs[0].moving] for one in (shared, alone)]
     for one, other in zip(*people, strict=True):

@@ -15,7 +15,7 @@ from lumirlib.provenance import now, versions
 from lumirlib.study.paper import BEFORE, CHALLENGE, METRICS, SHOWN_COLUMNS
 from lumirlib.study.report import difficulty, statistics, tables
 from lumirlib.study.report.runs import CONVERGED, Runs, late_rises
-from lumirlib.study.results import Measured, data_title, to_markdown
+from lumirlib.study.results import Measured, counted, data_title, to_markdown
 
 
 def as_text(value: float, digits: int, signed: bool = False) -> str:
@@ -313,8 +313,8 @@ def publish_costs(measured: Measured, stem: str | Path, reference: str = "backbo
         return measured.how
     title = f"Costs at {about['images']} voxels, preset {about['preset']}, on {about['device']}"
     note = (
-        f"Medians of {costs['round'].nunique()} round(s); in parentheses the ratio to {reference}, the median over "
-        f"rounds. Measured by {about['commit']} with {about['command']}."
+        f"Medians of {counted(costs['round'].nunique(), 'round')}; in parentheses the ratio to {reference}, the median "
+        f"over rounds. Measured by {about['commit']} with {about['command']}."
     )
     return publish(stem, costs, readable_costs(costs, reference), title, note, about)
 
@@ -338,8 +338,8 @@ def publish_folding(measured: Measured, stem: str | Path) -> str:
         rows.append(row)
     data = data_title(about["cohort"], about["cohort_name"], about["simulated"], about["resolution_mm"])
     note = (
-        f"{folding['pair'].nunique()} pairs, {folding['seed'].nunique()} seed(s): means, in parentheses the sample "
-        f"standard deviation over seeds. Measured by {about['commit']} with {about['command']}."
+        f"{folding['pair'].nunique()} pairs, {counted(folding['seed'].nunique(), 'seed')}: means, in parentheses the "
+        f"sample standard deviation over seeds. Measured by {about['commit']} with {about['command']}."
     )
     title = f"The same velocities joined additively and compositionally ({data}; preset {about['preset']})"
     return publish(stem, numbers, pd.DataFrame(rows), title, note, about)
@@ -358,8 +358,8 @@ def publish_difficulty(pairs: pd.DataFrame, runs: Runs, stem: str | Path, shown:
     columns = {"pair": "pair", **words}
     listed = pairs if len(pairs) <= 2 * shown else pd.concat([pairs.head(shown), pairs.tail(shown)])
     text = listed[list(columns)].map(lambda value: value if isinstance(value, str) else f"{value:.2f}")
-    seeds = runs.facts["seed"].nunique()
-    note = f"The {shown} hardest and the {shown} easiest of {len(pairs)} pairs; means over {seeds} seed(s)."
+    seeds = counted(runs.facts["seed"].nunique(), "seed")
+    note = f"The {shown} hardest and the {shown} easiest of {len(pairs)} pairs; means over {seeds}."
     title = f"Hard and easy pairs for {runs.variants[0]} ({runs.title})"
     hard = publish(f"{stem}_pairs", pairs, text.rename(columns=columns), title, note, runs.about())
     explained = difficulty.explain(pairs)

@@ -14,7 +14,15 @@ from lumirlib.methods import parse_row
 from lumirlib.methods.base import Preset
 from lumirlib.methods.presets import split_options
 from lumirlib.study.paper import BEFORE
-from lumirlib.study.results import check_scored_alike, data_title, find_runs, read_provenance, scored_mm, table_of
+from lumirlib.study.results import (
+    check_scored_alike,
+    counted,
+    data_title,
+    find_runs,
+    read_provenance,
+    scored_mm,
+    table_of,
+)
 from lumirlib.training.pairs import evenly_spaced, halves
 
 
@@ -141,9 +149,9 @@ class Runs:
         pairs = self.values.groupby("variant")["pair"].nunique()
         seeds = self.facts.groupby("variant", sort=False)["seed"].nunique()
         fewest, most = int(seeds.min()), int(seeds.max())
-        counted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        each = ("" if fewest == most else f"{fewest} to ") + counted(most, "seed")
         return (
-            f"{int(pairs.min())} pairs; {counted} seed(s) a row: means over the seeds, in parentheses the sample "
+            f"{int(pairs.min())} pairs; {each} a row: means over the seeds, in parentheses the sample "
             "standard deviation over them; ± std is the population standard deviation over pairs"
         )
 

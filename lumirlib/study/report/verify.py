@@ -7,6 +7,7 @@ cohort and preset that was run, into a temporary folder, and what they write is 
 from __future__ import annotations
 
 import ast
+import atexit
 import difflib
 import hashlib
 import importlib.util
@@ -217,6 +218,7 @@ def execute(notebook: Path, parameters: Mapping[str, object], pictures: bool = F
     given = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     shell = InteractiveShell(history_load_length=0)
     shell.history_manager.enabled = False
+    atexit.unregister(shell.atexit_operations)  # it would keep all that the notebook makes until this process ends
     names: dict[str, object] = shell.user_ns
     names["In"] = sources = []
     drawn = nullcontext() if pictures else plots.without_pictures()

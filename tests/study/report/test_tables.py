@@ -87,7 +87,7 @@ def test_runs_are_found_by_variant_preset_and_cohort_and_what_lacks_is_said(fold
     assert runs.variants == ("backbone", "LC-2") and runs.missing == ("LK",)
     assert "Not run: LK" in runs.missing_note and "lumirlib sweep --rows backbone LK LC-2 --preset demo" in runs.command
     assert "simulated" in runs.title and "not a LUMIR result" in runs.title
-    assert "3 pairs; 2 seed(s) a row" in runs.spread_note
+    assert "3 pairs; 2 seeds a row" in runs.spread_note
     write_run(folder, "LK", 0, 0.7, preset="smoke", run="LK_smoke")
     write_run(folder, "LK", 0, 0.7, cohort="brains", run="LK_brains")
     options = asdict(get_preset("demo").apply(parse_variant("LK"))) | {"start_channels": 20}
