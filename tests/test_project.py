@@ -147,7 +147,8 @@ def test_notebooks_are_committed_executed_without_errors_or_paths_of_a_machine()
 
 
 def test_command_line_trains_and_prints_the_metrics(tmp_path, capsys):
-    assert cli.main(["run", "backbone", "--no-notebook", "--preset", "smoke", "--out", str(tmp_path), "--quiet"]) == 0
+    words = ["run", "backbone", "--no-notebook", "--preset", "smoke", "--out", str(tmp_path), "--quiet"]
+    assert cli.main([*words, "--set", "channel_divisor=32", "evaluation_pairs=2"]) == 0
     printed = capsys.readouterr().out
     assert "simulated" in printed and "hd95_mm" in printed
 

@@ -59,7 +59,7 @@ def template_1mm() -> tuple[torch.Tensor, np.ndarray]:
     coarse_affine = affine @ np.array([[2, 0, 0, 0.5], [0, 2, 0, 0.5], [0, 0, 2, 0.5], [0, 0, 0, 1.0]])
     depth, height, width = (size // 2 * 2 for size in stored.shape)
     total = np.zeros([size // 2 for size in stored.shape], np.float32)
-    for i, j, k in itertools.product((0, 1), repeat=3):  # avg_pool3d takes seconds, and all voxels at once 1 GB
+    for i, j, k in itertools.product((0, 1), repeat=3):  # all voxels at once take 1 GB
         total += values[stored[i:depth:2, j:height:2, k:width:2]]
     return torch.from_numpy(total / 8)[None, None], coarse_affine
 

@@ -229,8 +229,8 @@ standard deviation over pairs. No image or label of these people was trained on,
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-A registration takes {figures["seconds"]["mean"]:.2f} s and {done["memory_mib"]:,} MiB on {done["device"]}, without
-reading images and besides the library itself. Measured by `{done["command"]}` at commit {done["commit"]},
+A registration takes {figures["seconds"]["mean"]:.2f} s, without reading images, and {done["memory_mib"]:,} MiB besides
+the library itself, on {done["device"]}. Measured by `{done["command"]}` at commit {done["commit"]},
 {done["written"]}. Every pair's figures are in `results/pretrained/{facts["name"]}.csv`;
 `lumirlib weights check {facts["name"]}` measures them again.
 

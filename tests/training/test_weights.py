@@ -95,7 +95,7 @@ def test_the_card_says_what_the_run_and_the_evaluation_wrote(made, packaged):
     assert about["trained_on"].startswith("images of 2 people, First") and about["trained_on"] in card
     assert facts["steps"] == 4 and facts["epochs"] == 2 and f"{facts['parameters']:,} parameters" in card
     assert f"Others, scored at 1 mm, 2 pairs, {measured['scored_labels']} labels" in card
-    assert measured["memory_mib"] > 0 and f" s and {measured['memory_mib']:,} MiB on cpu" in card
+    assert measured["memory_mib"] > 0 and f" and {measured['memory_mib']:,} MiB besides" in card
     dice = results.read_results(root / "out" / "pretrained" / f"{NAME}.csv")[0].groupby("metric")["value"].mean()
     assert f"{100 * dice['dice_before']:.2f} ± " in card and f"{100 * dice['dice']:.2f} ± " in card
     for words in (
