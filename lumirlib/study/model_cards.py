@@ -195,10 +195,11 @@ def model_card(facts: Mapping[str, Any]) -> str:
     ]
     dice = facts["val_dice"]
     chosen_by = "similarity" if dice is None or math.isnan(dice) else f"Dice ({100 * dice:.2f} %)"
+    begun = f", begun from the weights {facts['started_from']}" if facts["started_from"] else ""
     coarse = "; what is smaller, such as the folds of the cortex, is not registered" * (facts["resolution_mm"] > 1)
     limits = [
         f"Voxels of {size}{coarse}.",
-        f"{facts['steps']:,} training steps; the paper takes {PAPER.epochs} epochs of LUMIR at 1 mm.",
+        f"{facts['steps']:,} training steps{begun}; the paper takes {PAPER.epochs} epochs of LUMIR at 1 mm.",
         "T1 scans of heads, skull-stripped, bias-corrected and affinely aligned to ICBM152, in LUMIR's frame "
         f"(160×224×192 voxels of 1 mm, averaged over blocks of {size}), as `lumirlib prepare` makes them. Other "
         "contrasts, children, lesions and missing tissue were not evaluated here.",
@@ -242,7 +243,7 @@ the library itself, on {done["device"]}. Measured by `{done["command"]}` at comm
   {facts["batch_size"]}, {facts["training_hours"]:g} hours; from {facts["started_from"] or "random weights"}.
 - Epoch {facts["best_epoch"]}, after {facts["steps_of_best_epoch"]:,} steps, was chosen by {chosen_by} on validation
   pairs of {facts["cohort_name"]}.
-- Differences from the paper's training: {"; ".join(facts["differences"]) or "none"}.
+- Differences from `{facts["method"]}` trained at the paper's length: {"; ".join(facts["differences"]) or "none"}.
 - Device: {"; ".join(devices)}. Commit: {", ".join(commits)}.
 
 ## Data and license
