@@ -146,7 +146,7 @@ def means(rows: list[dict]) -> pd.DataFrame:
 def figure(table: pd.DataFrame, title: str) -> plt.Figure:
     """Dice against seconds of what :func:`means` gives; Dice before registration is a line."""
     use_style()
-    shown, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    shown, ax = plt.subplots(figsize=(9, 4.4), layout="constrained")
     for line in table.itertuples():
         own = line.method.startswith("ours")
         if line.method == BEFORE:
