@@ -1,10 +1,15 @@
-"""Argument checks shared by the public functions: one clear sentence per mistake."""
+"""Argument checks shared by the public functions, one clear sentence per mistake, and numbers of things in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things, in words: "1 seed", "3 seeds"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def check_image(image: torch.Tensor, name: str = "image", channels: int | None = None) -> None:

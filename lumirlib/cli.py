@@ -148,11 +148,6 @@ def parse_setting(text: str, argument: str = "--set") -> tuple[str, object]:
         return name.strip(), value.strip()
 
 
-def _count(number: int, thing: str) -> str:
-    """A number of things in words."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 def _called() -> str:
     """The call of this sub-command as it was given, for provenance; paths of this machine keep their last part."""
     import shlex
@@ -602,11 +597,12 @@ def prepare(quiet: bool, **given: Any) -> int:
     Skulls are stripped on --device. The status is 1 where a scan could not be prepared, 3 where one was left out as
     hardly a T1 brain.
     """
+    from lumirlib._checks import counted
     from lumirlib.scans.folder import prepare_folder
 
     made = prepare_folder(**given, progress=not quiet)
     content = json.loads(made.path.read_text(encoding="utf-8"))
-    counts = _count(content["numTraining"], "training scan"), _count(content["numValidation"], "validation pair")
+    counts = counted(content["numTraining"], "training scan"), counted(content["numValidation"], "validation pair")
     print(f"{made.path}: {', '.join(counts)}")
     print(f"look at {made.path.parent / 'qc_1.png'}, worst correlation with the template first")
     kept = given["keep_implausible"]

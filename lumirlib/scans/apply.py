@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lumirlib._checks import check_choice
+from lumirlib._checks import check_choice, counted
 from lumirlib.data.field_formats import RAS_TO_LPS
 from lumirlib.data.nifti import read_grid, read_nifti, write_nifti
 from lumirlib.files import check_new, write_atomically
@@ -307,8 +307,7 @@ def apply_to_points(
         table[column] = [f"{value:.6f}" for value in values]
     write_atomically(out, lambda to: table.to_csv(to, index=False))
     ways = ("reference", "input") if inverse else ("input", "reference")
-    count = f"{len(table)} point{'' if len(table) == 1 else 's'}"
-    return Applied(Path(out), f"{count} from the {ways[0]} to the {ways[1]}, {convention}")
+    return Applied(Path(out), f"{counted(len(table), 'point')} from the {ways[0]} to the {ways[1]}, {convention}")
 
 
 def read_points(path: str | Path, columns: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray]:

@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
+from lumirlib._checks import counted
 from lumirlib.data.dataset_json import LUMIR_SCANS
 from lumirlib.data.frame import FRAME_SHAPE
 from lumirlib.methods import parse_row
@@ -45,7 +46,7 @@ from lumirlib.methods.variants import Variant
 from lumirlib.metrics.labels import LUMIR_LABELS
 from lumirlib.models.memory import freed_memory_kept, return_freed_memory
 from lumirlib.study.paper import rows_of_table, table_rows
-from lumirlib.study.results import counted, read_measured, to_markdown, write_results
+from lumirlib.study.results import read_measured, to_markdown, write_results
 from lumirlib.training.engine import pick_device
 from lumirlib.training.trainer import make_optimizer
 from lumirlib.training.weights import to_device

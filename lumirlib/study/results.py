@@ -114,11 +114,6 @@ def to_markdown(frame: pd.DataFrame) -> str:
     return frame.to_markdown(index=False, disable_numparse=True)
 
 
-def counted(number: int, thing: str) -> str:
-    """A number of things, in words: "1 seed", "3 seeds"."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 def data_title(cohort: str, name: str, simulated: bool, resolution_mm: float, scored_mm: float | None = None) -> str:
     """What data a table or figure is of, for its title: says "simulated" where it is, and what is not LUMIR.
 

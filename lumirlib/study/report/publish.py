@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lumirlib._checks import counted
 from lumirlib.files import write_atomically, write_json
 from lumirlib.methods import parse_row
 from lumirlib.methods.variants import Variant
@@ -15,7 +16,7 @@ from lumirlib.provenance import now, versions
 from lumirlib.study.paper import BEFORE, CHALLENGE, METRICS, SHOWN_COLUMNS
 from lumirlib.study.report import difficulty, statistics, tables
 from lumirlib.study.report.runs import CONVERGED, Runs, late_rises
-from lumirlib.study.results import Measured, counted, data_title, to_markdown
+from lumirlib.study.results import Measured, data_title, to_markdown
 
 
 def as_text(value: float, digits: int, signed: bool = False) -> str:

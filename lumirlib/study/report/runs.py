@@ -10,19 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from lumirlib._checks import counted
 from lumirlib.methods import parse_row
 from lumirlib.methods.base import Preset
 from lumirlib.methods.presets import split_options
 from lumirlib.study.paper import BEFORE
-from lumirlib.study.results import (
-    check_scored_alike,
-    counted,
-    data_title,
-    find_runs,
-    read_provenance,
-    scored_mm,
-    table_of,
-)
+from lumirlib.study.results import check_scored_alike, data_title, find_runs, read_provenance, scored_mm, table_of
 from lumirlib.training.pairs import evenly_spaced, halves
 
 
