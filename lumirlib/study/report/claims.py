@@ -530,16 +530,16 @@ def at_equal_displacement(folding: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["variant", "seed", "pair"]
     none = 1e-9  # percent, for the logarithm of nothing
-    parts = []
-    for which, table in folding.sort_values("factor").groupby(keys):
-        one, other = (table[table["cascade"] == cascade] for cascade in ("additive", "compositional"))
-        lengths = np.log([one["displacement_mm"].iloc[0] / 2, *one["displacement_mm"]])
-        ndv = np.log([none, *one["ndv_percent"].clip(lower=none)])
-        matched = np.exp(np.interp(np.log(other["displacement_mm"]), lengths, ndv))
-        found = pd.DataFrame({"factor": other["factor"], "displacement_mm": other["displacement_mm"]})
-        found = found.assign(additive=matched, compositional=other["ndv_percent"])
-        parts.append(found.assign(**dict(zip(keys, which, strict=True))))
-    return pd.concat(parts, ignore_index=True)
+    ordered = folding.sort_values([*keys, "factor"], ignore_index=True)
+    length, ndv = ordered["displacement_mm"].to_numpy(), ordered["ndv_percent"].to_numpy()
+    additive, matched = ordered["cascade"].to_numpy() == "additive", np.full(len(ordered), np.nan)
+    for rows in ordered.groupby(keys).indices.values():
+        one, other = rows[additive[rows]], rows[~additive[rows]]
+        lengths = np.log([length[one[0]] / 2, *length[one]])
+        folded = np.log([none, *np.maximum(ndv[one], none)])
+        matched[other] = np.exp(np.interp(np.log(length[other]), lengths, folded))
+    found = ordered.assign(additive=matched, compositional=ndv)[~additive]
+    return found[["factor", "displacement_mm", "additive", "compositional", *keys]].reset_index(drop=True)
 
 
 def smoother_cascade(study: Evidence) -> Verdict:
