@@ -1,6 +1,6 @@
 """Losses: similarity and smoothness of the paper, their deep supervision, and losses of our own.
 
-The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `ndv` and `pair` are ours.
+The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `ndv`, `tissue` and `pair` are ours.
 """
 
 from lumirlib.losses.multilevel import PYRAMID_BLURS, SIMILARITIES, gaussian_pyramid, gaussian_smooth, registration_loss
@@ -8,6 +8,7 @@ from lumirlib.losses.ndv import ndv_loss
 from lumirlib.losses.pair import PairLoss, masked_ncc_loss
 from lumirlib.losses.similarity import mse_loss, ncc_loss
 from lumirlib.losses.smoothness import diffusion_loss
+from lumirlib.losses.tissue import tissue_loss, tissue_maps
 
 __all__ = [
     "PYRAMID_BLURS",
@@ -21,4 +22,6 @@ __all__ = [
     "ncc_loss",
     "ndv_loss",
     "registration_loss",
+    "tissue_loss",
+    "tissue_maps",
 ]

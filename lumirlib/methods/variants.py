@@ -13,6 +13,7 @@ from torch import nn
 from lumirlib import losses
 from lumirlib._checks import check_choice
 from lumirlib.losses.ndv import ndv_loss
+from lumirlib.losses.tissue import tissue_loss
 from lumirlib.methods import instance_optimization
 from lumirlib.methods.base import ADDED_LATER, Row, check_options, nearest_odd
 from lumirlib.models.backbone import CASCADES, Fields, RegistrationNetwork
@@ -74,6 +75,7 @@ class TrainingOptions:
         bilateral_mode: Mode of the bilateral filter: "joint", it is trained with the network, or "post", it is put
             behind the trained weights of the same network without it, with its widths as given.
         ndv_weight: Weight of :func:`lumirlib.losses.ndv.ndv_loss` of the result (NDV), a share of the volume.
+        tissue_weight: Weight of :func:`lumirlib.losses.tissue.tissue_loss` of the result (TISSUE).
         learning_rate_factor: Factor on the preset's learning rate (LR4), which is that of the paper's own
             network.
         optimizer: Name of the optimizer (MUON), "adam" or "muon", see :mod:`lumirlib.training.muon`.
@@ -81,6 +83,7 @@ class TrainingOptions:
 
     bilateral_mode: str = field(default="joint", metadata=ADDED_LATER)
     ndv_weight: float = field(default=0.0, metadata=ADDED_LATER)
+    tissue_weight: float = field(default=0.0, metadata=ADDED_LATER)
     learning_rate_factor: float = field(default=1.0, metadata=ADDED_LATER)
     optimizer: str = field(default="adam", metadata=ADDED_LATER)
 
@@ -121,7 +124,7 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
         check_choice(self.cascade, CASCADES, "cascade")
         check_choice(self.bilateral_mode, BILATERAL_MODES, "bilateral_mode")
         check_choice(self.optimizer, OPTIMIZERS, "optimizer")
-        for option in ("ndv_weight", "voxel_mm"):
+        for option in ("ndv_weight", "tissue_weight", "voxel_mm"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise ValueError(f"{option} must be 0 or more, got {getattr(self, option)}")
         if not 0 < self.learning_rate_factor < math.inf:
@@ -190,7 +193,8 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
             preset: Preset as :meth:`training_preset` gives it.
 
         Returns:
-            Scalars "total", "similarity" and "smoothness", means over the pairs, and "ndv" where it counts.
+            Scalars "total", "similarity" and "smoothness", means over the pairs, and "ndv" and "tissue" where they
+            count.
         """
         terms = losses.registration_loss(
             moving,
@@ -207,6 +211,9 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
         if self.ndv_weight:
             found = ndv_loss(predicted.displacements[0])
             terms |= {"ndv": found, "total": terms["total"] + self.ndv_weight * found}
+        if self.tissue_weight:
+            found = tissue_loss(moving, fixed, predicted.displacements[0])
+            terms |= {"tissue": found, "total": terms["total"] + self.tissue_weight * found}
         return terms
 
     def as_method(self, model: RegistrationNetwork, preset: Preset) -> nn.Module:
@@ -240,6 +247,7 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
             words.append(f"{self.refinements} further {noun} of the finest level in registration")
         words += [f"folds smoothed in {self.unfolding} rounds"] if self.unfolding else []
         words += [f"loss on non-diffeomorphic volume weighted {self.ndv_weight:g}"] if self.ndv_weight else []
+        words += [f"loss on tissues weighted {self.tissue_weight:g}"] if self.tissue_weight else []
         if self.learning_rate_factor != 1:
             words.append(f"learning rate times {self.learning_rate_factor:g}")
         words += ["trained with Muon"] if self.optimizer == "muon" else []
@@ -282,6 +290,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "LR4": {"learning_rate_factor": 4.0},
     "MUON": {"optimizer": "muon"},
     "NDV": {"ndv_weight": 10.0},
+    "TISSUE": {"tissue_weight": 8.0},
     "UNFOLD": {"unfolding": 4},
     "IO": {"instance_steps": 50},
 }
