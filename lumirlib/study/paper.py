@@ -172,6 +172,7 @@ BEYOND = (
     "COMP+NDV",
     "COMP+LR4",
     "COMP+MUON",
+    "COMP+TISSUE",
     "LC-2+LR4+MUON",
     "ours",
 )
