@@ -260,12 +260,12 @@ def commands_on_own_scans():
 
 
 def test_commands_of_the_page_on_own_scans_work_as_they_stand(tmp_path, monkeypatch):
-    """On brains of 4 mm, so the skull stripper, which another test tries, is told where they are."""
+    """On brains of 4 mm that lie in the frame but for a few mm; stripping, bias and affine have tests of their own."""
     pytest.importorskip("SimpleITK")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "brain_mask", lambda scan, device: scan.values > 0)
-    monkeypatch.setattr(prepare, "TEMPLATE_MM", 4)
-    monkeypatch.setattr(prepare, "BIAS_MM", 8)
+    monkeypatch.setattr(prepare, "corrected_bias", lambda scan, mask: scan.values)
+    monkeypatch.setattr(prepare, "affine_to_frame", lambda *given: np.eye(4))
     monkeypatch.setattr(registrar, "BEST_MM", 4)  # other tests register at 1 mm
     for number in range(2):
         array, affine, _ = as_scanned(

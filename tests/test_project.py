@@ -30,7 +30,7 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 
 def test_notebook_runs_from_another_folder_with_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    smaller = {"channel_divisor": 32, "evaluation_pairs": 2}
+    smaller = {"channel_divisor": 32, "epochs": 1, "validation_pairs": 1, "evaluation_pairs": 2}
     parameters = {"variant": "LC-2+CA", "preset": "smoke", "out": "my results", "head_channels": 9, "options": smaller}
     papermill.execute_notebook(str(RUN), "LC-2.ipynb", parameters, progress_bar=False)
     csv, provenance = (
@@ -148,7 +148,7 @@ def test_notebooks_are_committed_executed_without_errors_or_paths_of_a_machine()
 
 def test_command_line_trains_and_prints_the_metrics(tmp_path, capsys):
     words = ["run", "backbone", "--no-notebook", "--preset", "smoke", "--out", str(tmp_path), "--quiet"]
-    assert cli.main([*words, "--set", "channel_divisor=32", "evaluation_pairs=2"]) == 0
+    assert cli.main([*words, "--set", "channel_divisor=32", "epochs=1", "evaluation_pairs=2"]) == 0
     printed = capsys.readouterr().out
     assert "simulated" in printed and "hd95_mm" in printed
 

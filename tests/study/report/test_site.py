@@ -15,18 +15,28 @@ from lumirlib.study.report import pdf, site
 
 ROOT = project_root()
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MODELS = "lumirlib.models"
 NEEDED = 'pip install "lumirlib[report]"'
 #: Sphinx tells what the extensions have to change, thousands of times.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
+def packages(request):
+    """The packages of the reference: all of them with --long, else two, as reading modules takes most of the time."""
+    every = site.public_modules()
+    return every if request.config.getoption("--long") else {name: every[name] for name in ("lumirlib", MODELS)}
+
+
+@pytest.fixture(scope="module")
+def pages(packages, tmp_path_factory):
     """The site of this checkout, built by the command."""
     for name in ("sphinx", "myst_nb", "furo"):
         pytest.importorskip(name, reason=f"needs {name}: {NEEDED}")
     out = tmp_path_factory.mktemp("site")
-    assert cli.main(["report", "site", "--out", str(out)]) == 0  # no warning
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(site, "public_modules", lambda: packages)
+        assert cli.main(["report", "site", "--out", str(out)]) == 0  # no warning
     return out
 
 
@@ -68,7 +78,7 @@ def test_every_link_of_the_site_leads_somewhere_and_nothing_is_loaded_from_the_n
     assert not lost
 
 
-def test_the_site_has_the_result_every_notebook_with_its_output_the_tables_and_the_whole_reference(pages):
+def test_the_site_has_the_result_every_notebook_with_its_output_the_tables_and_the_reference(pages, packages):
     start = (pages / "index.html").read_text(encoding="utf-8")
     assert "Do the paper" in start and "Supported" in start and "study_" in start
     for notebook in ROOT.glob("notebooks/*.ipynb"):
@@ -77,9 +87,8 @@ def test_the_site_has_the_result_every_notebook_with_its_output_the_tables_and_t
         assert not re.search(r"<p>\| \w", page), f"{notebook.name}: a table that is no table"
     for table in ROOT.glob("results/tables/*.md"):
         assert "<table" in (pages / "results" / "tables" / f"{table.stem}.html").read_text(encoding="utf-8")
-    packages = site.public_modules()
     assert {"lumirlib", "lumirlib.viewer"} <= set(packages["lumirlib"])
-    assert "lumirlib.models.backbone" in packages["lumirlib.models"]
+    assert f"{MODELS}.backbone" in packages[MODELS]
     assert {f"{package}.html" for package in packages} == {path.name for path in (pages / "api").glob("*.html")}
     for package, modules in packages.items():
         page = (pages / "api" / f"{package}.html").read_text(encoding="utf-8")
