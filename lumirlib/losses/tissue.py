@@ -1,8 +1,8 @@
 """Tissues as a similarity: cerebrospinal fluid, gray matter and white matter, told apart by intensity alone.
 
-A correlation is the same for a fold of the cortex and its faint echo; which tissue lies where is not. The classes are
-those of k-means (Lloyd, IEEE Transactions on Information Theory 28(2), 1982) on each T1's own intensities, so that no
-label is needed.
+A local correlation can be as high where gray matter lies on white as where each lies on its own, if the edges run
+alike. A difference of tissues cannot. The classes are those of k-means (Lloyd, IEEE Transactions on Information Theory
+28(2), 1982) on each T1's own intensities, so that no label is needed.
 """
 
 from __future__ import annotations
