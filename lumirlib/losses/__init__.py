@@ -1,8 +1,10 @@
 """Losses: similarity and smoothness of the paper, their deep supervision, and losses of our own.
 
-The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `ndv`, `tissue` and `pair` are ours.
+The paper's (eq. 1 to 3) are in `similarity`, `smoothness` and `multilevel`; `ndv`, `tissue`, `forces` and `pair` are
+ours.
 """
 
+from lumirlib.losses.forces import force_maps, forces
 from lumirlib.losses.multilevel import PYRAMID_BLURS, SIMILARITIES, gaussian_pyramid, gaussian_smooth, registration_loss
 from lumirlib.losses.ndv import ndv_loss
 from lumirlib.losses.pair import PairLoss, masked_ncc_loss
@@ -15,6 +17,8 @@ __all__ = [
     "SIMILARITIES",
     "PairLoss",
     "diffusion_loss",
+    "force_maps",
+    "forces",
     "gaussian_pyramid",
     "gaussian_smooth",
     "masked_ncc_loss",

@@ -172,6 +172,23 @@ def ncc_loss(warped: torch.Tensor, fixed: torch.Tensor, window: int = 9) -> torc
         return _LocalCorrelation.apply(warped, fixed, window)
 
 
+def ncc_slope(image: torch.Tensor, other: torch.Tensor, window: int) -> torch.Tensor:
+    """Slope of :func:`ncc_loss` by the intensities of `image`, times the number of voxels.
+
+    Args:
+        image: Image ``(B, 1, D, H, W)``, float32 or better.
+        other: Image that it is compared with, same shape and dtype.
+        window: Side of the cubic window in voxels, odd.
+
+    Returns:
+        ``(B, 1, D, H, W)``.
+    """
+    compute = _ncc_compiled if image.device.type == "cpu" else ncc_in_parts
+    slope = compute(image, other, window, True)[1]
+    assert slope is not None
+    return slope * image.numel()
+
+
 def mse_loss(warped: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
     """Mean squared difference of two images (B, 1, D, H, W), the similarity that the paper found worse than NCC."""
     check_image(warped, "warped")

@@ -46,6 +46,7 @@ class NetworkOptions:
         passes: Number of times that each level's estimator is applied (REC).
         refinements: Number of further passes of the finest level in registration (REF), which training does without.
         antisymmetric: Whether a level's velocity changes its sign where the features are exchanged (ANTI).
+        driven: Whether the estimators are given the forces of correlation and tissues (FORCE).
         unfolding: Number of rounds that smooth the result around its folds in registration (UNFOLD), which training
             does without.
     """
@@ -64,6 +65,7 @@ class NetworkOptions:
     passes: int = field(default=1, metadata=ADDED_LATER)
     refinements: int = field(default=0, metadata=ADDED_LATER)
     antisymmetric: bool = field(default=False, metadata=ADDED_LATER)
+    driven: bool = field(default=False, metadata=ADDED_LATER)
     unfolding: int = field(default=0, metadata=ADDED_LATER)
 
 
@@ -241,6 +243,7 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
             unit = " mm" if self.voxel_mm else ""
             words.append(f"bilateral filter of window {self.bilateral_window}{unit}, {how}")
         words += ["antisymmetric velocities"] if self.antisymmetric else []
+        words += ["driven by forces"] if self.driven else []
         words += [f"{self.passes} passes of each level"] if self.passes > 1 else []
         if self.refinements:
             noun = "pass" if self.refinements == 1 else "passes"
@@ -291,6 +294,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "MUON": {"optimizer": "muon"},
     "NDV": {"ndv_weight": 10.0},
     "TISSUE": {"tissue_weight": 8.0},
+    "FORCE": {"driven": True},
     "UNFOLD": {"unfolding": 4},
     "IO": {"instance_steps": 50},
 }

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lumirlib import spatial
 from lumirlib._checks import check_choice, check_finite, check_image, check_network_images
+from lumirlib.losses.forces import FORCE_CHANNELS, force_maps, forces
 from lumirlib.models.bilateral_filter import JointBilateralFilter
 from lumirlib.models.co_attention import CoAttention
 from lumirlib.models.large_kernel import LargeKernelBlock
@@ -153,35 +154,47 @@ class FlowEstimator(nn.Module):
         head_channels: Width K of the second convolution.
         antisymmetric: Whether the velocity is half the difference of the two that the features give in either order
             (ANTI), so that exchanged features give the velocity with another sign.
+        driven: Whether it is given forces, too (FORCE). What it makes of them starts at zero.
     """
 
-    def __init__(self, feature_channels: int, head_channels: int, antisymmetric: bool = False) -> None:
+    def __init__(
+        self, feature_channels: int, head_channels: int, antisymmetric: bool = False, driven: bool = False
+    ) -> None:
         super().__init__()
         width = 2 * feature_channels
         self.antisymmetric = antisymmetric
         self.conv1 = Conv3d(width, width, kernel_size=3, padding=1)
         self.conv2 = Conv3d(width, head_channels, kernel_size=3, padding=1)
         self.conv3 = Conv3d(head_channels, 3, kernel_size=3, padding=1, bias=not antisymmetric)
+        self.of_forces = Conv3d(FORCE_CHANNELS, width, kernel_size=3, padding=1, bias=False) if driven else None
+        if self.of_forces is not None:
+            nn.init.zeros_(self.of_forces.weight)
 
-    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+    def forward(self, fixed: torch.Tensor, moving: torch.Tensor, force: torch.Tensor | None = None) -> torch.Tensor:
         """Features ``(B, N, D_l, H_l, W_l)`` of both -> velocity ``(B, 3, D_l, H_l, W_l)``.
 
-        Under autocast the last convolution stays in the weights' dtype. Where no gradient is asked for, a large volume
-        is computed in slabs on a CPU, so that features between the convolutions take a part of the memory.
+        Forces ``(B, 6, D_l, H_l, W_l)`` are needed if it is driven. Under autocast the last convolution stays in the
+        weights' dtype. Where no gradient is asked for, a large volume is computed in slabs on a CPU, so that features
+        between the convolutions take a part of the memory.
         """
         depth = fixed.shape[2]
         in_slabs = fixed.device.type == "cpu" and depth > 2 * SLAB
         if not in_slabs or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._velocity(fixed, moving)
+            return self._velocity(fixed, moving, force)
         parts = []
         for first in range(0, depth, SLAB):
             low, high = max(0, first - REACH), min(depth, first + SLAB + REACH)
-            part = self._velocity(fixed[:, :, low:high], moving[:, :, low:high])
+            given = (one if one is None else one[:, :, low:high] for one in (fixed, moving, force))
+            part = self._velocity(*given)
             parts.append(part[:, :, first - low : first - low + SLAB])
         return torch.cat(parts, dim=2)
 
-    def _velocity(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        features = self._antisymmetric_pair(fixed, moving) if self.antisymmetric else self._first(fixed, moving)
+    def _velocity(self, fixed: torch.Tensor, moving: torch.Tensor, force: torch.Tensor | None) -> torch.Tensor:
+        driven = 0 if self.of_forces is None else self.of_forces(force)
+        if self.antisymmetric:
+            features = self._antisymmetric_pair(fixed, moving, driven)
+        else:
+            features = self._first(fixed, moving) + driven
         features = F.relu(features, inplace=True)
         features = F.relu(self.conv2(features), inplace=True)
         with spatial.without_autocast(features.device):
@@ -200,14 +213,16 @@ class FlowEstimator(nn.Module):
         weight = torch.cat([of_sum + of_difference, of_sum - of_difference], dim=1)
         return self.conv1._conv_forward(torch.cat([fixed, moving], dim=1), weight, self.conv1.bias)
 
-    def _antisymmetric_pair(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+    def _antisymmetric_pair(
+        self, fixed: torch.Tensor, moving: torch.Tensor, driven: torch.Tensor | int
+    ) -> torch.Tensor:
         """First convolution for (F, M) and for (M, F), ``(2 B, 2 N, D_l, H_l, W_l)``, at the cost of one.
 
-        The part of the sum is the same for both, that of the difference changes its sign.
+        The part of the sum is the same for both; those of the difference and of the forces change their sign.
         """
         of_sum, of_difference = self.conv1.weight.chunk(2, dim=1)
         even = self.conv1._conv_forward(fixed + moving, of_sum, self.conv1.bias)
-        odd = self.conv1._conv_forward(fixed - moving, of_difference, None)
+        odd = self.conv1._conv_forward(fixed - moving, of_difference, None) + driven
         return torch.cat([even + odd, even - odd])
 
 
@@ -235,6 +250,7 @@ class RegistrationNetwork(nn.Module):
             :meth:`fields`, and so in no loss: the network is not trained for them.
         antisymmetric: Whether the velocity of a level is half the difference of the two that its estimator gives for
             the features in either order (ANTI), so that exchanged features give the velocity with another sign.
+        driven: Whether the estimators are given :func:`lumirlib.losses.forces.forces`, too (FORCE).
         unfolding: Number of rounds of :func:`lumirlib.models.unfolding.smooth_folds` where the network is called
             (UNFOLD), not in :meth:`fields`.
     """
@@ -254,6 +270,7 @@ class RegistrationNetwork(nn.Module):
         passes: int = 1,
         refinements: int = 0,
         antisymmetric: bool = False,
+        driven: bool = False,
         unfolding: int = 0,
     ) -> None:
         super().__init__()
@@ -278,11 +295,12 @@ class RegistrationNetwork(nn.Module):
         self.squarings = squarings
         self.passes = passes
         self.refinements = refinements
+        self.driven = driven
         self.unfolding = unfolding
         self._checkpointing = False
         self.encoder = Encoder(start_channels, large_kernel)
         self.estimators = nn.ModuleList(
-            FlowEstimator(start_channels, head_channels, antisymmetric) for _ in range(levels)
+            FlowEstimator(start_channels, head_channels, antisymmetric, driven) for _ in range(levels)
         )
         # what the backbone lacks is registered last, so that weights can be exchanged by order without it
         self.co_attention = nn.ModuleDict(
@@ -340,14 +358,16 @@ class RegistrationNetwork(nn.Module):
         for shape in shapes[1:]:
             finer_fixed, finer_moving = pyramid[-1]
             pyramid.append((spatial.resize(finer_fixed, shape), spatial.resize(finer_moving, shape)))
+        compared = [force_maps(image, shapes) for image in (fixed, moving)] if self.driven else []
 
         displacements: list[torch.Tensor] = []
         velocities: list[torch.Tensor] = []
         for level in reversed(range(len(shapes))):
             features = pyramid.pop()
+            maps = [levels.pop() for levels in compared]
             for _ in range(self.passes + (0 if level else refinements)):
                 coarser = upsample_displacement(displacements[0], shapes[level]) if displacements else None
-                inputs = (*features, coarser)
+                inputs = (*features, coarser, *maps)
                 if self.checkpointing and torch.is_grad_enabled():
                     velocity = recomputed(lambda *given, level=level: self._velocity(level, *given), *inputs)
                 else:
@@ -373,9 +393,16 @@ class RegistrationNetwork(nn.Module):
         return found
 
     def _velocity(
-        self, level: int, fixed: torch.Tensor, moving: torch.Tensor, coarser: torch.Tensor | None
+        self,
+        level: int,
+        fixed: torch.Tensor,
+        moving: torch.Tensor,
+        coarser: torch.Tensor | None,
+        *maps: torch.Tensor,
     ) -> torch.Tensor:
         """Velocity of one level from its features and the displacement found so far, on the level's grid.
+
+        With forces they come from the `maps` of the fixed and of the moving image.
 
         Under autocast all but the finest level stay in float32: their errors are multiplied on the way to the result,
         and they have an eighth of its voxels.
@@ -388,7 +415,13 @@ class RegistrationNetwork(nn.Module):
                 fixed, moving = self.co_attention[str(level)](fixed, moving)
             if coarser is not None:
                 moving = spatial.warp(moving, coarser)
-            velocity = self.estimators[level](fixed, moving)
+            if not maps:
+                velocity = self.estimators[level](fixed, moving)
+            else:
+                of_fixed, of_moving = maps
+                if coarser is not None:
+                    of_moving = spatial.warp(of_moving, coarser.detach())
+                velocity = self.estimators[level](fixed, moving, forces(of_fixed, of_moving).to(fixed.dtype))
             return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
     def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:

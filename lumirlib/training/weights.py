@@ -151,6 +151,8 @@ REGISTRATION = ("refinements", "unfolding")
 #: Parts of the paper's network that every level has one of, all of one shape, and those that coarse levels have.
 LEVEL_PARTS = ("estimators",)
 COARSE_LEVEL_PARTS = ("co_attention",)
+#: What weights without FORCE lack; at zero the network computes what it did.
+FORCE_PART = "of_forces"
 
 
 def to_finer_levels(tensors: Mapping[str, torch.Tensor], row: Row, halvings: int = 1) -> dict[str, torch.Tensor]:
@@ -361,7 +363,10 @@ def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | Non
         choices = ", ".join(("random", "pretrained", *names()))
         raise ValueError(f"init must be one of {choices}, or the path of a best.pt; got {init!r}")
     found = (read_checkpoint(init) if init.endswith(".pt") else read_packaged(init)).at_resolution(resolution_mm)
-    check_weights(f"{init} for {base.name} ({base.describe()})", found.tensors, shapes_of(init, base))
+    wanted = shapes_of(init, base)
+    idle = {name: torch.zeros(shape) for name, shape in wanted.items() if FORCE_PART in name.split(".")}
+    found = replace(found, tensors=idle | found.tensors)
+    check_weights(f"{init} for {base.name} ({base.describe()})", found.tensors, wanted)
     return found
 
 

@@ -213,3 +213,40 @@ def test_an_antisymmetric_velocity_is_half_the_difference_of_both_orders():
     assert torch.allclose(anti.estimators[1](*features), expected, atol=1e-6) and expected.abs().max() > 1e-3
     anti.fields(*pair()).displacements[0].square().mean().backward()
     assert all(parameter.grad is not None for parameter in anti.encoder.parameters())
+
+
+# forces (FORCE) -------------------------------------------------------------------------------------------------------
+
+
+def driven_pair(**options):
+    """A network without forces, and one of the same weights with them, which make no difference yet."""
+    plain, driven = small(**options), small(**options, driven=True)
+    left_out = driven.load_state_dict(plain.state_dict(), strict=False)
+    assert left_out.missing_keys == [f"estimators.{level}.of_forces.weight" for level in range(len(plain.estimators))]
+    return plain, driven
+
+
+@pytest.mark.parametrize("antisymmetric", [False, True])
+def test_forces_change_nothing_before_training_and_are_learned_from_the_first_step(antisymmetric):
+    options = {"cascade": "compositional", "passes": 2, "antisymmetric": antisymmetric}
+    plain, driven = driven_pair(**options)
+    fixed, moving = (spatial.resize(image, (12, 14, 16)) for image in pair((4, 5, 6)))
+    found = driven.fields(fixed, moving)
+    for one, other in zip(found.velocities, plain.fields(fixed, moving).velocities, strict=True):
+        torch.testing.assert_close(one, other)
+    sum(displacement.square().mean() for displacement in found.displacements).backward()
+    assert all(estimator.of_forces.weight.grad.abs().max() > 0 for estimator in driven.estimators)
+    row = parse_variant("COMP+FORCE")
+    assert row.driven and "driven by forces" in row.describe() and row.build().driven
+
+
+def test_exchanged_images_change_the_sign_of_a_driven_antisymmetric_velocity():
+    fixed, moving = (spatial.resize(image, (12, 14, 16)) for image in pair((4, 5, 6)))
+    model = small(levels=1, antisymmetric=True, driven=True).eval()
+    torch.nn.init.normal_(model.estimators[0].of_forces.weight)
+    with torch.no_grad():
+        (there,), (back,) = model.fields(fixed, moving).velocities, model.fields(moving, fixed).velocities
+        still = model(fixed, fixed)
+    torch.testing.assert_close(there, -back)
+    assert there.abs().max() > 1e-4
+    assert torch.equal(still, torch.zeros_like(still))

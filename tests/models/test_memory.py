@@ -47,15 +47,18 @@ def test_a_network_that_is_called_keeps_freed_memory_until_its_end(monkeypatch):
     assert seen == ["kept", "encoded", "given back"]
 
 
-@pytest.mark.parametrize("antisymmetric", [False, True])
+@pytest.mark.parametrize(("antisymmetric", "driven"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("depth", [9, 11, 16])
-def test_slabs_of_an_estimator_are_the_whole_of_it(depth, antisymmetric, monkeypatch):
+def test_slabs_of_an_estimator_are_the_whole_of_it(depth, antisymmetric, driven, monkeypatch):
     torch.manual_seed(0)
-    estimator, sides = backbone.FlowEstimator(4, 5, antisymmetric), []
+    estimator, sides = backbone.FlowEstimator(4, 5, antisymmetric, driven), []
     estimator.conv3.register_forward_pre_hook(lambda _, given: sides.append(given[0].shape[2]))
-    features = torch.randn(2, 1, 4, depth, 7, 6)
+    given = [*torch.randn(2, 1, 4, depth, 7, 6)]
+    if driven:
+        torch.nn.init.normal_(estimator.of_forces.weight)
+        given.append(torch.randn(1, 6, depth, 7, 6))
     monkeypatch.setattr(backbone, "SLAB", 4)
-    whole = estimator(*features)
+    whole = estimator(*given)
     with torch.no_grad():
-        torch.testing.assert_close(estimator(*features), whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(estimator(*given), whole, atol=1e-6, rtol=0)
     assert sides == {9: [9, 7, 8, 4], 11: [11, 7, 10, 6], 16: [16, 7, 10, 10, 7]}[depth]

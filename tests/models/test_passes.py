@@ -80,7 +80,7 @@ def test_the_loss_compares_each_levels_last_pass_and_smooths_all():
     assert torch.allclose(row.objective(fields, fixed, moving, preset)["total"], found["total"])
 
 
-@pytest.mark.parametrize("name", ["BF", "CA", "ANTI", "LK"])
+@pytest.mark.parametrize("name", ["BF", "CA", "ANTI", "FORCE", "LK"])
 def test_it_goes_with_other_schemes_and_recomputation_changes_nothing(name):
     model = small(2, name).train()
     gradients = []

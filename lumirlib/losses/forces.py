@@ -1,0 +1,76 @@
+"""Forces (FORCE): where the losses of the result would have each voxel moved.
+
+The slope of a similarity by the displacement is its slope by the warped image times that image's gradient. A network
+that is given it learns how to descend, as in GradIRN (Qiu et al., "Embedding gradient-based optimization in image
+registration networks", MICCAI 2022). Here both images take part, as in symmetric demons (Vercauteren et al.,
+"Diffeomorphic demons", NeuroImage 45(1), 2009): exchanged images give the forces with another sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lumirlib import spatial
+from lumirlib.losses.multilevel import gaussian_pyramid
+from lumirlib.losses.similarity import ncc_slope
+from lumirlib.losses.tissue import tissue_maps
+
+#: Channels of :func:`forces`: three components of either force.
+FORCE_CHANNELS = 6
+#: Window of the correlation in voxels of each level.
+WINDOW = 5
+#: Factor on the correlation's force, which brings either to some tenths where images disagree; and the largest value
+#: that is passed on.
+SCALE, LARGEST = 0.4, 5.0
+
+
+def force_maps(image: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """What the forces of each level compare: the image and its tissues.
+
+    Args:
+        image: Brains ``(B, 1, D, H, W)`` in [0, 1], zero outside.
+        shapes: Sides of each level, finest first.
+
+    Returns:
+        One tensor ``(B, 4, D_l, H_l, W_l)`` per level; without a gradient.
+    """
+    with torch.no_grad(), spatial.without_autocast(image.device):
+        tissues = [tissue_maps(image)]
+        for shape in shapes[1:]:
+            tissues.append(spatial.resize(tissues[-1], shape))
+        images = gaussian_pyramid(image, shapes)
+        return [torch.cat([one, maps.to(one.dtype)], dim=1) for one, maps in zip(images, tissues, strict=True)]
+
+
+def forces(fixed: torch.Tensor, warped: torch.Tensor) -> torch.Tensor:
+    """Forces of local correlation and of tissues at every voxel.
+
+    Args:
+        fixed: Maps of the fixed image ``(B, 4, D, H, W)``, as :func:`force_maps` gives them.
+        warped: Those of the moving one, warped, same shape.
+
+    Returns:
+        ``(B, 6, D, H, W)``: first those of the correlation, then those of the tissues, along i, j and k, from -5 to 5;
+        without a gradient. A displacement along them makes the images more alike.
+    """
+    with torch.no_grad(), spatial.without_autocast(fixed.device):
+        images = fixed[:, :1].contiguous(), warped[:, :1].contiguous()
+        by_fixed, by_warped = ncc_slope(*images, WINDOW), ncc_slope(*reversed(images), WINDOW)
+        difference, total = fixed[:, 1:] - warped[:, 1:], fixed[:, 1:] + warped[:, 1:]
+        found = fixed.new_zeros(len(fixed), FORCE_CHANNELS, *fixed.shape[2:])
+        for axis in range(3):
+            inner = found.narrow(2 + axis, 1, found.shape[2 + axis] - 2)
+
+            def here(maps: torch.Tensor, axis: int = axis) -> torch.Tensor:
+                return maps.narrow(2 + axis, 1, maps.shape[2 + axis] - 2)
+
+            def slope(maps: torch.Tensor, axis: int = axis) -> torch.Tensor:
+                size = maps.shape[2 + axis] - 2
+                return (maps.narrow(2 + axis, 2, size) - maps.narrow(2 + axis, 0, size)) / 2
+
+            own = here(by_fixed) * slope(images[0]) - here(by_warped) * slope(images[1])
+            inner[:, axis] = SCALE * own[:, 0]
+            inner[:, 3 + axis] = (here(difference) * slope(total)).sum(1)
+        return found.clamp_(-LARGEST, LARGEST)
