@@ -364,7 +364,7 @@ def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | Non
         raise ValueError(f"init must be one of {choices}, or the path of a best.pt; got {init!r}")
     found = (read_checkpoint(init) if init.endswith(".pt") else read_packaged(init)).at_resolution(resolution_mm)
     wanted = shapes_of(init, base)
-    idle = {name: torch.zeros(shape) for name, shape in wanted.items() if FORCE_PART in name.split(".")}
+    idle = {name: torch.zeros_like(one, device="cpu") for name, one in wanted.items() if FORCE_PART in name.split(".")}
     found = replace(found, tensors=idle | found.tensors)
     check_weights(f"{init} for {base.name} ({base.describe()})", found.tensors, wanted)
     return found
