@@ -31,7 +31,7 @@ FIELD = ("cuda", torch.float32, (1, 3, *SHAPE))
 #: The rows of both tables that are networks; deedsBCV works on the CPU.
 NETWORKS = [name for name in table_rows(["table1", "table2"]) if parse_row(name).trains_on != "nothing"]
 #: Besides them, all of our own options.
-TRAINED = [*NETWORKS, "ours+TISSUE"]
+TRAINED = [*NETWORKS, "ours+TISSUE+FORCE"]
 #: Values that a step brings to the processor: whether two images are finite, or within [0, 1].
 CHECKS = {"VoxelMorph": 2, "TransMorph": 2, "uniGradICON": 2}
 #: Makes the masks of its shifted windows on the processor.

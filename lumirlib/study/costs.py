@@ -39,6 +39,7 @@ from lumirlib import provenance
 from lumirlib._checks import counted
 from lumirlib.data.dataset_json import LUMIR_SCANS
 from lumirlib.data.frame import FRAME_SHAPE
+from lumirlib.losses.forces import FORCE_CHANNELS
 from lumirlib.methods import parse_row
 from lumirlib.methods.base import PAPER, Preset, Row
 from lumirlib.methods.presets import get_preset
@@ -83,10 +84,11 @@ def multiply_adds(row: Row, shape: tuple[int, ...]) -> float:
             model.encoder(torch.cat([image, image]))
             for level, sides in enumerate(model.level_shapes(shape)):
                 features = torch.empty(1, row.start_channels, *sides, device="meta")
+                force = torch.empty(1, FORCE_CHANNELS, *sides, device="meta")
                 for _ in range(model.passes + (0 if level else model.refinements)):
                     if str(level) in model.co_attention:
                         model.co_attention[str(level)](features, features)
-                    model.estimators[level](features, features)
+                    model.estimators[level](features, features, force)
     return counter.get_total_flops() // 2
 
 

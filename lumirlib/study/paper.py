@@ -173,8 +173,10 @@ BEYOND = (
     "COMP+LR4",
     "COMP+MUON",
     "COMP+TISSUE",
+    "COMP+FORCE",
     "LC-2+LR4+MUON",
     "ours",
+    "ours+TISSUE+FORCE",
 )
 
 

@@ -264,6 +264,9 @@ def test_a_run_starts_from_packaged_weights_or_from_a_checkpoint_and_is_named_fo
         trainer = Trainer(run.config, run.cohort, tmp_path, run.engine, False, run.start.tensors)
         assert all(torch.equal(value, wanted.tensors[name]) for name, value in trainer.model.state_dict().items())
         assert run.config.init_digest == wanted.digest and str(best) not in run.command + run.title
+    forced = started(made, tmp_path, NAME, "backbone+FORCE")
+    assert set(wanted.tensors) < set(forced.start.tensors) and len(forced.start.tensors) == len(wanted.tensors) + 2
+    assert not any(forced.start.tensors[f"estimators.{level}.of_forces.weight"].any() for level in range(2))
     plain = [started(made, tmp_path, init) for init in ("", "random", None)]
     assert len({one.config.run for one in plain}) == 1 and "init" not in str(plain[0].config.as_dict())
     assert run.config.run != plain[0].config.run and plain[0].start is None

@@ -324,6 +324,8 @@ def test_multiply_adds_are_those_of_a_hand_count():
     backbone = encoder + sum(convolutions(voxels // 8**level, n, k) for level in range(5))
     variant = parse_variant("backbone", start_channels=n)
     assert costs.multiply_adds(variant, shape) == backbone
+    forces = sum(voxels // 8**level * 27 * 6 * 2 * n for level in range(5))
+    assert costs.multiply_adds(replace(variant, driven=True), shape) == backbone + forces
     tokens = voxels // 8**4
     attention = 2 * 2 * tokens * tokens * n  # two directions, affinity and gathering
     linear = tokens * (n * n + 2 * n * n + 2 * 2 * n * n)  # one affinity, two values, two gates
