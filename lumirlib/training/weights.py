@@ -200,19 +200,21 @@ def read_packaged(name: str, resolution_mm: float | None = None) -> Weights:
     """Weights that the package carries, at the resolution that they were trained at.
 
     Args:
-        name: Their name, or that of their row.
-        resolution_mm: Edge of the voxels that they are wanted for, in mm: of a row's weights those trained at the
-            nearest one are taken, or the finest if none is given.
+        name: Their name, with the voxel size or without it.
+        resolution_mm: Edge of the voxels that they are wanted for, in mm: where `name` does not say it those trained at
+            the nearest one are taken, or at the finest if none is given.
 
     Raises:
         ValueError: an unknown name, with the choices listed; a file that is damaged.
     """
     if name not in names():
-        of_row = [one for one in map(read_packaged, names()) if one.row.name == name]
-        if of_row:
-            finest = min(one.resolution_mm for one in of_row)
+        called_so = [
+            one for one in map(read_packaged, names()) if name == one.name.replace(f"-{one.resolution_mm:g}mm", "")
+        ]
+        if called_so:
+            finest = min(one.resolution_mm for one in called_so)
             wanted = finest if resolution_mm is None else resolution_mm
-            return min(of_row, key=lambda one: (abs(one.resolution_mm - wanted), one.resolution_mm))
+            return min(called_so, key=lambda one: (abs(one.resolution_mm - wanted), one.resolution_mm))
         raise ValueError(
             f"no pretrained weights {name!r}: choose from {', '.join(names()) or 'none, none are packaged'}"
         )
@@ -309,7 +311,7 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
 
     Args:
         name: Name of the weights, one of :func:`lumirlib.training.weights.names`, which says the voxel size that they
-            were trained at, and images are to have; or the name of a row, such as "ours", see :func:`read_packaged`.
+            were trained at, and images are to have; or such a name without it, as "ours", see :func:`read_packaged`.
         device: Device's name: "auto", "cpu", "cuda" ...
         resolution_mm: Edge of the voxels that images are to have instead, in mm, see :func:`to_finer_levels`.
         contrast: Contrast of the images, see :func:`lumirlib.methods.contrast.for_contrast`.

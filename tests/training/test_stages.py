@@ -324,7 +324,7 @@ def test_pretrained_weights_run_on_finer_voxels_by_name():
         pretrained("ours-1mm", resolution_mm=64)
 
 
-def test_a_rows_name_gives_its_weights_that_were_trained_nearest():
+def test_a_name_without_the_voxel_size_gives_the_weights_that_were_trained_nearest():
     for wanted, trained in ((None, 1), (0.5, 1), (1, 1), (2, 2), (4, 2)):
         assert read_packaged("ours", wanted).name == f"ours-{trained}mm"
     assert len(pretrained("ours", "cpu", resolution_mm=4).estimators) == 4
