@@ -146,7 +146,7 @@ def test_an_inverted_scan_is_registered_as_the_scan_itself():
     plain = choose_registrar(pretrained=DEFAULT_WEIGHTS, resolution_mm=4, device="cpu")
     matched = replace(plain, method=for_contrast(plain.method, "any"))
     of_inverted = matched.displacement(fixed, inverted, "cpu")
-    torch.testing.assert_close(of_inverted, matched.displacement(fixed, moving, "cpu"), atol=1e-3, rtol=0)
+    torch.testing.assert_close(of_inverted, matched.displacement(fixed, moving, "cpu"), atol=5e-3, rtol=0)
     wanted = plain.displacement(fixed, moving, "cpu")
     off, far = ((one - wanted).norm(dim=1).mean() for one in (of_inverted, plain.displacement(fixed, inverted, "cpu")))
     assert off < 0.25 * far
