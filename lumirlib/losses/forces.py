@@ -44,6 +44,16 @@ def force_maps(image: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[tor
         return [torch.cat([one, maps.to(one.dtype)], dim=1) for one, maps in zip(images, tissues, strict=True)]
 
 
+def _inside(maps: torch.Tensor, axis: int) -> torch.Tensor:
+    return maps.narrow(2 + axis, 1, maps.shape[2 + axis] - 2)
+
+
+def _slope(maps: torch.Tensor, axis: int) -> torch.Tensor:
+    """Central differences along an axis, without its first and last plane."""
+    size = maps.shape[2 + axis] - 2
+    return (maps.narrow(2 + axis, 2, size) - maps.narrow(2 + axis, 0, size)) / 2
+
+
 def forces(fixed: torch.Tensor, warped: torch.Tensor) -> torch.Tensor:
     """Forces of local correlation and of tissues at every voxel.
 
@@ -61,16 +71,8 @@ def forces(fixed: torch.Tensor, warped: torch.Tensor) -> torch.Tensor:
         difference, total = fixed[:, 1:] - warped[:, 1:], fixed[:, 1:] + warped[:, 1:]
         found = fixed.new_zeros(len(fixed), FORCE_CHANNELS, *fixed.shape[2:])
         for axis in range(3):
-            inner = found.narrow(2 + axis, 1, found.shape[2 + axis] - 2)
-
-            def here(maps: torch.Tensor, axis: int = axis) -> torch.Tensor:
-                return maps.narrow(2 + axis, 1, maps.shape[2 + axis] - 2)
-
-            def slope(maps: torch.Tensor, axis: int = axis) -> torch.Tensor:
-                size = maps.shape[2 + axis] - 2
-                return (maps.narrow(2 + axis, 2, size) - maps.narrow(2 + axis, 0, size)) / 2
-
-            own = here(by_fixed) * slope(images[0]) - here(by_warped) * slope(images[1])
+            inner = _inside(found, axis)
+            own = _inside(by_fixed, axis) * _slope(images[0], axis) - _inside(by_warped, axis) * _slope(images[1], axis)
             inner[:, axis] = SCALE * own[:, 0]
-            inner[:, 3 + axis] = (here(difference) * slope(total)).sum(1)
+            inner[:, 3 + axis] = (_inside(difference, axis) * _slope(total, axis)).sum(1)
         return found.clamp_(-LARGEST, LARGEST)

@@ -119,15 +119,21 @@ def ncc_in_parts(
     return (1 - total / warped.numel()).to(warped.dtype), gradient
 
 
+def _ncc(
+    warped: torch.Tensor, fixed: torch.Tensor, window: int, wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    compute = _ncc_compiled if warped.device.type == "cpu" else ncc_in_parts
+    return compute(warped, fixed, window, wanted)
+
+
 class _LocalCorrelation(torch.autograd.Function):
     """NCC with its gradient computed beside it, and nothing but that kept; see `_loss_kernels.ncc_planes`."""
 
     @staticmethod
     def forward(ctx, warped: torch.Tensor, fixed: torch.Tensor, window: int) -> torch.Tensor:
-        compute = _ncc_compiled if warped.device.type == "cpu" else ncc_in_parts
         of_warped, of_fixed, _ = ctx.needs_input_grad
-        loss, by_warped = compute(warped, fixed, window, of_warped)
-        by_fixed = compute(fixed, warped, window, True)[1] if of_fixed else None  # the loss is symmetric
+        loss, by_warped = _ncc(warped, fixed, window, of_warped)
+        by_fixed = _ncc(fixed, warped, window, True)[1] if of_fixed else None  # the loss is symmetric
         ctx.save_for_backward(by_warped, by_fixed)
         return loss
 
@@ -183,8 +189,7 @@ def ncc_slope(image: torch.Tensor, other: torch.Tensor, window: int) -> torch.Te
     Returns:
         ``(B, 1, D, H, W)``.
     """
-    compute = _ncc_compiled if image.device.type == "cpu" else ncc_in_parts
-    slope = compute(image, other, window, True)[1]
+    slope = _ncc(image, other, window, True)[1]
     assert slope is not None
     return slope * image.numel()
 

@@ -190,11 +190,8 @@ class FlowEstimator(nn.Module):
         return torch.cat(parts, dim=2)
 
     def _velocity(self, fixed: torch.Tensor, moving: torch.Tensor, force: torch.Tensor | None) -> torch.Tensor:
-        driven = 0 if self.of_forces is None else self.of_forces(force)
-        if self.antisymmetric:
-            features = self._antisymmetric_pair(fixed, moving, driven)
-        else:
-            features = self._first(fixed, moving) + driven
+        first = self._antisymmetric_pair if self.antisymmetric else self._first
+        features = first(fixed, moving, force)
         features = F.relu(features, inplace=True)
         features = F.relu(self.conv2(features), inplace=True)
         with spatial.without_autocast(features.device):
@@ -204,17 +201,19 @@ class FlowEstimator(nn.Module):
                 features = (there - back) / 2
             return self.conv3(features)
 
-    def _first(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
+    def _first(self, fixed: torch.Tensor, moving: torch.Tensor, force: torch.Tensor | None) -> torch.Tensor:
         """First convolution of ``cat(F + M, F - M)``.
 
         It is one of ``cat(F, M)`` with sums and differences of its weights, which are small where features are large.
         """
         of_sum, of_difference = self.conv1.weight.chunk(2, dim=1)
         weight = torch.cat([of_sum + of_difference, of_sum - of_difference], dim=1)
-        return self.conv1._conv_forward(torch.cat([fixed, moving], dim=1), weight, self.conv1.bias)
+        return self._with_forces(
+            self.conv1._conv_forward(torch.cat([fixed, moving], dim=1), weight, self.conv1.bias), force
+        )
 
     def _antisymmetric_pair(
-        self, fixed: torch.Tensor, moving: torch.Tensor, driven: torch.Tensor | int
+        self, fixed: torch.Tensor, moving: torch.Tensor, force: torch.Tensor | None
     ) -> torch.Tensor:
         """First convolution for (F, M) and for (M, F), ``(2 B, 2 N, D_l, H_l, W_l)``, at the cost of one.
 
@@ -222,8 +221,11 @@ class FlowEstimator(nn.Module):
         """
         of_sum, of_difference = self.conv1.weight.chunk(2, dim=1)
         even = self.conv1._conv_forward(fixed + moving, of_sum, self.conv1.bias)
-        odd = self.conv1._conv_forward(fixed - moving, of_difference, None) + driven
+        odd = self._with_forces(self.conv1._conv_forward(fixed - moving, of_difference, None), force)
         return torch.cat([even + odd, even - odd])
+
+    def _with_forces(self, features: torch.Tensor, force: torch.Tensor | None) -> torch.Tensor:
+        return features if self.of_forces is None else features + self.of_forces(force)
 
 
 class RegistrationNetwork(nn.Module):
