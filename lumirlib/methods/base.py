@@ -57,6 +57,10 @@ class Row:
         """
         return self
 
+    def before_last_stage(self: AnyRow) -> AnyRow:
+        """The row as the stages before a run's last train it."""
+        return self
+
     def build(self) -> nn.Module:
         """The network with fresh weights (seed with ``torch.manual_seed``): ``model(fixed, moving) -> displacement``.
 

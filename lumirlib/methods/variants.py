@@ -78,6 +78,7 @@ class TrainingOptions:
             behind the trained weights of the same network without it, with its widths as given.
         ndv_weight: Weight of :func:`lumirlib.losses.ndv.ndv_loss` of the result (NDV), a share of the volume.
         tissue_weight: Weight of :func:`lumirlib.losses.tissue.tissue_loss` of the result (TISSUE).
+        driven_late: Whether the stages before a run's last train without the forces (FORCE-late).
         learning_rate_factor: Factor on the preset's learning rate (LR4), which is that of the paper's own
             network.
         optimizer: Name of the optimizer (MUON), "adam" or "muon", see :mod:`lumirlib.training.muon`.
@@ -86,6 +87,7 @@ class TrainingOptions:
     bilateral_mode: str = field(default="joint", metadata=ADDED_LATER)
     ndv_weight: float = field(default=0.0, metadata=ADDED_LATER)
     tissue_weight: float = field(default=0.0, metadata=ADDED_LATER)
+    driven_late: bool = field(default=False, metadata=ADDED_LATER)
     learning_rate_factor: float = field(default=1.0, metadata=ADDED_LATER)
     optimizer: str = field(default="adam", metadata=ADDED_LATER)
 
@@ -161,6 +163,10 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
                 f"levels of {self.name} must be above {-halvings}, one for each doubling of a voxel; got {self.levels}"
             )
         return replace(self, levels=levels, voxel_mm=self.voxel_mm / 2**halvings)
+
+    def before_last_stage(self) -> Variant:
+        """The variant without the forces that come late."""
+        return replace(self, driven=self.driven and not self.driven_late)
 
     def build(self) -> RegistrationNetwork:
         """The network, with fresh weights."""
@@ -243,7 +249,8 @@ class Variant(InferenceOptions, TrainingOptions, NetworkOptions, Row):
             unit = " mm" if self.voxel_mm else ""
             words.append(f"bilateral filter of window {self.bilateral_window}{unit}, {how}")
         words += ["antisymmetric velocities"] if self.antisymmetric else []
-        words += ["driven by forces"] if self.driven else []
+        if self.driven:
+            words.append("driven by forces" + ", given in a training's last stage alone" * self.driven_late)
         words += [f"{self.passes} passes of each level"] if self.passes > 1 else []
         if self.refinements:
             noun = "pass" if self.refinements == 1 else "passes"
@@ -295,6 +302,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "NDV": {"ndv_weight": 10.0},
     "TISSUE": {"tissue_weight": 8.0},
     "FORCE": {"driven": True},
+    "FORCE-late": {"driven": True, "driven_late": True},
     "UNFOLD": {"unfolding": 4},
     "IO": {"instance_steps": 50},
 }

@@ -174,9 +174,11 @@ BEYOND = (
     "COMP+MUON",
     "COMP+TISSUE",
     "COMP+FORCE",
+    "COMP+FORCE-late",
     "LC-2+LR4+MUON",
     "ours",
     "ours+TISSUE+FORCE",
+    "ours+TISSUE+FORCE-late",
 )
 
 

@@ -22,7 +22,7 @@ from lumirlib.data.cohort import MIN_LABEL_VOXELS
 from lumirlib.evaluation import FURTHER_METRICS, Method, evaluate_method, zero_displacement
 from lumirlib.files import Journal, check_writable, read_json, write_atomically
 from lumirlib.methods import parse_row
-from lumirlib.methods.base import Baseline, halvings
+from lumirlib.methods.base import Baseline
 from lumirlib.methods.presets import split_options
 from lumirlib.methods.variants import Variant
 from lumirlib.metrics import inverse_consistency_error
@@ -128,8 +128,7 @@ class Run:
             loaded.landmark_pair(pair)  # landmarks that do not fit are said before the training, not after
         _ = loaded.labels  # nor labels of another protocol
         config = make_config(row, chosen_preset, loaded, seed, **for_row)
-        first = config.row.on_finer_voxels(-halvings(stages[0].resolution_mm, chosen_preset.resolution_mm))
-        start = starting_weights(str(given.get("init", "")), first, stages[0].resolution_mm)
+        start = starting_weights(str(given.get("init", "")), config.row_of_stage(0), stages[0].resolution_mm)
         config = replace(config, init_digest=start.digest if start else "")
         named = given | ({"init": chosen_preset.init} if start else {})  # no path of this machine
         shown = {

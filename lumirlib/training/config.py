@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 
 from lumirlib.data import Cohort
-from lumirlib.methods.base import Preset, Row, check_options, file_name
+from lumirlib.methods.base import Preset, Row, check_options, file_name, halvings
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class RunConfig:
     cohort_digest: str
     seed: int
     init_digest: str = ""
+
+    def row_of_stage(self, number: int) -> Row:
+        """The row as a stage of the preset, counted from 0, trains it."""
+        stages = self.preset.each_stage
+        row = self.row.on_finer_voxels(-halvings(stages[number].resolution_mm, self.preset.resolution_mm))
+        return row if number == len(stages) - 1 else row.before_last_stage()
 
     def as_dict(self) -> dict[str, object]:
         """The configuration as plain values; options that came after the first runs only where they are used."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lumirlib.data import Cohort
-from lumirlib.methods.base import Preset, Row, halvings
+from lumirlib.methods.base import Preset, Row
 from lumirlib.training.config import RunConfig
 from lumirlib.training.pairs import training_source
 
@@ -56,7 +56,7 @@ class StageTraining:
                 f"loaded at {loaded} mm"
             )
         pairs = min(len(cohort.train), preset.steps_per_epoch or len(cohort.train))
-        row = config.row.on_finer_voxels(-halvings(preset.resolution_mm, whole.resolution_mm))
+        row = config.row_of_stage(number)
         last = whole.ends[number]
         return cls(
             preset=preset,

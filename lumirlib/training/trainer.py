@@ -50,7 +50,7 @@ from lumirlib.training.muon import Muon
 from lumirlib.training.pairs import epoch_batches, pair_generator
 from lumirlib.training.stages import StageTraining
 from lumirlib.training.validation import validate, validation_pairs
-from lumirlib.training.weights import to_device, to_finer_levels
+from lumirlib.training.weights import to_device, to_finer_levels, with_idle_forces
 
 #: Besides at the end of each epoch and on interruption, a checkpoint is written when the last one is this old.
 CHECKPOINT_SECONDS = 600.0
@@ -119,7 +119,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         self.model = to_device(self.stage.row.build(), self.engine.target)
         if weights is not None:
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict(with_idle_forces(weights, self.model.state_dict()))
         self.optimizer = make_optimizer(self.model, self.stage.preset, self.stage.row.optimizer)
         self._called_model, self._called_optimizer = self.engine.prepare(self.model, self.optimizer)
 

@@ -366,10 +366,22 @@ def starting_weights(init: str, row: Row, resolution_mm: float) -> Weights | Non
         raise ValueError(f"init must be one of {choices}, or the path of a best.pt; got {init!r}")
     found = (read_checkpoint(init) if init.endswith(".pt") else read_packaged(init)).at_resolution(resolution_mm)
     wanted = shapes_of(init, base)
-    idle = {name: torch.zeros_like(one, device="cpu") for name, one in wanted.items() if FORCE_PART in name.split(".")}
-    found = replace(found, tensors=idle | found.tensors)
+    found = replace(found, tensors=with_idle_forces(found.tensors, wanted))
     check_weights(f"{init} for {base.name} ({base.describe()})", found.tensors, wanted)
     return found
+
+
+def with_idle_forces(
+    tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Weights with zeros for the parts of `wanted` that take forces, where they have none themselves.
+
+    Args:
+        tensors: Tensors by name.
+        wanted: Those of the network that they are for; their values do not count.
+    """
+    idle = {name: torch.zeros_like(one, device="cpu") for name, one in wanted.items() if FORCE_PART in name.split(".")}
+    return idle | dict(tensors)
 
 
 def _fitting(row: Row, resolution_mm: float) -> Weights:

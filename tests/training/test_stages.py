@@ -217,6 +217,18 @@ def test_a_run_trains_from_coarse_to_fine_and_chooses_among_the_last_stages_epoc
     assert facts["resolution_mm"] == 1 and facts["trained_by"] == result.trained_by
 
 
+def test_forces_that_come_late_are_learned_in_the_last_stage_alone(small_cohort_json, tmp_path):
+    run = staged_run(small_cohort_json, tmp_path, "ANTI+FORCE-late")
+    trainer = Trainer(run.config, run.cohort, tmp_path, CPU, progress=False, coarser=run.coarser)
+    assert [stage.row.driven for stage in trainer.stages] == [False, True]
+    assert not trainer.model.driven and not any("of_forces" in name for name in trainer.model.state_dict())
+    train(run.config, run.cohort, tmp_path, CPU, progress=False, coarser=run.coarser)
+    found = read_checkpoint(trainer.best_path)
+    forces = [tensor for name, tensor in found.tensors.items() if "of_forces" in name]
+    assert len(forces) == 3 and all(one.abs().max() > 0 for one in forces)
+    assert "driven by forces, given in a training's last stage alone" in found.row.describe()
+
+
 @pytest.mark.parametrize("taken_before", [3, 7, 8, 13])  # 8 steps a stage: within 1, at its end twice, within 2
 def test_a_run_stopped_in_any_stage_goes_on_to_the_same_weights(small_cohort_json, tmp_path, monkeypatch, taken_before):
     whole = staged_run(small_cohort_json, tmp_path / "whole").train(progress=False)
