@@ -174,7 +174,6 @@ BEYOND = (
     "COMP+MUON",
     "COMP+TISSUE",
     "COMP+FORCE",
-    "COMP+FORCE-late",
     "LC-2+LR4+MUON",
     "ours",
     "ours+TISSUE+FORCE",
