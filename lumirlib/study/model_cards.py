@@ -63,7 +63,8 @@ def export(
 
     Args:
         run: Name of a run that was trained and evaluated; its files in checkpoints/, metrics/ and logs/ are read.
-        name: Name of the weights: lower case, with the voxel size ("1mm") among its parts.
+        name: Name of the weights: lower case, with the size of the voxels that they are for ("1mm") among its parts. If
+            they were trained at others, they are passed on, see :func:`lumirlib.training.weights.to_finer_levels`.
         results: Results folder; empty for :func:`lumirlib.provenance.results_folder`.
         cohort: Cohort to evaluate on, all its pairs.
         data_root: Folder that the cohort's paths are relative to.
@@ -77,23 +78,24 @@ def export(
 
     Raises:
         FileNotFoundError: a file of the run is missing.
-        ValueError: a name that hides what it must say; files that do not belong together; a run whose epoch was chosen
-            by the people that it would be evaluated on; too many bytes.
+        ValueError: a name that hides what it must say; voxels that the network cannot be passed on to; files that do
+            not belong together; a run whose epoch was chosen by the people that it would be evaluated on; too many
+            bytes.
     """
     folder = provenance.results_folder(results)
     checkpoint, log = folder / "checkpoints" / run / "best.pt", folder / "logs" / f"{run}.csv"
     _, about = read_results(folder / "metrics" / f"{run}.csv")
     if about.get("weights") != run:
         raise ValueError(f"{run} uses the weights of {about.get('weights')!r}: export that run")
-    weights = read_checkpoint(checkpoint, options)
+    trained = read_checkpoint(checkpoint, options)
     for key in ("cohort_digest", "seed"):
-        if weights.config[key] != about[key]:
-            raise ValueError(f"{checkpoint}: {key} is {weights.config[key]!r}, in metrics/{run}.json {about[key]!r}")
+        if trained.config[key] != about[key]:
+            raise ValueError(f"{checkpoint}: {key} is {trained.config[key]!r}, in metrics/{run}.json {about[key]!r}")
     if not log.is_file():
         raise FileNotFoundError(f"no such log: {log}")
-    _check_name(name, weights.resolution_mm)
+    weights = trained.at_resolution(_resolution_in(name))
     others = [path for path in packaged.FOLDER.glob("*.safetensors") if path.stem != name]
-    size = sum(path.stat().st_size for path in others) + sum(one.nbytes for one in weights.tensors.values())
+    size = sum(path.stat().st_size for path in others) + sum(one.nbytes for one in trained.tensors.values())
     if size + HEADER_BYTES > packaged.MAX_BYTES:
         raise ValueError(
             f"{packaged.FOLDER} would hold {size} bytes of weights with {name}, more than {packaged.MAX_BYTES}"
@@ -130,22 +132,26 @@ def export(
     write_results(pd.concat(tables, ignore_index=True), measured, evaluation | scoring_facts(people))
 
     facts = _facts(name, weights, about, pd.read_csv(log), *read_results(measured))
+    facts["trained_mm"] = trained.resolution_mm
     check_facts(f"metrics/{run}.json", facts)
-    stored = {"format": FORMAT, "digest": weights.digest}
-    stored |= {"config": json.dumps(weights.config), "facts": json.dumps(facts)}
-    tensors = {key: tensor.contiguous() for key, tensor in weights.tensors.items()}
+    stored = {"format": FORMAT, "digest": trained.digest}
+    stored |= {"config": json.dumps(trained.config), "facts": json.dumps(facts)}
+    tensors = {key: tensor.contiguous() for key, tensor in trained.tensors.items()}
     path = packaged.FOLDER / f"{name}.safetensors"
     write_atomically(path, lambda to: safetensors.torch.save_file(tensors, to, stored))
     _write_card(name)
     return path
 
 
-def _check_name(name: str, resolution_mm: float) -> None:
-    needed = f"{resolution_mm:g}mm"
-    if needed not in name.split("-") or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+def _resolution_in(name: str) -> float:
+    """Edge of the voxels in mm that a name of weights says."""
+    sizes = [part.removesuffix("mm") for part in name.split("-") if re.fullmatch(r"\d+(\.\d+)?mm", part)]
+    if len(sizes) != 1 or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
         raise ValueError(
-            f"name must be of a-z, 0-9, '.' and '-' and say {needed} between hyphens, as in ours-{needed}; got {name!r}"
+            "name must be of a-z, 0-9, '.' and '-' and say one voxel size between hyphens, as in ours-1mm; "
+            f"got {name!r}"
         )
+    return float(sizes[0])
 
 
 def _facts(
@@ -184,6 +190,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
         facts: Facts as :func:`export` stores them.
     """
     size, done, figures = f"{facts['resolution_mm']:g} mm", facts["evaluation"], facts["figures"]
+    trained = f"{facts.get('trained_mm', facts['resolution_mm']):g} mm"
+    passed_on = "" if trained == size else f", passed on to **{size}**"
     scored = f"scored at {done.get('scored_mm') or facts['resolution_mm']:g} mm"
     devices = list(dict.fromkeys(session.partition(", ")[2] for session in facts["trained_by"]))
     commits = list(dict.fromkeys(session.partition(", ")[0] for session in facts["trained_by"]))
@@ -209,7 +217,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     ]
     return f"""# {facts["name"]}
 
-Weights of `{facts["method"]}`, trained at voxels of **{size}** on **{" and ".join(devices)}**:
+Weights of `{facts["method"]}`, trained at voxels of **{trained}** on **{" and ".join(devices)}**{passed_on}:
 {facts["words"]}; {facts["parameters"]:,} parameters.
 
 ```python

@@ -142,7 +142,7 @@ def choose_registrar(
         raise ValueError(f"{found.name}: works at {found.resolution_mm:g} mm, expected one of {RESOLUTIONS_MM}")
     facts = {
         "pretrained" if pretrained else "run": trained.name,
-        "trained_at_mm": trained.resolution_mm,
+        "trained_at_mm": float(found.config["preset"]["resolution_mm"]),
         "cohort": found.config["cohort"],
         "preset": found.config["preset"].get("name"),
         "weights": found.digest,

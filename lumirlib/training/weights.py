@@ -5,7 +5,8 @@
     lumirlib weights check
 
 `pretrained_weights/<name>.safetensors` holds the weights and, as JSON in its metadata, the run's configuration and all
-that the card says; the card, `<name>.md`, is made of that. Every number comes from files that runs wrote.
+that the card says; the card, `<name>.md`, is made of that. Every number comes from files that runs wrote. Weights are
+stored as they were trained; those that are for other voxels are passed on when they are read.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Weights:
     Attributes:
         name: Name of the packaged weights, or of the run.
         row: Row whose network they are of.
-        resolution_mm: Edge of the voxels that they were trained at, in mm.
+        resolution_mm: Edge of the voxels that they are for, in mm.
         config: Configuration of the run, as :meth:`lumirlib.training.config.RunConfig.as_dict` gives it.
         tensors: Tensors by name, on the CPU.
         facts: Facts that the card states; empty for those of a checkpoint.
@@ -197,11 +198,11 @@ def names() -> tuple[str, ...]:
 
 
 def read_packaged(name: str, resolution_mm: float | None = None) -> Weights:
-    """Weights that the package carries, at the resolution that they were trained at.
+    """Weights that the package carries, at the resolution that they are for.
 
     Args:
         name: Their name, with the voxel size or without it.
-        resolution_mm: Edge of the voxels that they are wanted for, in mm: where `name` does not say it those trained at
+        resolution_mm: Edge of the voxels that they are wanted for, in mm: where `name` does not say it those for
             the nearest one are taken, or at the finest if none is given.
 
     Raises:
@@ -247,7 +248,7 @@ def read_weights(path: str | Path) -> Weights:
     if stored.get("digest") != found.digest:
         raise ValueError(f"{path}: damaged, the digest of its weights is not the one it was written with")
     check_facts(path, facts)
-    return found
+    return replace(found.at_resolution(facts["resolution_mm"]), name=found.name)
 
 
 def check_facts(path: str | Path, facts: dict[str, Any]) -> None:
@@ -311,7 +312,7 @@ def pretrained(name: str, device: str = "auto", resolution_mm: float | None = No
 
     Args:
         name: Name of the weights, one of :func:`lumirlib.training.weights.names`, which says the voxel size that they
-            were trained at, and images are to have; or such a name without it, as "ours", see :func:`read_packaged`.
+            are for, and images are to have; or such a name without it, as "ours", see :func:`read_packaged`.
         device: Device's name: "auto", "cpu", "cuda" ...
         resolution_mm: Edge of the voxels that images are to have instead, in mm, see :func:`to_finer_levels`.
         contrast: Contrast of the images, see :func:`lumirlib.methods.contrast.for_contrast`.

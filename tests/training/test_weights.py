@@ -181,9 +181,9 @@ def test_a_torn_file_and_one_that_is_too_large_are_refused(packaged, monkeypatch
         weights.read_weights(packaged / "none.safetensors")
 
 
-@pytest.mark.parametrize("name", ["ours", "ours-1", "ours-4mm", "Ours-1mm", "../ours-1mm"])
+@pytest.mark.parametrize("name", ["ours", "ours-1", "ours-1mm-2mm", "Ours-1mm", "../ours-1mm"])
 def test_a_name_must_say_the_voxel_size(made, packaged, name):
-    with pytest.raises(ValueError, match="say 1mm between hyphens, as in ours-1mm; got"):
+    with pytest.raises(ValueError, match="say one voxel size between hyphens, as in ours-1mm; got"):
         model_cards.export(made[0].config.run, name, made[1] / "out", str(made[2]), progress=False)
 
 
@@ -197,6 +197,21 @@ def test_how_weights_register_can_be_set_when_they_are_packaged(made, packaged):
     assert "folds smoothed in 2 rounds" in (packaged / "unfolded-1mm.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="option must be one of refinements, unfolding; got 'passes'"):
         model_cards.export(run.config.run, NAME, root / "out", str(others), options={"passes": 2})
+
+
+def test_weights_are_packaged_for_other_voxels_than_they_were_trained_at(made, packaged):
+    run, root, others = made
+    model_cards.export(run.config.run, "passed-2mm", root / "out", str(others), progress=False)
+    found, trained = weights.read_packaged("passed-2mm"), weights.read_packaged(NAME)
+    assert (found.name, found.resolution_mm, trained.resolution_mm) == ("passed-2mm", 2, 1)
+    assert found.digest == trained.at_resolution(2).digest != trained.digest
+    card = (packaged / "passed-2mm.md").read_text(encoding="utf-8")
+    assert card == model_cards.model_card(found.facts)
+    assert "trained at voxels of **1 mm** on **cpu" in card and "**, passed on to **2 mm**:" in card
+    assert json.loads((root / "out" / "pretrained" / "passed-2mm.json").read_text())["digest"] == found.digest
+    assert model_cards.check("passed-2mm", str(others), progress=False)
+    with pytest.raises(ValueError, match="resolutions must differ by powers of two, got 1 mm and 3 mm"):
+        model_cards.export(run.config.run, "passed-3mm", root / "out", str(others), progress=False)
 
 
 def test_people_that_chose_the_epoch_do_not_evaluate_it(made, packaged):
