@@ -147,6 +147,10 @@ def figure(table: pd.DataFrame, title: str) -> plt.Figure:
     """Dice against seconds of what :func:`means` gives; Dice before registration is a line."""
     use_style()
     shown, ax = plt.subplots(figsize=(9, 4.4), layout="constrained")
+
+    def beside(seconds: float) -> pd.DataFrame:
+        return table[table["seconds"].between(seconds / 1.7, 1.7 * seconds) & (table["method"] != BEFORE)]
+
     for line in table.itertuples():
         own = line.method.startswith("ours")
         if line.method == BEFORE:
@@ -156,9 +160,11 @@ def figure(table: pd.DataFrame, title: str) -> plt.Figure:
             )
             continue
         ax.plot(line.seconds, 100 * line.dice, "o" if own else "s", color="C1" if own else "C0")
-        beside = table["seconds"].between(line.seconds / 1.7, 1.7 * line.seconds) & (table["method"] != BEFORE)
-        above = line.dice == table.loc[beside, "dice"].max()  # names of neighbours do not meet
-        at = (line.seconds, 100 * line.dice), (0, 6 if above else -7), "data", "offset points"
+        near = beside(line.seconds)
+        above = line.dice == near["dice"].max()  # names of neighbours do not meet: others' are below it, one each line
+        lower = near[near["dice"].between(line.dice, line.dice + 0.02, inclusive="right")]
+        lines = sum(one.dice < beside(one.seconds)["dice"].max() for one in lower.itertuples())
+        at = (line.seconds, 100 * line.dice), (0, 6 if above else -7 - 12 * lines), "data", "offset points"
         name = line.method.replace(" (", "\n(")
         ax.annotate(name, *at, ha="center", va="bottom" if above else "top", fontsize=9)
     ax.set(xscale="log", xlabel="seconds a pair", ylabel="Dice (%)", title=title)
