@@ -87,7 +87,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv = Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
         self.activation = nn.PReLU()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -222,7 +222,12 @@ class FlowEstimator(nn.Module):
         of_sum, of_difference = self.conv1.weight.chunk(2, dim=1)
         even = self.conv1._conv_forward(fixed + moving, of_sum, self.conv1.bias)
         odd = self._with_forces(self.conv1._conv_forward(fixed - moving, of_difference, None), force)
-        return torch.cat([even + odd, even - odd])
+        if torch.is_grad_enabled():
+            return torch.cat([even + odd, even - odd])
+        both = torch.empty_like(even.expand(2, *even.shape)).flatten(0, 1)  # written once, in the layout of `even`
+        torch.add(even, odd, out=both[: len(even)])
+        torch.sub(even, odd, out=both[len(even) :])
+        return both
 
     def _with_forces(self, features: torch.Tensor, force: torch.Tensor | None) -> torch.Tensor:
         return features if self.of_forces is None else features + self.of_forces(force)

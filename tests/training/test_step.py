@@ -238,6 +238,28 @@ def test_convolution_in_two_halves_is_the_convolution(depth):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(("channels", "width", "voxels"), [(3, 12, 4), (3, 6, 2), (7, 6, 2), (3, 5, 1), (9, 12, 1)])
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+def test_few_channels_are_convolved_for_neighbors_at_once(channels, width, voxels, mixed, monkeypatch):
+    torch.manual_seed(0)
+    layer = Conv3d(5, channels, kernel_size=3, padding=1).to(memory_format=torch.channels_last_3d)
+    features = torch.randn(2, 5, 4, 3, width).to(memory_format=torch.channels_last_3d)
+    strides, convolve = [], torch.nn.functional.conv3d
+
+    def conv3d(*given, **options):
+        strides.append(options.get("stride", given[3] if len(given) > 3 else (1, 1, 1)))
+        return convolve(*given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv3d", conv3d)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        with torch.no_grad():
+            found = layer(features)
+        expected = layer(features)
+    assert strides == [(1, 1, voxels), (1, 1, 1)]
+    assert found.dtype == expected.dtype and found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected)
+
+
 def test_compiled_parts_have_no_graph_breaks_and_give_the_same_fields():
     # the "eager" backend traces as "inductor" would, and needs no C++ compiler
     model, fixed, moving = trained("backbone"), *pair(7)
