@@ -209,7 +209,7 @@ def _seeds(default: Sequence[int]) -> Callable[[Function], Function]:
     return _several("--seeds", default=default, type=int, metavar="SEED", help="Seeds of each row.")
 
 
-_PRESET = click.option("--preset", default="demo", help="smoke, demo, real-2mm, real-1mm, half, full or paper.")
+_PRESET = click.option("--preset", default="demo", help="smoke, demo, real-2mm, half, full or paper.")
 _DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
 _OUT = _text("--out", help="Results folder to write to; runs/ of the checkout, if not given.")
 _READ = click.option("--results", default="study", help="Results to read: study (what is committed), or a folder.")

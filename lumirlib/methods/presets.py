@@ -24,22 +24,6 @@ _COARSE = replace(
     about="the default: minutes on a 2-core laptop, narrow network, coarse voxels",
 )
 
-#: A narrow network from coarse to fine, lengths in mm.
-_STAGED = replace(
-    PAPER,
-    name="real-2mm",
-    stages=(Stage(resolution_mm=4, epochs=12, window=20), Stage(resolution_mm=2, epochs=4, window=10)),
-    channel_divisor=4,
-    divide_heads=True,
-    levels=5,
-    learning_rate=1e-3,
-    smoothness_weight=1.0,
-    unit="mm",
-    validation_pairs=10,
-    validation_half=True,
-    about="real brains from 4 mm to 2 mm on a CPU; about an hour",
-)
-
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -55,18 +39,20 @@ PRESETS: dict[str, Preset] = {
             about="does everything run? seconds, the figures mean nothing",
         ),
         _COARSE,
-        _STAGED,
+        # from coarse to fine, lengths in mm
         replace(
-            _STAGED,
-            name="real-1mm",
-            stages=(
-                Stage(resolution_mm=4, epochs=24, window=20),
-                Stage(resolution_mm=2, epochs=10, window=10),
-                Stage(resolution_mm=1, epochs=2, window=9),
-            ),
-            levels=6,
-            validation_half=False,
-            about="from 4 mm over 2 mm to 1 mm on a CPU, as the packaged weights are made; three hours",
+            PAPER,
+            name="real-2mm",
+            stages=(Stage(resolution_mm=4, epochs=12, window=20), Stage(resolution_mm=2, epochs=4, window=10)),
+            channel_divisor=4,
+            divide_heads=True,
+            levels=5,
+            learning_rate=1e-3,
+            smoothness_weight=1.0,
+            unit="mm",
+            validation_pairs=10,
+            validation_half=True,
+            about="real brains from 4 mm to 2 mm on a CPU; about an hour",
         ),
         replace(
             PAPER,
