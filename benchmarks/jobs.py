@@ -24,6 +24,7 @@ from lumirlib.methods import parse_row
 from lumirlib.methods.presets import get_preset
 from lumirlib.models.memory import freed_memory_kept
 from lumirlib.study.costs import image_shape
+from lumirlib.training.interrupts import end_with_parent
 from lumirlib.training.trainer import make_optimizer
 
 #: Jobs, threads of each, whether freed memory is kept.
@@ -75,7 +76,7 @@ def main() -> int:
         for name in given.rows:
             for way, (jobs, threads, kept) in WAYS.items():
                 until = time.time() + given.seconds
-                with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+                with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
                     arguments = (name, given.preset, given.stage, threads, kept, until)
                     speeds = [pool.submit(steps_per_hour, *arguments) for _ in range(jobs)]
                     found[name][way].append(sum(speed.result() for speed in speeds))

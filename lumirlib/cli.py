@@ -759,7 +759,7 @@ def list_weights() -> None:
         )
 
 
-@weights.command("export", examples="lumirlib weights export --run <run> --name ours-1mm --set unfolding=4")
+@weights.command("export", examples="lumirlib weights export --run <run> --name ours-1mm --set unfolding=8")
 @click.option("--run", required=True, help="Name of the run in the results folder.")
 @click.option("--name", required=True, help="Name of the weights, such as ours-1mm.")
 @_several("--set", "settings", metavar="NAME=VALUE", help="How they register: refinements, unfolding.")

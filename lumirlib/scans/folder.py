@@ -30,6 +30,7 @@ from lumirlib.scans.plausibility import Likeness, likeness
 from lumirlib.scans.prepare import RECIPES, check_skip, check_tools, prepare_scan
 from lumirlib.scans.scan import collected_warnings
 from lumirlib.training.engine import pick_device
+from lumirlib.training.interrupts import end_with_parent
 from lumirlib.training.threads import threads_each
 
 LIKENESS = tuple(measure.name for measure in fields(Likeness))
@@ -297,7 +298,8 @@ def prepare_folder(
     missing = {one: path for one, path in scans.items() if one not in records}
     broken: dict[str, str] = {}
     threads = threads_each(jobs) if jobs > 1 else 0
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) if jobs > 1 and missing else None
+    spawned = partial(ProcessPoolExecutor, mp_context=get_context("spawn"), initializer=end_with_parent)
+    pool = spawned(jobs) if jobs > 1 and missing else None
     with (
         _begun(folder, layout),
         pool or nullcontext(),

@@ -49,6 +49,7 @@ from lumirlib.models.memory import freed_memory_kept, return_freed_memory
 from lumirlib.study.paper import rows_of_table, table_rows
 from lumirlib.study.results import read_measured, to_markdown, write_results
 from lumirlib.training.engine import pick_device
+from lumirlib.training.interrupts import end_with_parent
 from lumirlib.training.trainer import make_optimizer
 from lumirlib.training.weights import to_device
 
@@ -213,7 +214,7 @@ def in_own_process(what: str, work: Callable[..., Any], *arguments: object) -> A
         MemoryError: the process was killed, most often for memory.
     """
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
             return pool.submit(work, *arguments).result()
     except BrokenProcessPool as error:
         raise MemoryError(f"measuring {what} was killed: memory?") from error

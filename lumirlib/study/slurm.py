@@ -30,6 +30,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from lumirlib import provenance
+from lumirlib._checks import counted
 from lumirlib.files import read_json, write_json
 from lumirlib.methods import parse_row
 from lumirlib.training.threads import threads_each
@@ -208,7 +209,9 @@ class Queue:
         unfinished = [run for run in runs if not run.is_finished()]
         live = self.live(unfinished)
         new = [run for run in unfinished if run not in live]
-        print(f"{len(runs)} runs, {len(runs) - len(unfinished)} finished before, {len(live)} submitted before")
+        print(
+            f"{counted(len(runs), 'run')}, {len(runs) - len(unfinished)} finished before, {len(live)} submitted before"
+        )
         try:
             first = [run for run in new if _base(run, unfinished) is None]
             started = executor.submit_array([SweepJob(run) for run in first]) if first else []
@@ -222,7 +225,7 @@ class Queue:
         except self._submitit.core.utils.FailedJobError as error:
             raise ClusterError(f"sbatch refused the jobs: {error}") from error
         if new:
-            print(f"submitted {len(new)} jobs; their logs are in {self.folder}")
+            print(f"submitted {counted(len(new), 'job')}; logs are in {self.folder}")
 
     def _submitted(self, run: SweepRun, job_id: str) -> None:
         write_json(self._record(run), {"job": job_id, "run": run.output.name, "submitted": provenance.now()})

@@ -21,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from lumirlib._checks import counted
 from lumirlib.study.jobs import SweepRun
 from lumirlib.study.paper import uses_other_weights
 from lumirlib.study.run import Run
@@ -38,7 +39,7 @@ def run_sweep(runs: Sequence[SweepRun], jobs: int = 1) -> dict[Path, str]:
         Output of each run that broke -> its error.
     """
     pending = [run for run in runs if not run.is_finished()]
-    print(f"{len(runs)} runs, {len(runs) - len(pending)} finished before")
+    print(f"{counted(len(runs), 'run')}, {len(runs) - len(pending)} finished before")
     broken: dict[Path, str] = {}
     under_way: list[tuple[SweepRun, subprocess.Popen]] = []
 

@@ -302,6 +302,34 @@ def test_sigterm_to_a_sweep_ends_the_runs_under_way_and_starts_no_other(tmp_path
     assert not psutil.wait_procs(runs, timeout=10)[1]
 
 
+MEASURED = """
+import os, pathlib, sys, time
+from lumirlib.study.costs import in_own_process
+
+def work(folder):
+    (pathlib.Path(folder) / str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    in_own_process("sleep", work, sys.argv[1])
+"""
+
+
+def test_a_measuring_process_ends_when_the_one_that_started_it_is_killed(tmp_path):
+    script, begun = tmp_path / "measured.py", tmp_path / "begun"
+    script.write_text(MEASURED)
+    begun.mkdir()
+    parent = subprocess.Popen([sys.executable, script, begun], stderr=subprocess.DEVNULL)
+    started = time.monotonic()
+    while not names(begun) and time.monotonic() < started + 120:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    (child,) = (psutil.Process(int(path.name)) for path in begun.iterdir())
+    parent.kill()
+    parent.wait()
+    assert not psutil.wait_procs([child], timeout=10)[1]
+
+
 def test_files_that_killed_writers_left_are_swept_up_when_they_are_old(tmp_path):
     left, young = tmp_path / ".partial-old.pt", tmp_path / ".partial-young.pt"
     for file in (left, young):

@@ -121,7 +121,7 @@ def test_jobs_outlive_ctrl_c_are_waited_for_and_broken_ones_reported_and_submitt
     (tmp_path / "out" / "mended").touch()
     again.submit(runs, {})
     assert again.wait(runs) == {}
-    assert "2 runs, 1 finished before, 0 submitted before\nsubmitted 1 jobs" in capsys.readouterr().out
+    assert "2 runs, 1 finished before, 0 submitted before\nsubmitted 1 job;" in capsys.readouterr().out
     assert [(tmp_path / "out" / f"{row}-0.txt").read_text() for row in ("backbone", "LK")] == ["ran ", "ran "]
 
 
@@ -195,7 +195,7 @@ def test_slurm_gets_one_array_and_filters_behind_the_jobs_of_their_bases(slurm_s
     (slurm_stand_in / "queued").write_text("7_0\n7_1\n7_2\n8\n9\n")
     capsys.readouterr()
     assert cli.main(["sweep", *arguments]) == 0
-    assert "6 runs, 0 finished before, 5 submitted before\nsubmitted 1 jobs" in capsys.readouterr().out
+    assert "6 runs, 0 finished before, 5 submitted before\nsubmitted 1 job;" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "slurm" / "LK_embedded_smoke_seed1.json").read_text())["job"] == "10"
 
 
