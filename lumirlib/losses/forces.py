@@ -28,18 +28,19 @@ SCALE, LARGEST = 0.4, 5.0
 SLAB = 8
 
 
-def force_maps(image: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def force_maps(image: torch.Tensor, shapes: Sequence[Sequence[int]], block: int = 1) -> list[torch.Tensor]:
     """What the forces of each level compare: the image and its tissues.
 
     Args:
         image: Brains ``(B, 1, D, H, W)`` in [0, 1], zero outside.
         shapes: Sides of each level, finest first.
+        block: As of :func:`lumirlib.losses.tissue.tissue_maps`.
 
     Returns:
         One tensor ``(B, 4, D_l, H_l, W_l)`` per level; without a gradient.
     """
     with torch.no_grad(), spatial.without_autocast(image.device):
-        tissues = [tissue_maps(image)]
+        tissues = [tissue_maps(image, block)]
         for shape in shapes[1:]:
             tissues.append(spatial.resize(tissues[-1], shape))
         images = gaussian_pyramid(image, shapes)

@@ -8,6 +8,7 @@ alike. A difference of tissues cannot. The classes are those of k-means (Lloyd, 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from lumirlib import spatial
 from lumirlib._checks import check_image, check_same_grid
@@ -47,11 +48,13 @@ def tissue_centers(image: torch.Tensor) -> torch.Tensor:
     return centers
 
 
-def tissue_maps(image: torch.Tensor) -> torch.Tensor:
+def tissue_maps(image: torch.Tensor, block: int = 1) -> torch.Tensor:
     """How far each voxel belongs to each of :data:`TISSUES`: posteriors of three Gaussians of one width.
 
     Args:
         image: Brains ``(B, 1, D, H, W)`` in [0, 1], zero outside.
+        block: Side in voxels of the blocks whose means tell the centers. The rim of a brain on coarse voxels, or on
+            interpolated ones, is dark, and the darkest center lies there.
 
     Returns:
         ``(B, 3, D, H, W)`` float32; they add up to one in the brain, and are zero outside it.
@@ -62,7 +65,7 @@ def tissue_maps(image: torch.Tensor) -> torch.Tensor:
     check_image(image, "image", channels=1)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         image = image.float()
-        centers = tissue_centers(image)
+        centers = tissue_centers(F.avg_pool3d(image, min(block, *image.shape[2:])))
         width = ((centers[:, 2] - centers[:, 0]) * WIDTH).clamp_min(1 / (BINS - 1)).view(-1, 1, 1, 1, 1)
         distances = (image - centers[:, :, None, None, None]) / width
         return distances.square_().mul_(-0.5).softmax(dim=1).mul_(image > 0)

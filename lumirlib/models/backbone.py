@@ -304,6 +304,9 @@ class RegistrationNetwork(nn.Module):
         self.refinements = refinements
         self.driven = driven
         self.unfolding = unfolding
+        #: Number of its voxels along an edge of those that it was trained on, where its weights were passed on to finer
+        #: ones: forces tell tissues apart as they did there.
+        self.finer = 1
         self._checkpointing = False
         self.encoder = Encoder(start_channels, large_kernel)
         self.estimators = nn.ModuleList(
@@ -365,7 +368,7 @@ class RegistrationNetwork(nn.Module):
         for shape in shapes[1:]:
             finer_fixed, finer_moving = pyramid[-1]
             pyramid.append((spatial.resize(finer_fixed, shape), spatial.resize(finer_moving, shape)))
-        compared = [force_maps(image, shapes) for image in (fixed, moving)] if self.driven else []
+        compared = [force_maps(image, shapes, self.finer) for image in (fixed, moving)] if self.driven else []
 
         displacements: list[torch.Tensor] = []
         velocities: list[torch.Tensor] = []

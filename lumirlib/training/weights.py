@@ -28,6 +28,7 @@ from lumirlib.files import parse_json
 from lumirlib.methods.base import Row, halvings
 from lumirlib.methods.contrast import for_contrast
 from lumirlib.methods.variants import NetworkOptions, Variant
+from lumirlib.models.backbone import RegistrationNetwork
 from lumirlib.models.layers import place
 from lumirlib.training.checkpoints import check_schema, check_weights, described_row, load_checkpoint, shapes_of
 from lumirlib.training.config import RunConfig
@@ -144,6 +145,9 @@ class Weights:
         """The network with these weights, in evaluation mode, ready for ``model(fixed, moving)``."""
         model = to_device(self.row.build(), pick_device(str(device)))
         model.load_state_dict(self.tensors)
+        if isinstance(model, RegistrationNetwork):
+            trained_mm = float(self.config["preset"]["resolution_mm"])
+            model.finer = 2 ** max(0, halvings(trained_mm, self.resolution_mm))
         return model.eval()
 
 

@@ -205,6 +205,8 @@ def test_weights_are_packaged_for_other_voxels_than_they_were_trained_at(made, p
     found, trained = weights.read_packaged("passed-2mm"), weights.read_packaged(NAME)
     assert (found.name, found.resolution_mm, trained.resolution_mm) == ("passed-2mm", 2, 1)
     assert found.digest == trained.at_resolution(2).digest != trained.digest
+    # on finer voxels alone a network tells tissues apart as it did in training
+    assert [trained.at_resolution(mm).network("cpu").finer for mm in (2, 1, 0.5)] == [1, 1, 2]
     card = (packaged / "passed-2mm.md").read_text(encoding="utf-8")
     assert card == model_cards.model_card(found.facts)
     assert "trained at voxels of **1 mm** on **cpu" in card and "**, passed on to **2 mm**:" in card
