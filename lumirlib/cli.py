@@ -644,9 +644,7 @@ _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace results tha
     help="any: for other sequences than T1, or two that differ; if one is a T1, it should be FIXED.",
 )
 @_text("--fixed-mask", metavar="FILE", help="Mask, not zero where the fixed scan does not count (lesion, resection).")
-@_text(
-    "--moving-mask", metavar="FILE", help="The same for the moving scan; with a mask the result is optimized, at 2 mm."
-)
+@_text("--moving-mask", metavar="FILE", help="The same for the moving scan.")
 @click.option("--displacements", is_flag=True, help="Also write displacements in voxels, as Learn2Reg has them.")
 @click.option("--bids", is_flag=True, help="Name the results as BIDS derivatives.")
 @_OVERWRITE
@@ -673,7 +671,7 @@ def register(quiet: bool, **given: Any) -> None:
 
 def _registered_by(facts: dict[str, Any]) -> str:
     """What registered two scans, on which voxels, and why on those."""
-    works = f"on voxels of {facts['resolution_mm']} mm{', optimized on the pair' if 'optimized' in facts else ''}"
+    works = f"on voxels of {facts['resolution_mm']} mm"
     name = facts.get("pretrained") or facts.get("run")
     if name is None:
         return f"registered by {facts['method']}, {works}"

@@ -5,9 +5,9 @@ ours.
 """
 
 from lumirlib.losses.forces import force_maps, forces
+from lumirlib.losses.masked import masked_ncc_loss
 from lumirlib.losses.multilevel import PYRAMID_BLURS, SIMILARITIES, gaussian_pyramid, gaussian_smooth, registration_loss
 from lumirlib.losses.ndv import ndv_loss
-from lumirlib.losses.pair import PairLoss, masked_ncc_loss
 from lumirlib.losses.similarity import mse_loss, ncc_loss
 from lumirlib.losses.smoothness import diffusion_loss
 from lumirlib.losses.tissue import tissue_loss, tissue_maps
@@ -15,7 +15,6 @@ from lumirlib.losses.tissue import tissue_loss, tissue_maps
 __all__ = [
     "PYRAMID_BLURS",
     "SIMILARITIES",
-    "PairLoss",
     "diffusion_loss",
     "force_maps",
     "forces",

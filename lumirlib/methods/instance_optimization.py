@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from lumirlib._checks import check_finite, check_image
-from lumirlib.losses import PairLoss, gaussian_smooth
 from lumirlib.models.backbone import Fields, RegistrationNetwork
 
 #: Fields, fixed image and moving image -> scalars, "total" among them.
@@ -124,96 +122,6 @@ class InstanceOptimization(nn.Module):
             return False
         before = min(losses[: -self.patience])
         return before - min(losses) < self.tolerance * abs(before)
-
-
-@dataclass(frozen=True)
-class PairOptions:
-    """What the optimization of a single pair goes by.
-
-    Attributes:
-        smoothness_weight: Weight of the smoothness.
-        window: Side of the NCC window in voxels.
-        fixed_counts: Which voxels of the fixed image count, ``(1, 1, D, H, W)``, 1 or 0; None for all.
-        moving_counts: The same of the moving image.
-        step_done: Function that is called at each of the steps, `steps` + 1 at most.
-        steps: Largest number of steps.
-        learning_rate: Learning rate of Adam, in finest voxels.
-    """
-
-    smoothness_weight: float = 1.0
-    window: int = 9
-    fixed_counts: torch.Tensor | None = None
-    moving_counts: torch.Tensor | None = None
-    step_done: Callable[[], object] = lambda: None
-    steps: int = 50
-    learning_rate: float = 0.2
-
-
-class PairOptimization(nn.Module):
-    """A trained network with instance optimization by the loss of one pair behind it, masked.
-
-    What is optimized are changes of the velocities that are smoothed before they are added: Adam makes all steps of one
-    size, and where an image has no contrast their signs are chance.
-
-    Args:
-        model: Trained network.
-        options: Options of the optimization.
-
-    Attributes:
-        last_run: Figures of the last call, as of :class:`InstanceOptimization`.
-    """
-
-    #: The smallest relative fall of the loss that counts, and within how many steps.
-    TOLERANCE, PATIENCE = 1e-3, 10
-    #: Standard deviation and side of the smoothing, in voxels of each level.
-    SIGMA, SIZE = 1.5, 7
-
-    def __init__(self, model: RegistrationNetwork, options: PairOptions) -> None:
-        super().__init__()
-        self.model, self.options, self.passes = model, options, model.passes
-        self.last_run: dict[str, float] = {}
-        self._start: list[torch.Tensor] = []
-
-    def fields(self, fixed: torch.Tensor, moving: torch.Tensor) -> Fields:
-        """Where the optimization starts: the network's displacements, and no change of its velocities."""
-        found = self.model.fields(fixed, moving)
-        self._start = found.velocities
-        return Fields(found.displacements, [torch.zeros_like(velocity) for velocity in found.velocities])
-
-    def velocities(self, changes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Velocities of changes, which are in finest voxels at every level, so that none moves more than another."""
-        found = []
-        for entry, (start, change) in enumerate(zip(self._start, changes, strict=True)):
-            found.append(start + 2.0 ** -(entry // self.passes) * gaussian_smooth(change, self.SIGMA, self.SIZE))
-        return found
-
-    def displacements(self, changes: Sequence[torch.Tensor], fixed: torch.Tensor) -> list[torch.Tensor]:
-        """Displacements of changes, as the network makes them from velocities."""
-        return self.model.displacements(self.velocities(changes), fixed)
-
-    def forward(self, fixed: torch.Tensor, moving: torch.Tensor) -> torch.Tensor:
-        """Displacement ``(1, 3, D, H, W)`` in voxels; arguments and errors as of :class:`InstanceOptimization`."""
-        options = self.options
-        loss = PairLoss(
-            fixed,
-            moving,
-            self.model.level_shapes(tuple(fixed.shape[2:])),
-            options.fixed_counts,
-            options.moving_counts,
-            options.smoothness_weight,
-            options.window,
-            self.passes,
-        )
-
-        def objective(predicted: Fields, *images: torch.Tensor) -> dict[str, torch.Tensor]:
-            options.step_done()
-            return loss(Fields(predicted.displacements, self.velocities(predicted.velocities)), *images)
-
-        tuning = options.steps, options.learning_rate, self.TOLERANCE, self.PATIENCE
-        method = InstanceOptimization(self, objective, *tuning)
-        found = method(fixed, moving)
-        self.last_run = method.last_run
-        return found
 
 
 def check_options(steps: int, learning_rate: float, tolerance: float, patience: int) -> None:

@@ -84,7 +84,7 @@ MIN_INVERSE_EDGE_MM, ENOUGH = 0.7, 0.9
 #: Random points of each brain at which the inverse is measured, and of these those that the guess is made from.
 INVERSE_POINTS, GUESSED_POINTS = 20_000, 4_000
 #: Seconds of each part on two cores, whose ratios make the progress bar's guess at what is left.
-USUAL_SECONDS = {"strip": 12, "bias": 4, "affine": 4, "frame": 4, "displacement": 25, "optimization": 90}
+USUAL_SECONDS = {"strip": 12, "bias": 4, "affine": 4, "frame": 4, "displacement": 25}
 USUAL_SECONDS |= {"forward": 12, "inverse": 30, "qc": 20}
 
 
@@ -181,8 +181,8 @@ def register(
       voxels of the grid (Learn2Reg's layout).
 
     Without `weights`, `run`, `method` and `pretrained` the best packaged weights are taken, see
-    :func:`lumirlib.training.registrar.default_registrar`. Where masks are given, what the network predicts is optimized
-    on the pair (:meth:`lumirlib.training.registrar.Registrar.optimized`).
+    :func:`lumirlib.training.registrar.default_registrar`. What is masked is filled from the other brain
+    (:class:`lumirlib.methods.masks.Filled`).
 
     Args:
         fixed: NIfTI file of a head, any orientation and spacing.
@@ -211,14 +211,13 @@ def register(
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: as :func:`choose_registrar` and
-            :func:`lumirlib.scans.prepare.prepare_scan`; masks of another grid, or with a method that is not optimized.
+            :func:`lumirlib.scans.prepare.prepare_scan`; masks of another grid.
         FileExistsError: a result is there already.
         OSError: `out` cannot be written.
 
     What can be told from the files alone is told before anything is prepared.
     """
     check_choice(contrast, CONTRASTS, "contrast")
-    optimize = bool(fixed_mask or moving_mask)
     if any((weights, run, method, pretrained)):
         if fast:
             raise ValueError("fast goes with the packaged weights; with a choice of your own give the resolution")
@@ -226,9 +225,7 @@ def register(
     else:
         if fast and resolution_mm is not None:
             raise ValueError(f"fast is a resolution of 2 mm; got a resolution of {resolution_mm} mm besides")
-        registrar = default_registrar(fast or optimize, device, resolution_mm)
-    if optimize:
-        registrar.optimized()  # says now what cannot be optimized
+        registrar = default_registrar(fast, device, resolution_mm)
     target, out = pick_device(device), Path(out)
     paths = Path(fixed), Path(moving)
     for path in paths:
@@ -254,7 +251,7 @@ def register(
                 stripped_mask(read[-1])
     given_masks = {"--fixed-mask": (fixed_mask, fixed), "--moving-mask": (moving_mask, moving)}
     masks = [read_mask(mask, path, option) if mask else None for option, (mask, path) in given_masks.items()]
-    parts = [*STEPS, *STEPS, "frame", "optimization" if optimize else "displacement", "forward", "inverse", "qc"]
+    parts = [*STEPS, *STEPS, "frame", "displacement", "forward", "inverse", "qc"]
     work = _Progress(parts, progress)
     with work.bar:
         scans: list[PreparedScan] = []
@@ -269,15 +266,9 @@ def register(
         left_out = [
             None if mask is None else prepared.mask_in_frame(mask) for mask, prepared in zip(masks, scans, strict=True)
         ]
-        if optimize:
-            chosen, step = registrar, lambda: work.advance("optimization", 1 / 52)
-            registrar = chosen.optimized(*left_out, step)
+        registrar = registrar.masked(*left_out)
         registrar = replace(registrar, method=for_contrast(registrar.method, contrast))
-        displacement = work.timed(
-            "displacement",
-            "optimization" if optimize else "displacement",
-            lambda: registrar.displacement(*in_frame, target),
-        )
+        displacement = work.timed("displacement", "displacement", lambda: registrar.displacement(*in_frame, target))
         whole = ScanMap(np.linalg.inv(scans[0].to_scan), displacement, registrar.resolution_mm, scans[1].to_scan)
         determinant = metrics.jacobian_determinant(whole.displacement_1mm())
         determinant *= float(np.linalg.det(whole.linear[:3, :3]))

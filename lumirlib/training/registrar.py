@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import torch.nn.functional as F
 from lumirlib import provenance
 from lumirlib.evaluation import Method, zero_displacement
 from lumirlib.methods import BASELINES, parse_row
-from lumirlib.methods.instance_optimization import PairOptimization, PairOptions
+from lumirlib.methods.masks import Filled
 from lumirlib.methods.presets import get_preset
-from lumirlib.models.backbone import RegistrationNetwork
 from lumirlib.models.memory import freed_memory_kept
 from lumirlib.training.weights import read_checkpoint, read_packaged
 
@@ -24,12 +22,10 @@ AFFINE = "affine"
 RESOLUTIONS_MM = (1, 2, 4)
 #: For methods that are not trained, where none is given.
 DEFAULT_RESOLUTION_MM = 2
-#: The packaged weights that `lumirlib register` takes where nothing is chosen, and its voxels in mm: as a rule, with
-#: `--fast`, and where the result is optimized on the pair, which takes some 50 times as long.
+#: The packaged weights that `lumirlib register` takes where nothing is chosen, and its voxels in mm, as a rule and with
+#: `--fast`.
 DEFAULT_WEIGHTS = "ours"
 BEST_MM, FAST_MM = 1, 2
-#: Learning rate of the optimization on a pair, in mm.
-OPTIMIZATION_MM = 0.4
 
 
 @dataclass(frozen=True)
@@ -41,44 +37,23 @@ class Registrar:
         resolution_mm: Edge of the voxels that it works on, in mm.
         method: Function of two images ``(1, 1, D, H, W)`` in [0, 1] that returns the displacement in voxels.
         facts: Facts about its origin.
-        trained_with: Weight of the smoothness and window of the NCC in voxels that a network was trained with.
     """
 
     name: str
     resolution_mm: int
     method: Method
     facts: dict[str, object] = field(default_factory=dict)
-    trained_with: tuple[float, int] | None = None
 
-    def optimized(
-        self,
-        fixed_mask: torch.Tensor | None = None,
-        moving_mask: torch.Tensor | None = None,
-        step_done: Callable[[], object] = lambda: None,
-    ) -> Registrar:
-        """The same with instance optimization behind it, for one pair.
+    def masked(self, fixed_mask: torch.Tensor | None = None, moving_mask: torch.Tensor | None = None) -> Registrar:
+        """The same for one pair of which a part does not count, by :class:`lumirlib.methods.masks.Filled`.
 
         Args:
-            fixed_mask: What is left out of the fixed image, ``(1, 1, 160, 224, 192)`` bool at 1 mm.
+            fixed_mask: What does not count in the fixed image, ``(1, 1, 160, 224, 192)`` bool at 1 mm.
             moving_mask: The same of the moving image.
-            step_done: Function that is called at each step.
-
-        Raises:
-            ValueError: not the paper's network.
         """
-        if not isinstance(self.method, RegistrationNetwork) or self.trained_with is None:
-            raise ValueError(
-                f"{self.name}: masks need a network of the paper's kind, whose result is optimized; got another method"
-            )
-        counts = [
-            None if mask is None else 1 - F.max_pool3d(mask.float(), self.resolution_mm)
-            for mask in (fixed_mask, moving_mask)
-        ]
-        smoothness, window = self.trained_with
-        rate = OPTIMIZATION_MM / self.resolution_mm
-        options = PairOptions(smoothness, window, *counts, step_done, learning_rate=rate)
-        facts = self.facts | {"optimized": {"similarity": "ncc", "steps": options.steps}}
-        return replace(self, method=PairOptimization(self.method, options), facts=facts)
+        if fixed_mask is None and moving_mask is None:
+            return self
+        return replace(self, method=Filled(self.method, fixed_mask, moving_mask, self.resolution_mm).eval())
 
     @freed_memory_kept()
     def displacement(self, fixed: torch.Tensor, moving: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -147,9 +122,7 @@ def choose_registrar(
         "preset": found.config["preset"].get("name"),
         "weights": found.digest,
     }
-    preset = found.config["preset"]
-    trained_with = float(preset["smoothness_weight"]), int(preset["window"])
-    return Registrar(found.row.name, int(found.resolution_mm), found.network(device), facts, trained_with)
+    return Registrar(found.row.name, int(found.resolution_mm), found.network(device), facts)
 
 
 def default_registrar(fast: bool = False, device: str = "auto", resolution_mm: int | None = None) -> Registrar:
